@@ -1,0 +1,31 @@
+"""One way to turn `random_state` into a generator: never a global seed."""
+
+from __future__ import annotations
+
+from numbers import Integral
+
+import numpy as np
+
+RandomState = int | np.random.Generator
+"""A whole number from 0, or a generator that is drawn from."""
+
+
+def as_generator(random_state: RandomState) -> np.random.Generator:
+    """Return a generator for a seed; a generator is returned as it is, and so moves on when it is used.
+
+    Raises
+    ------
+    TypeError
+        If `random_state` is neither a whole number nor a `numpy.random.Generator`.
+    ValueError
+        If it is negative.
+    """
+    if isinstance(random_state, np.random.Generator):
+        return random_state
+    if isinstance(random_state, bool) or not isinstance(random_state, Integral):
+        raise TypeError(
+            f"random_state is {random_state!r}: pass a whole number, e.g. random_state=0, or a numpy.random.Generator."
+        )
+    if random_state < 0:
+        raise ValueError(f"random_state is {random_state}: a seed is 0 or more.")
+    return np.random.default_rng(int(random_state))

@@ -1,0 +1,67 @@
+"""What tests share: simulated counts with known rates, the bundled counts, and the folder of real data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import anndata as ad
+import matplotlib as mpl
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from helpers import low_rank_profiles, poisson_counts
+
+mpl.use("agg")
+
+ARRAY_TYPES = {
+    "csr_matrix": sp.csr_matrix,
+    "csc_matrix": sp.csc_matrix,
+    "csr_array": sp.csr_array,
+    "csc_array": sp.csc_array,
+    "dense": np.asarray,
+    "fortran": np.asfortranarray,
+}
+
+
+@pytest.fixture(params=list(ARRAY_TYPES))
+def array_type(request):
+    return ARRAY_TYPES[request.param]
+
+
+@pytest.fixture(scope="session")
+def simulated() -> sp.csr_matrix:
+    return poisson_counts(low_rank_profiles(300, 120, 5, seed=0), depth=600, seed=1)
+
+
+@pytest.fixture
+def adata(simulated) -> ad.AnnData:
+    out = ad.AnnData(simulated.copy())
+    out.obs_names = [f"cell-{i}" for i in range(out.n_obs)]
+    out.var_names = [f"gene-{i}" for i in range(out.n_vars)]
+    return out
+
+
+@pytest.fixture(scope="session")
+def _pbmc() -> ad.AnnData:
+    from sc_noise2self.datasets import pbmc68k_reduced
+
+    return pbmc68k_reduced()
+
+
+@pytest.fixture
+def pbmc(_pbmc) -> ad.AnnData:
+    return _pbmc.copy()
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """Return a reader of the real counts by name; skips where the folder is not given."""
+    folder = os.environ.get("SC_NOISE2SELF_DATA")
+    if not folder:
+        pytest.skip("SC_NOISE2SELF_DATA names no folder of real counts")
+
+    def read(name: str) -> ad.AnnData:
+        return ad.read_h5ad(Path(folder) / f"{name}.h5ad")
+
+    return read
