@@ -1,0 +1,1 @@
+"""Denoisers on count matrices; none of them knows AnnData."""
