@@ -1,0 +1,92 @@
+"""Losses against their definitions, written out densely."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+from sc_noise2self.loss import (
+    Gain,
+    cumulative_residuals,
+    held_out_gain,
+    held_out_probabilities,
+    paired_errors,
+    row_square_sums,
+)
+
+
+def test_cumulative_residuals_are_those_of_the_predictions(simulated):
+    rng = np.random.default_rng(0)
+    scores, loadings = rng.normal(size=(300, 6)), rng.normal(size=(6, 120))
+    target = simulated.astype(np.float64)
+    expected = [np.square(target.toarray() - scores[:, :k] @ loadings[:k]).sum(axis=1) for k in range(7)]
+    np.testing.assert_allclose(cumulative_residuals(target, scores, loadings), np.array(expected).T, rtol=1e-9)
+
+
+def test_row_square_sums_with_empty_rows():
+    x = sp.csr_matrix(np.array([[0, 0], [3, 4], [0, 0], [1, 0]], dtype=np.float32))
+    for block in (1, 2, 100):
+        np.testing.assert_array_equal(row_square_sums(x, block), [0, 25, 0, 1])
+
+
+def _profiles(expected, rows):
+    starts = range(0, len(expected), rows)
+    slices = [slice(start, min(start + rows, len(expected))) for start in starts]
+    return SimpleNamespace(blocks=lambda: ((cells, expected[cells]) for cells in slices))
+
+
+def test_held_out_gain_is_its_definition():
+    rng = np.random.default_rng(0)
+    held_out = sp.csr_matrix(rng.poisson(0.7, size=(40, 9)).astype(np.float32))
+    expected = rng.gamma(1.0, size=(40, 9)).astype(np.float32)
+    g = rng.dirichlet(np.ones(9))
+    p = 0.995 * expected / expected.sum(axis=1, keepdims=True) + 0.005 * g
+    x = held_out.toarray()
+    nats = (x * np.log(p / g)).sum(axis=1)
+    for rows in (1, 7, 40):
+        gain = held_out_gain(held_out_probabilities(_profiles(expected, rows), held_out), held_out, g)
+        np.testing.assert_allclose(gain.nats, nats, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(gain.molecules, x.sum(axis=1))
+        assert gain.mean == pytest.approx(nats.sum() / x.sum(), rel=1e-5)
+
+
+def test_the_mean_profile_gains_nothing_and_unseen_genes_do_not_count():
+    held_out = sp.csr_matrix(np.array([[2, 1, 3], [0, 1, 1]], dtype=np.float32))
+    g = np.array([0.4, 0.6, 0.0])
+    gain = held_out_gain(held_out_probabilities(_profiles(np.tile(g, (2, 1)), 2), held_out), held_out, g)
+    np.testing.assert_allclose(gain.nats, 0, atol=1e-12)
+    np.testing.assert_array_equal(gain.molecules, [3, 1])
+
+
+def test_gain_is_a_proper_score():
+    """No profile gains more, on average, than the true one."""
+    rng = np.random.default_rng(0)
+    truth = rng.dirichlet(np.ones(20), size=500)
+    g = truth.mean(axis=0)
+    held_out = sp.csr_matrix(rng.poisson(truth * 400).astype(np.float32))
+    gain = held_out_gain(held_out_probabilities(_profiles(truth, 100), held_out), held_out, g)
+    for other in (truth**1.2, truth**0.8, truth + 0.01, np.roll(truth, 1, axis=0)):
+        worse = held_out_gain(held_out_probabilities(_profiles(other, 100), held_out), held_out, g)
+        assert gain.mean - worse.mean > 5 * gain.error_of_difference(worse)
+
+
+def test_errors_are_the_spread_of_repeated_measurements():
+    rng = np.random.default_rng(0)
+    molecules = rng.poisson(50, size=(400, 300)) + 1
+    nats = molecules * 0.1 + rng.normal(size=(400, 300)) * 2
+    gains = [Gain(n, m) for n, m in zip(nats, molecules, strict=True)]
+    spread = np.std([gain.mean for gain in gains])
+    assert np.mean([gain.error for gain in gains]) == pytest.approx(spread, rel=0.15)  # 4 errors of a spread of 400
+    shifted = [Gain(gain.nats + 0.5, gain.molecules) for gain in gains[:3]]
+    assert all(s.error_of_difference(g) < 0.1 * g.error for s, g in zip(shifted, gains, strict=False))
+
+
+def test_paired_errors_leave_out_what_candidates_share():
+    rng = np.random.default_rng(0)
+    shared = rng.gamma(2, 100, size=(1000, 1))
+    losses = shared + rng.normal(size=(1000, 4)) * np.array([1, 2, 3, 4])
+    errors = paired_errors(losses, best=0)
+    assert errors[0] == 0
+    np.testing.assert_allclose(errors[1:], np.sqrt(1 + np.array([4, 9, 16])) / np.sqrt(1000), rtol=0.15)
+    assert np.isnan(paired_errors(losses[:1], best=0)).all()

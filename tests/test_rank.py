@@ -1,0 +1,165 @@
+"""Every rank's loss: exact against refits, least where the true error is least, and as published."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from helpers import low_rank_profiles, poisson_counts
+
+from sc_noise2self.denoisers.svd import truncated_svd
+from sc_noise2self.rank import _PREDICTORS, rank_curve
+from sc_noise2self.split import split_matrix
+
+
+def halves(x, seed=0):
+    return [part.astype(np.float64) for part in split_matrix(x, random_state=seed)]
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_svd_is_the_dense_one(simulated, center):
+    n = simulated.shape[0]
+    offset = np.full(n, n**-0.5) if center else None
+    u, s, v = truncated_svd(simulated.astype(np.float64), 8, np.random.default_rng(0), offset=offset, n_iter=30)
+    x = simulated.toarray().astype(np.float64)
+    x -= x.mean(axis=0) * center
+    expected = np.linalg.svd(x, compute_uv=False)[:8]
+    np.testing.assert_allclose(s, expected, rtol=1e-6)
+    for q in (u, v):
+        np.testing.assert_allclose(q.T @ q, np.eye(8), atol=1e-8)
+    np.testing.assert_allclose(u.T @ x @ v, np.diag(s), atol=1e-3 * s[-1])
+
+
+def test_svd_of_lower_rank_is_padded_with_zeros():
+    x = sp.csr_matrix(np.outer(np.arange(1.0, 9), np.arange(1.0, 6)).astype(np.float32))
+    u, s, v = truncated_svd(x, 3, np.random.default_rng(0))
+    assert (u.shape, s.shape, v.shape) == ((8, 3), (3,), (5, 3))
+    np.testing.assert_allclose((u * s) @ v.T, x.toarray(), rtol=1e-4)
+    np.testing.assert_array_equal(s[1:], 0)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_leave_one_out_is_the_refit_without_the_cell(center):
+    x1, x2 = halves(poisson_counts(low_rank_profiles(40, 25, 3, seed=0), depth=200, seed=1))
+    n = x1.shape[0]
+    found = _PREDICTORS["loo"](x1, x2, 6, center, np.random.default_rng(5)).held_out
+    offset = np.full(n, n**-0.5) if center else None
+    u = truncated_svd(x1, 6, np.random.default_rng(5), offset=offset)[0]
+    if center:
+        u = np.column_stack([offset, u])
+    target = x2.toarray()
+    for column, k in enumerate(range(1, 8) if center else range(7)):
+        for i in range(n):
+            others = np.arange(n) != i
+            coefficients = np.linalg.lstsq(u[others, :k], target[others], rcond=None)[0]
+            expected = np.square(target[i] - u[i, :k] @ coefficients).sum()
+            assert found[i, column] == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_truncation_and_held_out_cells_are_their_definitions(center):
+    x1, x2 = halves(poisson_counts(low_rank_profiles(40, 25, 3, seed=0), depth=200, seed=1))
+    a, b = x1.toarray(), x2.toarray()
+    mean = a.mean(axis=0) * center
+    found = _PREDICTORS["mcv"](x1, x2, 24, center, np.random.default_rng(0))
+    u, s, vt = np.linalg.svd(a - mean, full_matrices=False)
+    for k in (0, 2, 5):
+        prediction = (u[:, :k] * s[:k]) @ vt[:k] + mean
+        np.testing.assert_allclose(found.held_out[:, k], np.square(b - prediction).sum(axis=1), rtol=1e-3)
+
+    found = _PREDICTORS["noise2self"](x1, x2, 5, center, np.random.default_rng(0))
+    train = np.setdiff1d(np.arange(40), found.cells)
+    assert len(found.cells) == 10
+    mean1, mean2 = a[train].mean(axis=0) * center, b[train].mean(axis=0) * center
+    # The randomised factorisation of 30 x 25 at width 25 is exact, so its subspaces are the dense ones.
+    u, s, vt = np.linalg.svd(a[train] - mean1, full_matrices=False)
+    for k in (0, 1, 4):
+        regression = vt[:k].T / s[:k] @ u[:, :k].T @ (b[train] - mean2)
+        prediction = (a[found.cells] - mean1) @ regression + mean2
+        np.testing.assert_allclose(found.held_out[:, k], np.square(b[found.cells] - prediction).sum(axis=1), rtol=1e-3)
+
+
+def losses_and_truth(rank, depth, max_rank=30):
+    """Per cell and rank: loss and true error of the leave-one-out predictor, in-sample loss, and noise."""
+    profiles = low_rank_profiles(400, 300, rank, seed=rank)
+    counts = poisson_counts(profiles, depth, seed=rank + 1)
+    parts = split_matrix(counts, random_state=0)
+    # Rates per 1000 molecules: the expectation of X2 brought to 1000, given the cell, is exactly 1000 x profile.
+    z1, z2 = (sp.csr_matrix(part.multiply(1000 / np.asarray(part.sum(axis=1)))).astype(np.float64) for part in parts)
+    loss = _PREDICTORS["loo"](z1, z2, max_rank, False, np.random.default_rng(0))
+    u = truncated_svd(z1, max_rank, np.random.default_rng(0))[0]
+    y, target = 1000 * profiles, z2.toarray()
+    true_error, in_sample = np.empty((2, 400, max_rank + 1))
+    for k in range(max_rank + 1):
+        fitted = u[:, :k] @ (u[:, :k].T @ target)
+        h = np.square(u[:, :k]).sum(axis=1, keepdims=True)
+        without_cell = (fitted - h * target) / (1 - h)
+        true_error[:, k] = np.square(without_cell - y).sum(axis=1)
+        in_sample[:, k] = np.square(fitted - target).sum(axis=1)
+    return loss.held_out, true_error, in_sample, np.square(target - y).sum(axis=1)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8, 20])
+@pytest.mark.parametrize("depth", [500, 2000, 10_000])
+def test_least_loss_is_least_true_error(rank, depth):
+    loss, true_error, in_sample, noise = losses_and_truth(rank, depth)
+    best = true_error.mean(axis=0).argmin()
+    assert abs(int(loss.mean(axis=0).argmin()) - int(best)) <= 1
+    # Proposition 1: loss = true error + noise variance, at every rank, within the standard error over cells.
+    surplus = loss - true_error - noise[:, None]
+    z = surplus.mean(axis=0) / (surplus.std(axis=0, ddof=1) / np.sqrt(len(surplus)))
+    assert np.abs(z).max() < 4
+    # The counter-example: with the cell's own X2 in the fit the loss falls for ever and is far below that sum.
+    surplus = in_sample - true_error - noise[:, None]
+    z = surplus.mean(axis=0) / (surplus.std(axis=0, ddof=1) / np.sqrt(len(surplus)))
+    assert in_sample.mean(axis=0).argmin() == 30
+    assert z[-1] < -10
+
+
+def test_rank_at_low_depth_is_corrected_towards_that_of_the_full_depth():
+    """The corrected rank is nearer to the one found with halves as deep as the full data.
+
+    It stays a little below, because components learned from all molecules are better ones, which no correction of
+    the loss of the old ones can know.
+    """
+    off, corrected_off = [], []
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        programmes = rng.gamma(0.5, size=(40, 300))
+        weights = rng.gamma(0.3, size=(500, 40)) * 0.85 ** np.arange(40)  # ever weaker programmes
+        profiles = weights @ programmes
+        profiles /= profiles.sum(axis=1, keepdims=True)
+        counts = poisson_counts(profiles, 1000, seed)
+        curve = rank_curve(counts, 40, np.random.default_rng(0))
+        deep = rank_curve(poisson_counts(profiles, 2000, seed + 100), 40, np.random.default_rng(0))
+        off.append(deep.split_rank - curve.split_rank)
+        corrected_off.append(deep.split_rank - curve.rank)
+    assert np.mean(off) > 1
+    assert 0 <= np.mean(corrected_off) < 0.75 * np.mean(off)
+
+
+def test_more_splits_average_and_the_curve_says_what_it_is(simulated):
+    curve = rank_curve(simulated, 12, np.random.default_rng(0), n_splits=3)
+    assert curve.splits.shape == (6, 13)
+    np.testing.assert_allclose(curve.splits.mean(axis=0), curve.loss, rtol=1e-9)
+    assert curve.error[curve.split_rank] == 0
+    assert curve.split_rank in curve.within_one_error
+    assert curve.rank >= curve.split_rank
+    assert rank_curve(simulated, 12, np.random.default_rng(0), protocol="noise2self").splits.shape == (1, 13)
+
+
+def test_edge_and_absence_are_recognised(simulated):
+    assert rank_curve(simulated, 1, np.random.default_rng(0)).at_edge
+    assert rank_curve(simulated, 12, np.random.default_rng(0)).beats_none
+    flat = poisson_counts(np.tile(low_rank_profiles(1, 120, 1, seed=0), (300, 1)), 600, seed=1)
+    curve = rank_curve(flat, 12, np.random.default_rng(0))
+    assert not curve.beats_none
+    assert curve.split_rank == 0
+
+
+def test_published_rank_of_the_myeloid_cells(real_data):
+    """Noise2Self (Batson & Royer 2019), Figure 3: 17."""
+    x = real_data("paul15_myeloid").X.tocsr()
+    x = x[np.asarray(x.sum(axis=1)).ravel() > 1000]
+    x = x[:, np.asarray((x > 0).sum(axis=0)).ravel() >= 10]
+    ranks = [rank_curve(x, 40, np.random.default_rng(seed), protocol="noise2self").rank for seed in range(10)]
+    assert all(15 <= rank <= 20 for rank in ranks)
+    assert 16 <= np.median(ranks) <= 18
