@@ -1,0 +1,146 @@
+"""The PCA denoiser: weights that are best against the truth, and profiles that keep what they must."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from helpers import low_rank_profiles, poisson_counts
+
+from sc_noise2self.denoisers.pca import PCADenoiser, shrinkage
+from sc_noise2self.selection import Candidate, select_pca
+from sc_noise2self.split import split_matrix
+
+TRANSFORMS = ["log1p", "sqrt", "none"]
+ONE_FOLD = np.zeros(400, int)
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return low_rank_profiles(400, 150, 4, seed=3)
+
+
+@pytest.fixture(scope="module")
+def counts(truth):
+    return poisson_counts(truth, 400, seed=4)
+
+
+def divergence(truth, profiles):
+    """Mean KL(truth || profile) over cells, in nats."""
+    p = profiles.counts().astype(np.float64)
+    p /= p.sum(axis=1, keepdims=True)
+    return (truth * np.log(truth / np.maximum(p, 1e-12))).sum(axis=1).mean()
+
+
+@pytest.mark.parametrize("transform", ["log1p", "none"])
+def test_no_weight_is_the_mean_profile(counts, transform):
+    denoiser = PCADenoiser(transform, n_components=5).fit(counts)
+    out = denoiser.predict(counts, np.zeros(5)).counts()
+    size = np.asarray(counts.sum(axis=1)).ravel()
+    share = np.asarray(counts.sum(axis=0)).ravel() / counts.sum()
+    np.testing.assert_allclose(out, np.outer(size, share), rtol=1e-3)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_denoised_is_nearer_to_the_truth_than_the_mean_and_the_raw_counts(counts, truth, transform):
+    first, second = split_matrix(counts)
+    half = PCADenoiser(transform, n_components=20).fit(first)
+    worth = half.worth(first, second, ONE_FOLD)[0]
+    denoiser = PCADenoiser(transform, n_components=20).fit(counts)
+    denoised = denoiser.predict(counts, shrinkage(worth, 0.5))
+    assert divergence(truth, denoised) < 0.35 * divergence(truth, denoiser.predict(counts, np.zeros(20)))
+    size = np.asarray(counts.sum(axis=1))
+    raw = np.square(counts.toarray() / size - truth).sum()
+    assert np.square(denoised.counts() / size - truth).sum() < 0.2 * raw
+
+
+def test_worth_is_the_best_weight_on_the_other_half_and_against_the_truth(counts):
+    first, second = split_matrix(counts)
+    denoiser = PCADenoiser("none", n_components=10).fit(first)
+    worth = denoiser.worth(first, second, ONE_FOLD)[0]
+    scores = denoiser._scores(first).astype(np.float64)
+    z2 = denoiser._weighted(second, np.asarray(second.sum(axis=1)).ravel())[0].toarray().astype(np.float64)
+    for j in range(10):
+        part = np.outer(scores[:, j], denoiser.components_[:, j])
+        losses = [np.square(z2 - weight * part).sum() for weight in (worth[j] - 0.05, worth[j], worth[j] + 0.05)]
+        assert losses[1] == min(losses)
+    # Four programmes make three components beyond the mean; the others are noise.
+    assert (worth[:3] > 0.7).all()
+    assert (np.abs(worth[3:]) < 0.25).all()
+
+
+def test_shrinkage_follows_its_formula():
+    worth = np.array([1.2, 0.9, 0.4, 0.5, -0.1])
+    falling = np.array([1, 0.9, 0.45, 0.45, 0])
+    np.testing.assert_allclose(shrinkage(worth, 1.0), falling)
+    np.testing.assert_allclose(shrinkage(worth, 0.5)[1:4], 1 / (1 + 0.5 * (1 / falling[1:4] - 1)))
+    assert (shrinkage(worth, 4.0) <= shrinkage(worth, 2.0)).all()
+
+
+def test_cut_at_full_depth_keeps_components_whose_weight_exceeds_a_half():
+    worth = np.array([0.9, 0.51, 0.4, 0.32])
+    cut = Candidate("log1p", None)
+    np.testing.assert_array_equal(cut.weights(worth, noise=1.0), [1, 1, 0, 0])
+    np.testing.assert_array_equal(cut.weights(worth, noise=0.5), [1, 1, 1, 0])
+
+
+def test_a_cell_is_predicted_alone_as_among_others(counts):
+    denoiser = PCADenoiser("log1p", n_components=5).fit(counts)
+    together = denoiser.predict(counts, np.ones(5))
+    alone = denoiser.predict(counts[7:8], np.ones(5))
+    np.testing.assert_allclose(alone.scores, together.scores[7:8], rtol=1e-4, atol=1e-4)
+
+
+def test_genes_left_out_of_the_components_are_predicted_from_them(counts, truth):
+    genes = np.arange(150) % 2 == 0
+    denoiser = PCADenoiser("log1p", n_components=3).fit(counts, genes)
+    q = denoiser.components_[genes]
+    np.testing.assert_allclose(q.T @ q, np.eye(3), atol=1e-5)
+    size = np.asarray(counts.sum(axis=1))
+
+    def error(weights):
+        return np.square(denoiser.predict(counts, weights).counts()[:, ~genes] / size - truth[:, ~genes]).sum()
+
+    assert error(np.ones(3)) < 0.3 * error(np.zeros(3))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_unexpressed_genes_and_empty_cells_stay_zero(counts, transform):
+    x = counts.tolil()
+    x[:, 5] = 0
+    x[9] = 0
+    x = sp.csr_matrix(x)
+    out = PCADenoiser(transform, n_components=4).fit(x).predict(x, np.ones(4)).counts()
+    assert np.isfinite(out).all()
+    assert (out >= 0).all()
+    assert (out[:, 5] == 0).all()
+    assert (out[9] == 0).all()
+    np.testing.assert_allclose(out.sum(axis=0), np.asarray(x.sum(axis=0)).ravel(), rtol=0.02, atol=1e-6)
+
+
+def test_selection_is_by_the_gain_and_reports_every_candidate(counts, truth):
+    steps = []
+    selection = select_pca(
+        counts,
+        np.random.default_rng(0),
+        transforms=("log1p", "none"),
+        n_components=20,
+        n_splits=2,
+        on_step=lambda: steps.append(1),
+    )
+    assert len(steps) == 8
+    assert len(selection.gains) == 6
+    assert selection.gain.mean == max(gain.mean for gain in selection.gains.values())
+    assert selection.gain.molecules.sum() == 2 * counts.sum()  # each molecule is held out once a split
+    assert selection.beats_mean
+    assert selection.rank == 3
+    # The gain of the truth itself on all molecules bounds it; a good choice comes near.
+    share = np.asarray(counts.sum(axis=0)).ravel() / counts.sum()
+    bound = (truth * np.log(truth / share)).sum(axis=1).mean()
+    assert 0.7 * bound < selection.gain.mean < bound + 3 * selection.gain.error
+
+
+def test_nothing_to_gain_is_said(counts):
+    flat = poisson_counts(np.tile(low_rank_profiles(1, 80, 1, seed=0), (200, 1)), 300, seed=1)
+    selection = select_pca(flat, np.random.default_rng(0), transforms=("log1p", "sqrt"), n_components=20)
+    assert not selection.beats_mean
+    assert selection.rank == 0
+    np.testing.assert_array_equal(selection.full_depth_weights(), 0)
