@@ -1,0 +1,417 @@
+"""AnnData in, a denoised layer or a rank out: the two functions that most people call.
+
+Everything is computed before anything is written, so a refusal or an interrupt leaves `adata` as it was.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from numbers import Integral
+from typing import Any, Literal, get_args
+
+import numpy as np
+import scipy.sparse as sp
+from anndata import AnnData
+from scanpy import logging as logg
+from scanpy import settings
+from tqdm.auto import tqdm
+
+from .annotated import read_csr
+from .denoisers.pca import PCADenoiser
+from .denoisers.profiles import LowRankProfiles
+from .random import RandomState, as_generator
+from .rank import Protocol, RankCurve, rank_curve
+from .selection import Selection, select_pca
+from .transform import TransformName
+
+Method = Literal["pca"]
+_MAX_COMPONENTS = 100
+_MAX_RANK = 50
+_SCALE = "expected counts at each cell's own depth"
+
+
+def denoise(
+    adata: AnnData,
+    method: Method = "pca",
+    *,
+    layer: str | None = None,
+    key_added: str = "denoised",
+    write_layer: bool = True,
+    transform: TransformName | Literal["auto"] = "auto",
+    n_components: int | None = None,
+    n_splits: int = 1,
+    mask_var: str | np.ndarray | Sequence[bool] | None = None,
+    copy: bool = False,
+    random_state: RandomState = 0,
+) -> AnnData | None:
+    """Denoise raw counts; the counts themselves say how much, and what it gained.
+
+    Every count is split binomially into two halves that are independent given the cell's true expression. Principal
+    components learned from one half must predict the molecules of the other; the transform, and the weight of each
+    component, are those that predict them best. The chosen denoiser is then fitted to all molecules.
+
+    Parameters
+    ----------
+    adata
+        Cells x genes with raw counts (UMIs) in `X` or a layer. Correct ambient RNA, doublets and batches before: both
+        halves share them, so they count as signal.
+    method
+        `"pca"`: PCA regression with shrunken components.
+    layer
+        The layer that holds raw counts; None takes `X`.
+    key_added
+        Name of everything that is written.
+    write_layer
+        False writes the factors alone, from which `sc_noise2self.get.denoised` rebuilds any genes; the layer is dense,
+        4 bytes x cells x genes.
+    transform
+        `"log1p"`, `"sqrt"`, `"none"`, or `"auto"`, which compares the three.
+    n_components
+        Components learned beyond the mean profile; their weights decide how many matter. None takes 100, or as many as
+        there are.
+    n_splits
+        Independent splits to average the choice over, each used in both directions.
+    mask_var
+        Genes that determine the components: the name of a boolean column of `var`, or a boolean array. The other
+        genes are predicted from them. None uses all genes, highly variable or not. Genes chosen on these counts
+        have seen both halves, so the reported gain is then a little too high.
+    copy
+        Return a copy with the result instead of writing to `adata`.
+    random_state
+        Seed or generator; the same seed on the same machine gives the same bytes.
+
+    Returns
+    -------
+    None, or the copy. Written, with `key_added="denoised"`:
+
+    `.layers["denoised"]`
+        Expected counts at each cell's own depth: float32, dense, non-negative; every gene keeps its total. Empty
+        cells and unexpressed genes stay 0.
+    `.obsm["denoised"]`, `.varm["denoised"]`, `.obs["denoised_scale"]`, `.var["denoised_scale"]`
+        The factors: scores (cells, k + 1), loadings (genes, k + 1) and the scales of cells and genes. The layer is
+        `cell scale * gene scale * rates(scores @ loadings.T)`.
+    `.uns["denoised"]`
+        `method`, `version`, `params`, `scale`; the choice (`transform`, `weighting`, `rank`, the number of
+        components that are more signal than noise, `weights`); every candidate's `gain` with the standard error of
+        its difference to the best; and `gain`, `gain_error` (nats per held-out molecule above the mean profile) and
+        `gain_molecules`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the counts are not raw counts, or a parameter is out of range. Nothing is written then.
+
+    Warns
+    -----
+    UserWarning
+        If nothing beats the mean profile (which is then written), if cells are empty, or if the counts look like
+        reads or transposed.
+
+    Notes
+    -----
+    Noise2Self (Batson & Royer 2019), sections 3.1 and 3.2. Denoised values are not data: tests, correlations and
+    differential expression computed on them are circular (Andrews & Hemberg 2018). The gain is measured on halves;
+    the result, fitted to all molecules, does better.
+
+    Examples
+    --------
+    >>> import sc_noise2self as n2s
+    >>> adata = n2s.datasets.pbmc68k_reduced()
+    >>> n2s.denoise(adata)
+    >>> adata.layers["denoised"].shape
+    (700, 765)
+    """
+    if method not in get_args(Method):
+        raise ValueError(f"method is {method!r}: pass one of {', '.join(get_args(Method))}.")
+    if transform != "auto" and transform not in get_args(TransformName):
+        raise ValueError(f"transform is {transform!r}: pass one of auto, {', '.join(get_args(TransformName))}.")
+    rng = as_generator(random_state)
+    _check_positive("n_splits", n_splits)
+    counts = read_csr(adata, layer)
+    _check_key(adata, key_added, layer)
+    genes = _read_mask(adata, mask_var)
+    n_components = _bounded("n_components", n_components, _MAX_COMPONENTS, counts, genes)
+    start = logg.info(f"denoising {_describe(adata, layer)}")
+
+    transforms = get_args(TransformName) if transform == "auto" else (transform,)
+    with _progress("denoise", 2 * n_splits * len(transforms) + 1) as bar:
+        selection = select_pca(
+            counts,
+            rng,
+            transforms=transforms,
+            n_components=n_components,
+            n_splits=n_splits,
+            genes=genes,
+            on_step=bar.update,
+        )
+        if not selection.beats_mean:
+            warnings.warn(
+                f"no candidate predicts held-out molecules better than one mean profile (best gain {_gain(selection)}):"
+                " the mean profile is written. These cells look alike, or hold too few molecules to tell them apart.",
+                UserWarning,
+                stacklevel=2,
+            )
+        # Without weights "none" alone is the mean profile exactly; `sqrt` bends it with a cell's depth.
+        chosen = selection.best.transform if selection.beats_mean else "none"
+        denoiser = PCADenoiser(chosen, n_components=n_components, random_state=rng).fit(counts, genes)
+        profiles = denoiser.predict(counts, selection.full_depth_weights())
+        dense = profiles.counts() if write_layer else None
+        bar.update()
+
+    params = {
+        "layer": "X" if layer is None else layer,
+        "transform": transform,
+        "n_components": n_components,
+        "n_splits": n_splits,
+        "mask_var": mask_var if isinstance(mask_var, str) else ("none" if mask_var is None else "array"),
+        "random_state": "generator" if isinstance(random_state, np.random.Generator) else int(random_state),
+    }
+    target = adata.copy() if copy else adata
+    _write(target, key_added, profiles, dense, _summary(method, params, selection))
+    logg.info(
+        f"    {selection.best.label}, rank {selection.rank}: {_gain(selection)}",
+        time=start,
+        deep=f"added\n    {key_added!r}, the denoised counts (adata.layers) and their factors (adata.obsm, .varm)\n"
+        f"    '{key_added}_scale', scales of cells and genes (adata.obs, .var)\n"
+        f"    {key_added!r}, what was compared and chosen (adata.uns)",
+    )
+    return target if copy else None
+
+
+def select_rank(
+    adata: AnnData,
+    *,
+    protocol: Protocol = "loo",
+    layer: str | None = None,
+    key_added: str = "select_rank",
+    max_rank: int | None = None,
+    transform: TransformName | None = None,
+    center: bool | None = None,
+    n_splits: int = 1,
+    mask_var: str | np.ndarray | Sequence[bool] | None = None,
+    random_state: RandomState = 0,
+) -> int:
+    """Return the number of principal components that the counts support: "how many PCs?".
+
+    Principal components learned from one half of the molecules must predict the other half; every rank's loss comes
+    from one factorisation per half. The answer is for `sc.pp.pca` on the same genes, normalised to the median depth
+    and log-transformed.
+
+    Parameters
+    ----------
+    adata, layer, mask_var, n_splits, random_state
+        As in `denoise`; here `mask_var` leaves the other genes out.
+    protocol
+        `"loo"`: each cell is predicted by the regression of all other cells, exactly; the rank is corrected to the
+        depth of the full data. `"noise2self"`: as published (Noise2Self, Figure 3), square roots, uncentred,
+        learned on three quarters of the cells and scored on the rest, no depth correction. `"mcv"`: molecular
+        cross-validation, one half truncated to rank k against the other, square roots, uncentred, depth-corrected.
+    key_added
+        Name in `uns`.
+    max_rank
+        Largest rank tried, at most min(cells, genes) - 1. None takes 50, or as many as there are.
+    transform, center
+        `"log1p"`, `"sqrt"` or `"none"`, and whether genes are centred as in `sc.pp.pca`; None takes the protocol's own.
+
+    Returns
+    -------
+    The rank. `.uns[key_added]` holds `rank`, `split_rank` (of least loss, at half depth), `within_one_error` (ranks
+    as good within one paired standard error), the curve (`ranks`, `loss`, `error`, `splits`, and `full_depth_loss`
+    where it is corrected; squared error per entry on the transformed scale), and `params`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `denoise`.
+
+    Warns
+    -----
+    UserWarning
+        If the loss still falls at `max_rank`, or if no rank beats rank 0 by more than the error.
+
+    Notes
+    -----
+    See `sc_noise2self.rank` for the formulas.
+
+    Examples
+    --------
+    >>> import sc_noise2self as n2s
+    >>> adata = n2s.datasets.pbmc68k_reduced()
+    >>> rank = n2s.select_rank(adata)
+    """
+    rng = as_generator(random_state)
+    _check_positive("n_splits", n_splits)
+    counts = read_csr(adata, layer)
+    genes = _read_mask(adata, mask_var)
+    max_rank = _bounded("max_rank", max_rank, _MAX_RANK, counts, genes)
+    start = logg.info(f"selecting the rank of {_describe(adata, layer)}")
+    with _progress("select_rank", n_splits * (1 if protocol == "noise2self" else 2)) as bar:
+        curve = rank_curve(
+            counts if genes is None else counts[:, genes],
+            max_rank,
+            rng,
+            protocol=protocol,
+            transform=transform,
+            center=center,
+            n_splits=n_splits,
+            on_step=bar.update,
+        )
+    _warn_of_rank(curve)
+    within = curve.within_one_error
+    adata.uns[key_added] = {
+        "rank": curve.rank,
+        "split_rank": curve.split_rank,
+        "within_one_error": within,
+        "ranks": curve.ranks,
+        "loss": curve.loss,
+        "error": curve.error,
+        "splits": curve.splits,
+        **({} if curve.full_depth_loss is None else {"full_depth_loss": curve.full_depth_loss}),
+        "params": {
+            "protocol": protocol,
+            "layer": "X" if layer is None else layer,
+            "transform": curve.transform,
+            "center": curve.center,
+            "max_rank": max_rank,
+            "n_splits": n_splits,
+            "mask_var": mask_var if isinstance(mask_var, str) else ("none" if mask_var is None else "array"),
+            "random_state": "generator" if isinstance(random_state, np.random.Generator) else int(random_state),
+        },
+    }
+    logg.info(
+        f"    rank {curve.rank} (least loss on a half at {curve.split_rank}, as good within one error: "
+        f"{within.min()} to {within.max()})",
+        time=start,
+        deep=f"added\n    {key_added!r}, the loss of every rank (adata.uns)",
+    )
+    return curve.rank
+
+
+def _summary(method: str, params: dict[str, Any], selection: Selection) -> dict[str, Any]:
+    """Return what goes to `.uns`: strings, numbers and arrays that `h5ad` and `zarr` keep."""
+    best = selection.best
+    candidates = list(selection.gains)
+    gains = [selection.gains[candidate] for candidate in candidates]
+    return {
+        "method": method,
+        "version": version("sc-noise2self"),
+        "params": params,
+        "scale": _SCALE,
+        "transform": best.transform,
+        "weighting": "cut" if best.strength is None else "shrinkage",
+        **({} if best.strength is None else {"strength": best.strength}),
+        "rank": selection.rank,
+        "weights": selection.full_depth_weights(),
+        "worth": selection.worth,
+        "gain": selection.gain.mean,
+        "gain_error": selection.gain.error,
+        "gain_molecules": int(selection.gain.molecules.sum()),
+        "candidates": {
+            "label": np.array([candidate.label for candidate in candidates]),
+            "gain": np.array([gain.mean for gain in gains]),
+            "error": np.array([gain.error_of_difference(selection.gain) for gain in gains]),
+        },
+    }
+
+
+def _write(
+    adata: AnnData, key: str, profiles: LowRankProfiles, dense: np.ndarray | None, summary: dict[str, Any]
+) -> None:
+    """Write everything under `key`, replacing an earlier result whole."""
+    if dense is not None:
+        adata.layers[key] = dense
+    elif key in adata.layers:
+        del adata.layers[key]
+    adata.obsm[key] = profiles.scores
+    adata.varm[key] = profiles.loadings
+    adata.obs[f"{key}_scale"] = profiles.cell_scale
+    adata.var[f"{key}_scale"] = profiles.gene_scale
+    adata.uns[key] = summary
+
+
+def _check_key(adata: AnnData, key: str, layer: str | None) -> None:
+    """Refuse a key under which something stands that `denoise` did not write."""
+    if not isinstance(key, str) or not key or "/" in key:
+        raise ValueError(f"key_added is {key!r}: pass a name without '/'.")
+    if key == layer:
+        raise ValueError(f"key_added is {key!r}, the layer that holds the counts: choose another name.")
+    if isinstance(adata.uns.get(key), dict) and adata.uns[key].get("scale") == _SCALE:
+        return
+    slots = {
+        "layers": key,
+        "obsm": key,
+        "varm": key,
+        "uns": key,
+        "obs": f"{key}_scale",
+        "var": f"{key}_scale",
+    }
+    taken = [f"adata.{slot}[{name!r}]" for slot, name in slots.items() if name in getattr(adata, slot)]
+    if taken:
+        raise ValueError(f"{taken[0]} exists and is not an earlier result: choose another key_added than {key!r}.")
+
+
+def _read_mask(adata: AnnData, mask_var: str | np.ndarray | Sequence[bool] | None) -> np.ndarray | None:
+    if mask_var is None:
+        return None
+    if isinstance(mask_var, str) and mask_var not in adata.var:
+        raise ValueError(f"mask_var {mask_var!r} is missing: adata.var has {list(adata.var.columns)}.")
+    mask = np.asarray(adata.var[mask_var] if isinstance(mask_var, str) else mask_var)
+    if mask.dtype != bool or mask.shape != (adata.n_vars,):
+        raise ValueError(
+            f"mask_var holds {mask.dtype} of shape {mask.shape}: pass booleans, one for each of {adata.n_vars} genes."
+        )
+    if mask.sum() < 2:
+        raise ValueError(f"mask_var keeps {mask.sum()} gene(s): keep at least 2.")
+    return mask
+
+
+def _bounded(name: str, value: int | None, default: int, counts: sp.csr_matrix, genes: np.ndarray | None) -> int:
+    """Return the number of components: as asked, or the default cut to what there is."""
+    n_cells, n_genes = counts.shape
+    if genes is not None:
+        n_genes = int(genes.sum())
+    bound = min(n_cells, n_genes) - 1
+    if value is None:
+        return min(default, bound)
+    _check_positive(name, value)
+    if value > bound:
+        raise ValueError(
+            f"{name} is {value}: {n_cells} cells x {n_genes} genes have at most {bound} components beyond the mean."
+        )
+    return int(value)
+
+
+def _check_positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} is {value!r}: pass a whole number, 1 or more.")
+
+
+def _warn_of_rank(curve: RankCurve) -> None:
+    if not curve.beats_none:
+        warnings.warn(
+            "no rank predicts held-out molecules better than rank 0 by more than the error: the counts show no "
+            "structure that principal components could use.",
+            UserWarning,
+            stacklevel=3,
+        )
+    elif curve.at_edge:
+        warnings.warn(
+            f"the loss still falls at the largest rank tried, {curve.ranks[-1]}: pass a larger max_rank.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _describe(adata: AnnData, layer: str | None) -> str:
+    return f"{'X' if layer is None else f'layer {layer!r}'} ({adata.n_obs} cells x {adata.n_vars} genes)"
+
+
+def _gain(selection: Selection) -> str:
+    return f"{selection.gain.mean:.4f} +- {selection.gain.error:.4f} nats per held-out molecule"
+
+
+def _progress(name: str, total: int) -> tqdm:
+    """Return a bar for what lasts over two seconds, silent below verbosity 2 (info)."""
+    return tqdm(total=total, desc=name, delay=2, disable=int(settings.verbosity) < 2, leave=False)

@@ -1,0 +1,435 @@
+"""`denoise` and `select_rank` on AnnData: what is written, what is left alone, what is refused and how."""
+
+import sys
+
+import anndata as ad
+import numpy as np
+import pytest
+import scanpy as sc
+import scipy.sparse as sp
+
+import sc_noise2self as n2s
+
+SLOTS = ("layers", "obsm", "varm", "obs", "var", "uns", "obsp", "varp")
+
+
+def contents(adata):
+    """Names in every slot, to tell what a call added."""
+    return {slot: set(getattr(adata, slot).keys()) for slot in SLOTS}
+
+
+def digest(matrix):
+    arrays = (matrix.data, matrix.indices, matrix.indptr) if sp.issparse(matrix) else (matrix,)
+    return [np.asarray(array).tobytes() for array in arrays]
+
+
+def test_what_is_written_and_nothing_else(adata):
+    before, x = contents(adata), digest(adata.X)
+    assert n2s.denoise(adata) is None
+    added = {slot: names - before[slot] for slot, names in contents(adata).items()}
+    assert added == {
+        "layers": {"denoised"},
+        "obsm": {"denoised"},
+        "varm": {"denoised"},
+        "obs": {"denoised_scale"},
+        "var": {"denoised_scale"},
+        "uns": {"denoised"},
+        "obsp": set(),
+        "varp": set(),
+    }
+    assert digest(adata.X) == x
+    layer = adata.layers["denoised"]
+    assert layer.dtype == np.float32
+    assert layer.flags.c_contiguous
+    assert np.isfinite(layer).all()
+    assert (layer >= 0).all()
+    np.testing.assert_allclose(layer.sum(axis=1), np.asarray(adata.X.sum(axis=1)).ravel(), rtol=1e-5)
+    np.testing.assert_allclose(layer.sum(axis=0), np.asarray(adata.X.sum(axis=0)).ravel(), rtol=1e-2)
+
+
+def test_the_record_says_what_was_chosen_and_gained(adata):
+    n2s.denoise(adata, n_components=20)
+    record = adata.uns["denoised"]
+    assert record["method"] == "pca"
+    assert record["params"]["layer"] == "X"
+    assert record["gain"] == record["candidates"]["gain"].max()
+    best = record["candidates"]["gain"].argmax()
+    assert record["candidates"]["label"][best].startswith(record["transform"])
+    assert record["candidates"]["error"][best] == 0
+    assert record["gain"] > 5 * record["gain_error"] > 0
+    assert record["gain_molecules"] == adata.X.sum()
+    assert record["weights"].shape == record["worth"].shape == (20,)
+    assert ((record["weights"] >= 0) & (record["weights"] <= 1)).all()
+    assert 3 <= record["rank"] <= 5  # five programmes: four components beyond the mean
+
+
+def test_denoising_nears_the_truth(pbmc):
+    """Marker genes after denoising tell apart the cell types that experts had labelled."""
+    n2s.denoise(pbmc)
+    b_cells = (pbmc.obs["bulk_labels"] == "CD19+ B").to_numpy()
+    raw, denoised = (
+        np.asarray(pbmc[:, "CD79A"].X.todense()).ravel(),
+        n2s.get.denoised(pbmc, "CD79A").to_numpy().ravel(),
+    )
+    size = np.asarray(pbmc.X.sum(axis=1)).ravel()
+
+    def overlap(values):
+        """Share of pairs of a B cell and another cell in which the other has at least as much."""
+        values = values / size
+        return (values[b_cells][:, None] <= values[~b_cells]).mean()
+
+    assert overlap(denoised) < 0.02
+    assert overlap(raw) > 5 * overlap(denoised)
+
+
+def test_layer_input_and_key(adata):
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = sp.csr_matrix(np.log1p(adata.X.toarray()))
+    x, counts = digest(adata.X), digest(adata.layers["counts"])
+    n2s.denoise(adata, layer="counts", key_added="n2s")
+    assert (digest(adata.X), digest(adata.layers["counts"])) == (x, counts)
+    assert adata.uns["n2s"]["params"]["layer"] == "counts"
+    assert set(adata.layers) == {"counts", "n2s"}
+
+
+def test_copy(adata):
+    before = contents(adata)
+    out = n2s.denoise(adata, copy=True)
+    assert contents(adata) == before
+    assert "denoised" in out.layers
+
+
+def test_factors_alone_rebuild_the_layer(adata):
+    whole = n2s.denoise(adata, copy=True)
+    n2s.denoise(adata, write_layer=False)
+    assert "denoised" not in adata.layers
+    genes = ["gene-3", "gene-99"]
+    found = n2s.get.denoised(adata, genes, cells=["cell-9", "cell-0"])
+    assert list(found.columns) == genes
+    assert list(found.index) == ["cell-9", "cell-0"]
+    np.testing.assert_allclose(found, whole[["cell-9", "cell-0"], genes].layers["denoised"], rtol=1e-5)
+
+
+def test_an_earlier_result_is_replaced_whole(adata):
+    n2s.denoise(adata)
+    n2s.denoise(adata, transform="sqrt", write_layer=False)
+    assert "denoised" not in adata.layers
+    assert adata.uns["denoised"]["transform"] == "sqrt"
+    assert set(adata.uns["denoised"]["candidates"]["label"]) >= {"sqrt, cut", "sqrt, shrinkage 1"}
+
+
+@pytest.mark.parametrize("kind", ["csr_array", "csc_matrix", "dense", "fortran", "int64", "uint16", "float64"])
+def test_the_same_counts_in_any_form_give_the_same_result(adata, kind):
+    n2s.denoise(adata)
+    forms = {"csr_array": sp.csr_array, "csc_matrix": sp.csc_matrix, "dense": lambda x: x.toarray()}
+    forms["fortran"] = lambda x: np.asfortranarray(x.toarray())
+    x = forms[kind](adata.X) if kind in forms else adata.X.astype(kind)
+    other = ad.AnnData(x, obs=adata.obs[[]], var=adata.var[[]])
+    # anndata brings `X` to C order; a layer keeps what it is given.
+    other.layers["counts"] = x
+    before = digest(other.layers["counts"])
+    n2s.denoise(other, layer="counts")
+    assert digest(other.layers["counts"]) == before
+    np.testing.assert_allclose(other.layers["denoised"], adata.layers["denoised"], rtol=1e-4, atol=1e-6)
+
+
+def test_same_seed_same_bytes(adata):
+    first, second, other = (n2s.denoise(adata, copy=True, random_state=seed) for seed in (3, 3, 4))
+    assert digest(first.layers["denoised"]) == digest(second.layers["denoised"])
+    assert digest(first.obsm["denoised"]) == digest(second.obsm["denoised"])
+    assert digest(first.layers["denoised"]) != digest(other.layers["denoised"])
+
+
+def test_global_random_state_is_left_alone(adata):
+    np.random.seed(0)  # noqa: NPY002
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    n2s.denoise(adata)
+    np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+
+
+def test_a_view_is_made_actual_with_a_warning_and_its_parent_left_alone(adata):
+    before = contents(adata)
+    view = adata[adata.obs_names[:200]]
+    with pytest.warns(ad.ImplicitModificationWarning):
+        n2s.denoise(view)
+    assert not view.is_view
+    assert view.layers["denoised"].shape == (200, 120)
+    assert contents(adata) == before
+
+
+def test_mask_var(adata):
+    adata.var["chosen"] = np.arange(120) < 60
+    by_name = n2s.denoise(adata, mask_var="chosen", copy=True)
+    by_array = n2s.denoise(adata, mask_var=adata.var["chosen"].to_numpy(), copy=True)
+    assert digest(by_name.layers["denoised"]) == digest(by_array.layers["denoised"])
+    assert by_name.layers["denoised"].shape == (300, 120)
+    assert by_name.uns["denoised"]["params"]["mask_var"] == "chosen"
+    # Scanpy's habit of using this column unasked is not followed.
+    adata.var["highly_variable"] = np.arange(120) < 10
+    plain = n2s.denoise(adata, copy=True)
+    del adata.var["highly_variable"]
+    assert digest(plain.layers["denoised"]) == digest(n2s.denoise(adata, copy=True).layers["denoised"])
+
+
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+@pytest.mark.parametrize("format", ["h5ad", "zarr"])
+def test_files_keep_everything(adata, tmp_path, format):
+    if format == "zarr":
+        pytest.importorskip("zarr")
+    n2s.denoise(adata)
+    n2s.select_rank(adata, max_rank=20)
+    path = tmp_path / f"x.{format}"
+    getattr(adata, f"write_{format}")(path)
+    back = getattr(ad, f"read_{format}")(path)
+    np.testing.assert_array_equal(back.layers["denoised"], adata.layers["denoised"])
+    assert_same(back.uns["denoised"], adata.uns["denoised"])
+    assert_same(back.uns["select_rank"], adata.uns["select_rank"])
+    found, expected = (n2s.get.denoised(a, ["gene-1", "gene-2"]) for a in (back, adata))
+    np.testing.assert_array_equal(found, expected)
+    n2s.denoise(back)  # a result read from a file is known as one, and replaced
+
+
+def assert_same(a, b):
+    if isinstance(b, dict):
+        assert set(a) == set(b)
+        for key in b:
+            assert_same(a[key], b[key])
+    else:
+        np.testing.assert_array_equal(a, b)
+
+
+def test_molecules_dealt_at_random_gain_nothing(adata):
+    """Each gene's molecules dealt anew over cells by their depth: what is left to predict is one mean profile.
+
+    Shuffling a gene's counts instead would keep its overdispersion, which half of a count does tell of the other half.
+    """
+    rng = np.random.default_rng(0)
+    x = adata.X.toarray()
+    depth = x.sum(axis=1) / x.sum()
+    adata.X = sp.csr_matrix(rng.multinomial(x.sum(axis=0).astype(int), depth).T.astype(np.float32))
+    with pytest.warns(UserWarning, match="no candidate predicts held-out molecules better than one mean profile"):
+        n2s.denoise(adata)
+    assert adata.uns["denoised"]["gain"] <= 2 * adata.uns["denoised"]["gain_error"]
+    assert adata.uns["denoised"]["rank"] == 0
+    profiles = adata.layers["denoised"] / adata.layers["denoised"].sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(profiles, np.tile(profiles[0], (300, 1)), rtol=1e-3)
+    with pytest.warns(UserWarning, match="no rank predicts held-out molecules better than rank 0"):
+        n2s.select_rank(adata, max_rank=20)
+
+
+def test_select_rank(adata):
+    before = contents(adata)
+    rank = n2s.select_rank(adata, max_rank=20)
+    assert 3 <= rank <= 5
+    added = {slot: names - before[slot] for slot, names in contents(adata).items()}
+    assert added.pop("uns") == {"select_rank"}
+    assert not any(added.values())
+    curve = adata.uns["select_rank"]
+    assert curve["rank"] == rank
+    assert curve["loss"].shape == curve["error"].shape == curve["ranks"].shape == (21,)
+    assert curve["ranks"][curve["loss"].argmin()] == curve["split_rank"]
+    assert n2s.select_rank(adata, max_rank=20) == rank
+    assert n2s.select_rank(adata, max_rank=20, protocol="mcv", center=True) in range(2, 7)
+    # Uncentred, the mean takes one component of its own.
+    assert n2s.select_rank(adata, max_rank=20, protocol="noise2self") in range(4, 8)
+    with pytest.warns(UserWarning, match="the loss still falls at the largest rank tried, 2"):
+        n2s.select_rank(adata, max_rank=2)
+
+
+def test_select_rank_uses_the_masked_genes_alone(adata):
+    mask = np.arange(120) < 60
+    found = n2s.select_rank(adata, max_rank=20, mask_var=mask)
+    alone = adata[:, mask].copy()
+    assert found == n2s.select_rank(alone, max_rank=20)
+    np.testing.assert_array_equal(adata.uns["select_rank"]["loss"], alone.uns["select_rank"]["loss"])
+
+
+@pytest.mark.parametrize("call", [n2s.denoise, n2s.select_rank])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda a: sc.pp.normalize_total(a, target_sum=1e3),
+            ValueError,
+            'X holds .* at cell "cell-0", gene "gene',
+        ),
+        (lambda a: sc.pp.log1p(a), ValueError, 'raw counts. Pass the matrix .* layer="counts"'),
+        (lambda a: a.X.data.__setitem__(5, -1), ValueError, "X holds -1"),
+        (lambda a: a.X.data.__setitem__(5, np.nan), ValueError, "X holds nan"),
+        (lambda a: a.X.data.__setitem__(slice(None), 0), ValueError, "X holds no molecule"),
+        (lambda a: setattr(a, "X", None), ValueError, "adata.X is empty"),
+    ],
+)
+def test_refuses_what_is_not_counts_and_writes_nothing(adata, call, change, error, message):
+    change(adata)
+    before = contents(adata)
+    with pytest.raises(error, match=message):
+        call(adata)
+    assert contents(adata) == before
+
+
+@pytest.mark.parametrize("call", [n2s.denoise, n2s.select_rank])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"layer": "counts"}, ValueError, r"layer 'counts' is missing: adata.layers has \[\]"),
+        ({"random_state": "seed"}, TypeError, "random_state is 'seed': pass a whole number"),
+        ({"n_splits": 0}, ValueError, "n_splits is 0: pass a whole number, 1 or more"),
+        ({"transform": "cp10k"}, ValueError, "transform is 'cp10k': pass one of"),
+        ({"mask_var": "hvg"}, ValueError, "mask_var 'hvg' is missing: adata.var has"),
+        ({"mask_var": np.ones(7, bool)}, ValueError, "one for each of 120 genes"),
+        ({"mask_var": np.arange(120) < 1}, ValueError, "mask_var keeps 1 gene"),
+    ],
+)
+def test_refuses_options_and_writes_nothing(adata, call, options, error, message):
+    before = contents(adata)
+    with pytest.raises(error, match=message):
+        call(adata, **options)
+    assert contents(adata) == before
+
+
+@pytest.mark.parametrize(
+    ("call", "options", "message"),
+    [
+        (n2s.denoise, {"method": "magic"}, "method is 'magic': pass one of pca"),
+        (n2s.denoise, {"key_added": "a/b"}, "pass a name without '/'"),
+        (n2s.denoise, {"n_components": 120}, "n_components is 120: 300 cells x 120 genes have at most 119"),
+        (n2s.select_rank, {"max_rank": 120}, "max_rank is 120: 300 cells x 120 genes have at most 119"),
+        (n2s.select_rank, {"max_rank": 2.5}, "max_rank is 2.5: pass a whole number"),
+        (n2s.select_rank, {"protocol": "kfold"}, "protocol is 'kfold': pass one of loo, noise2self, mcv"),
+    ],
+)
+def test_refuses_options_of_one(adata, call, options, message):
+    with pytest.raises(ValueError, match=message):
+        call(adata, **options)
+
+
+def test_never_writes_over_what_it_did_not_write(adata):
+    adata.layers["counts"] = adata.X.copy()
+    with pytest.raises(ValueError, match="the layer that holds the counts: choose another name"):
+        n2s.denoise(adata, layer="counts", key_added="counts")
+    adata.obsm["denoised"] = np.ones((300, 2))
+    with pytest.raises(ValueError, match="exists and is not an earlier result: choose another key_added"):
+        n2s.denoise(adata)
+    assert "denoised" not in adata.layers
+    np.testing.assert_array_equal(adata.obsm["denoised"], 1)
+
+
+@pytest.mark.parametrize(("shape", "what"), [((1, 120), "1 cell"), ((300, 1), "1 gene")])
+def test_refuses_one_cell_and_one_gene(adata, shape, what):
+    small = adata[: shape[0], : shape[1]].copy()
+    with pytest.raises(ValueError, match=f"there is {what}: denoising learns from what"):
+        n2s.denoise(small)
+
+
+def test_two_cells_and_three_genes_run(recwarn):
+    x = sp.csr_matrix(np.array([[5, 0, 2], [1, 7, 3]], dtype=np.float32))
+    small = ad.AnnData(x)
+    n2s.denoise(small)
+    assert np.isfinite(small.layers["denoised"]).all()
+
+
+def test_empty_cells_and_unexpressed_genes_stay_zero(adata):
+    x = adata.X.toarray()
+    x[4] = 0
+    x[:, 7] = 0
+    adata.X = sp.csr_matrix(x)
+    with pytest.warns(UserWarning, match="1 cell.s. hold no molecule and stay zero: .*sc.pp.filter_cells"):
+        n2s.denoise(adata)
+    layer = adata.layers["denoised"]
+    assert np.isfinite(layer).all()
+    assert (layer[4] == 0).all()
+    assert (layer[:, 7] == 0).all()
+    with pytest.warns(UserWarning, match="hold no molecule"):
+        n2s.select_rank(adata, max_rank=10)
+
+
+def test_stored_zeros_are_not_counts(adata):
+    n2s.denoise(adata)
+    other = adata.copy()
+    x = sp.csr_matrix(adata.X, copy=True)
+    padded = sp.csr_matrix(x + sp.csr_matrix(np.eye(300, 120)))
+    padded.data -= (padded != x).toarray()[padded.nonzero()]
+    assert padded.nnz > x.nnz
+    other.X = padded.astype(np.float32)
+    n2s.denoise(other)
+    np.testing.assert_array_equal(other.layers["denoised"], adata.layers["denoised"])
+
+
+def test_transposed_counts_are_recognised(adata):
+    adata.obs_names = ["ACTB", *adata.obs_names[1:]]
+    with pytest.warns(UserWarning, match="adata looks transposed .* pass adata.T"):
+        n2s.select_rank(adata, max_rank=10)
+    adata.obs_names = [f"cell-{i}" for i in range(300)]
+    adata.var_names = ["".join("ACGT"[i // 4**j % 4] for j in range(16)) + "-1" for i in range(120)]
+    with pytest.warns(UserWarning, match="adata looks transposed"):
+        n2s.select_rank(adata, max_rank=10)
+
+
+def test_reads_are_recognised(adata):
+    adata.X = adata.X * 30
+    with pytest.warns(UserWarning, match="X looks like reads, not molecules .* Use UMI counts"):
+        n2s.split_molecules(adata)
+
+
+def test_refuses_a_backed_object(adata, tmp_path):
+    adata.write_h5ad(tmp_path / "x.h5ad")
+    backed = ad.read_h5ad(tmp_path / "x.h5ad", backed="r")
+    with pytest.raises(ValueError, match="adata is backed on .* adata = adata.to_memory"):
+        n2s.denoise(backed)
+    backed.file.close()
+
+
+def test_refuses_what_is_not_anndata(adata):
+    with pytest.raises(TypeError, match="adata is of type csr_matrix: pass an AnnData object"):
+        n2s.denoise(adata.X)
+
+
+def test_messages_follow_scanpy_verbosity(adata, capsys):
+    verbosity, stream = sc.settings.verbosity, sc.settings.logfile
+    try:
+        sc.settings.logfile = sys.stderr
+        sc.settings.verbosity = 1
+        n2s.denoise(adata)
+        assert capsys.readouterr().err == ""
+        sc.settings.verbosity = 2
+        n2s.denoise(adata)
+        n2s.select_rank(adata, max_rank=10)
+        said = capsys.readouterr().err
+    finally:
+        sc.settings.verbosity = verbosity
+        sc.settings.logfile = stream
+    assert "denoising X (300 cells x 120 genes)" in said
+    assert "nats per held-out molecule" in said
+    assert "rank" in said
+
+
+def test_an_interrupt_writes_nothing(adata, monkeypatch):
+    from sc_noise2self.denoisers.profiles import LowRankProfiles
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LowRankProfiles, "counts", interrupt)
+    before = contents(adata)
+    with pytest.raises(KeyboardInterrupt):
+        n2s.denoise(adata)
+    assert contents(adata) == before
+
+
+# Held-out gain on real counts with nine tenths of the molecules seen: at least this, in nats per molecule.
+@pytest.mark.parametrize(
+    ("name", "least"), [("paul15_myeloid", 0.103), ("pbmc3k_10x", 0.136), ("baron_human1_pancreas", 0.457)]
+)
+def test_held_out_gain_on_real_counts(real_data, name, least):
+    from sc_noise2self.loss import held_out_gain, held_out_probabilities
+
+    x = real_data(name).X.tocsr()
+    x = x[np.asarray(x.sum(axis=1)).ravel() > 200]
+    train, test = n2s.split_molecules(x, 0.9, random_state=1)
+    adata = ad.AnnData(train)
+    n2s.denoise(adata, write_layer=False)
+    mean = np.asarray(train.sum(axis=0)).ravel() / train.sum()
+    gain = held_out_gain(held_out_probabilities(n2s.get.profiles(adata), test), test, mean)
+    assert gain.mean > least
+    assert adata.uns["denoised"]["gain"] < gain.mean + 3 * gain.error  # what was promised is kept
