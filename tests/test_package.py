@@ -1,0 +1,166 @@
+"""The package as others meet it: `scanpy.external.n2s`, imports, the command line."""
+
+import importlib.metadata
+import subprocess
+import sys
+
+import anndata as ad
+import numpy as np
+import pytest
+
+from sc_noise2self.__main__ import main
+
+
+def python(code):
+    """Run code in a fresh interpreter and return what it prints; its errors are ours."""
+    done = subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_is_light():
+    slow = ["torch", "scanpy", "anndata", "pandas", "matplotlib", "sklearn", "scipy", "numpy"]
+    code = f"import sys, sc_noise2self; print([name for name in {slow} if name in sys.modules])"
+    assert python(code) == "[]"
+
+
+def test_every_public_name_loads_and_torch_is_not_needed():
+    code = """
+import sys, sc_noise2self as n2s
+assert sorted(n2s.__all__) == ["datasets", "denoise", "get", "pl", "select_rank", "split_molecules"], n2s.__all__
+for name in n2s.__all__: getattr(n2s, name)
+assert callable(n2s.denoise) and "torch" not in sys.modules
+"""
+    python(code)
+
+
+ORDERS = [
+    "import sc_noise2self as n2s; import scanpy as sc",
+    "import scanpy as sc; import sc_noise2self as n2s",
+    "import sc_noise2self as n2s; import scanpy.external; import scanpy as sc",
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_scanpy_external(order):
+    code = f"""
+import warnings; warnings.simplefilter("ignore")
+{order}
+assert sc.external.n2s is n2s
+assert "n2s" not in sc.external.__all__
+import scanpy.external.n2s as alias
+assert alias is n2s
+import scanpy.external.n2s.pl as alias_pl
+import sc_noise2self.pl
+assert alias_pl is sc_noise2self.pl is n2s.pl
+assert alias_pl.__name__ == alias_pl.__spec__.name == "sc_noise2self.pl"
+from scanpy.external.n2s import denoise
+assert denoise is n2s.denoise is sc.external.n2s.denoise
+import importlib
+importlib.reload(n2s)
+assert sc.external.n2s is n2s
+import sys
+assert sum(type(finder).__name__ == "_Finder" for finder in sys.meta_path) == 1
+"""
+    python(code)
+
+
+def test_scanpy_without_external():
+    code = """
+import importlib.machinery, sys, types
+import scanpy as sc
+sys.modules.pop("scanpy.external"); vars(sc).pop("external", None)
+find = importlib.machinery.PathFinder.find_spec
+importlib.machinery.PathFinder.find_spec = lambda name, *rest: None if name == "scanpy.external" else find(name, *rest)
+import sc_noise2self as n2s
+try:
+    import scanpy.external
+except ModuleNotFoundError:
+    print(callable(n2s.denoise))
+"""
+    assert python(code) == "True"
+
+
+def test_never_over_something_already_there():
+    code = """
+import warnings; warnings.simplefilter("ignore")
+import scanpy as sc, scanpy.external
+sc.external.n2s = "somebody else's"
+import sc_noise2self
+print(sc.external.n2s)
+"""
+    assert python(code) == "somebody else's"
+
+
+@pytest.fixture
+def source(adata, tmp_path):
+    adata.layers["counts"] = adata.X.copy()
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    return tmp_path / "in.h5ad"
+
+
+def test_command_line(source, tmp_path, capsys):
+    before = source.read_bytes()
+    assert main(["denoise", str(source), str(tmp_path / "out.h5ad"), "--layer", "counts", "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    out = ad.read_h5ad(tmp_path / "out.h5ad")
+    assert out.layers["denoised"].shape == (300, 120)
+    assert out.uns["denoised"]["params"]["layer"] == "counts"
+    assert source.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.h5ad", "out.h5ad"]
+
+
+def test_command_line_factors(source, tmp_path):
+    assert main(["denoise", str(source), str(tmp_path / "out.h5ad"), "--factors", "--key-added", "x", "--quiet"]) == 0
+    out = ad.read_h5ad(tmp_path / "out.h5ad")
+    assert set(out.layers) == {"counts"}
+    assert out.obsm["x"].shape[0] == 300
+
+
+def test_command_line_says_what_is_wrong_and_writes_nothing(source, tmp_path, capsys):
+    (tmp_path / "taken.h5ad").write_text("mine")
+    normalised = ad.read_h5ad(source)
+    normalised.X = normalised.X * 0.3
+    normalised.write_h5ad(tmp_path / "normalised.h5ad")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    out = str(tmp_path / "out.h5ad")
+    for arguments, message in [
+        (["missing.h5ad", out], "missing.h5ad is not a file"),
+        ([str(source), str(tmp_path / "taken.h5ad")], "taken.h5ad exists: nothing is overwritten"),
+        ([str(source), str(tmp_path / "out.csv")], "does not end in .h5ad"),
+        ([str(source), str(tmp_path / "no" / "out.h5ad")], "is not a folder: make it first"),
+        ([str(tmp_path / "normalised.h5ad"), out], "molecule splitting needs raw counts"),
+        ([str(source), out, "--method", "magic"], "method is 'magic': pass one of"),
+        ([str(source), out, "--layer", "raw"], "layer 'raw' is missing: adata.layers has"),
+    ]:
+        assert main(["denoise", *arguments, "--quiet"]) == 2
+        assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_module_runs_as_a_program_and_reports_the_gain(source, tmp_path):
+    command = [sys.executable, "-m", "sc_noise2self", "denoise", str(source), str(tmp_path / "out.h5ad")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "nats per held-out molecule" in done.stderr
+    assert "300 cells x 120 genes, result 'denoised'" in done.stdout
+
+
+def test_version_is_recorded(adata):
+    import sc_noise2self as n2s
+
+    n2s.denoise(adata)
+    assert adata.uns["denoised"]["version"] == importlib.metadata.version("sc-noise2self")
+
+
+def test_bundled_counts(pbmc, real_data):
+    reference = real_data("tiny_pbmc68k_reduced_700")
+    assert list(pbmc.obs_names) == list(reference.obs_names)
+    assert list(pbmc.var_names) == list(reference.var_names)
+    assert (pbmc.X != reference.X).nnz == 0
+
+
+def test_bundled_counts_are_counts(pbmc):
+    assert pbmc.shape == (700, 765)
+    assert (pbmc.X.data == np.rint(pbmc.X.data)).all()
+    assert pbmc.X.data.min() == 1
