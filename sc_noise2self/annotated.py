@@ -106,7 +106,8 @@ def read_counts(adata: AnnData, layer: str | None) -> CountMatrix:
     if adata.isbacked:
         raise ValueError(f"adata is backed on {adata.filename}: load it first, adata = adata.to_memory().")
     if layer is not None and layer not in adata.layers:
-        raise ValueError(f"layer {layer!r} is missing: adata.layers has {sorted(adata.layers)}.")
+        names = [name for name in adata.layers if name is not None]  # None is X since anndata 0.13
+        raise ValueError(f"layer {layer!r} is missing: adata.layers has {names}.")
     matrix = adata.X if layer is None else adata.layers[layer]
     name = "X" if layer is None else f'layer "{layer}"'
     if matrix is None:

@@ -22,3 +22,8 @@ def poisson_counts(profiles: np.ndarray, depth: float, seed: int) -> sp.csr_matr
 
 def dense(x) -> np.ndarray:
     return x.toarray() if sp.issparse(x) else np.asarray(x)
+
+
+def layer_names(adata) -> set[str]:
+    """Names of the layers; anndata lists X among them as None since 0.13."""
+    return set(adata.layers) - {None}
