@@ -6,7 +6,7 @@ Everything is computed before anything is written, so a refusal or an interrupt 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from numbers import Integral
 from typing import Any, Literal, get_args
@@ -19,17 +19,18 @@ from scanpy import settings
 from tqdm.auto import tqdm
 
 from .annotated import read_csr
-from .denoisers.pca import PCADenoiser
-from .denoisers.profiles import LowRankProfiles
+from .counts import row_sums
+from .denoisers.members import MeanMember, Member, PCAMember
+from .denoisers.profiles import LowRankProfiles, MixedProfiles
 from .random import RandomState, as_generator
 from .rank import Protocol, RankCurve, rank_curve
-from .selection import Selection, select_pca
+from .scale import MEANING, Scale, check_scale, to_scale
+from .selection import Choice, Selection, combine, select
 from .transform import TransformName
 
-Method = Literal["pca"]
+Method = Literal["pca", "ensemble"]
 _MAX_COMPONENTS = 100
 _MAX_RANK = 50
-_SCALE = "expected counts at each cell's own depth"
 
 
 def denoise(
@@ -39,6 +40,9 @@ def denoise(
     layer: str | None = None,
     key_added: str = "denoised",
     write_layer: bool = True,
+    scale: Scale = "counts",
+    scale_depth: float | None = None,
+    mix: bool = False,
     transform: TransformName | Literal["auto"] = "auto",
     n_components: int | None = None,
     n_splits: int = 1,
@@ -58,7 +62,9 @@ def denoise(
         Cells x genes with raw counts (UMIs) in `X` or a layer. Correct ambient RNA, doublets and batches before: both
         halves share them, so they count as signal.
     method
-        `"pca"`: PCA regression with shrunken components.
+        `"pca"`: PCA regression with shrunken components, in the one transform that gains most. `"ensemble"`: the
+        mean of the mean profile and of PCA in every transform, with the weights under which held-out molecules are
+        likeliest.
     layer
         The layer that holds raw counts; None takes `X`.
     key_added
@@ -66,8 +72,19 @@ def denoise(
     write_layer
         False writes the factors alone, from which `sc_noise2self.get.denoised` rebuilds any genes; the layer is dense,
         4 bytes x cells x genes.
+    scale
+        Of the layer: `"counts"`, expected counts at each cell's own depth; `"rates"`, rows that sum to 1;
+        `"log1p_cp10k"`, log1p of 10 000 x the rate; `"expected_log1p_cp10k"`, what log1p(CP10k) of a fresh sample
+        of `scale_depth` molecules averages, which lies below the former.
+    scale_depth
+        Molecules of that sample. None takes the median of the cells.
+    mix
+        Mix each cell's own counts back in, gene by gene, as much as the denoiser leaves unexplained (Noise2Self,
+        section 4.2). Copies of one molecule (UMI errors, PCR) look like unexplained expression too, and predict
+        held-out molecules without being biology. So compare before you believe what mixing adds, above all for
+        genes with a large `.var["denoised_mixed"]`.
     transform
-        `"log1p"`, `"sqrt"`, `"none"`, or `"auto"`, which compares the three.
+        `"log1p"`, `"sqrt"`, `"none"`, or `"auto"`, all three.
     n_components
         Components learned beyond the mean profile; their weights decide how many matter. None takes 100, or as many as
         there are.
@@ -89,14 +106,18 @@ def denoise(
     `.layers["denoised"]`
         Expected counts at each cell's own depth: float32, dense, non-negative; every gene keeps its total. Empty
         cells and unexpressed genes stay 0.
-    `.obsm["denoised"]`, `.varm["denoised"]`, `.obs["denoised_scale"]`, `.var["denoised_scale"]`
-        The factors: scores (cells, k + 1), loadings (genes, k + 1) and the scales of cells and genes. The layer is
-        `cell scale * gene scale * rates(scores @ loadings.T)`.
+    `.obsm["denoised"]`, `.varm["denoised"]`, `.obsm["denoised_scale"]`, `.varm["denoised_scale"]`,
+    `.obs["denoised_size"]`
+        The factors: scores (cells, k), loadings (genes, k), the scales of cells and genes, one column a member, and the
+        molecules of each cell. Expected counts are `cell scale * gene scale * rates(scores @ loadings.T)`, for an
+        ensemble their weighted mean.
+    `.var["denoised_phi"]`, `.var["denoised_mixed"]`
+        With `mix=True`: each gene's dispersion around the prediction, and the mean weight of a cell's own count.
     `.uns["denoised"]`
-        `method`, `version`, `params`, `scale`; the choice (`transform`, `weighting`, `rank`, the number of
-        components that are more signal than noise, `weights`); every candidate's `gain` with the standard error of
-        its difference to the best; and `gain`, `gain_error` (nats per held-out molecule above the mean profile) and
-        `gain_molecules`.
+        `method`, `version`, `params`, `scale`; the `members` chosen with their settings, weights and ranks (components
+        that are more signal than noise), and under `components` what each component of a member is worth; every
+        candidate's `gain` with the standard error of its difference to the best; and `gain`, `gain_error` (nats per
+        held-out molecule above the mean profile) and `gain_molecules`; with `mix=True` also `unmixed_gain`.
 
     Raises
     ------
@@ -127,6 +148,7 @@ def denoise(
         raise ValueError(f"method is {method!r}: pass one of {', '.join(get_args(Method))}.")
     if transform != "auto" and transform not in get_args(TransformName):
         raise ValueError(f"transform is {transform!r}: pass one of auto, {', '.join(get_args(TransformName))}.")
+    check_scale(scale, scale_depth)
     rng = as_generator(random_state)
     _check_positive("n_splits", n_splits)
     counts = read_csr(adata, layer)
@@ -136,15 +158,12 @@ def denoise(
     start = logg.info(f"denoising {_describe(adata, layer)}")
 
     transforms = get_args(TransformName) if transform == "auto" else (transform,)
-    with _progress("denoise", 2 * n_splits * len(transforms) + 1) as bar:
-        selection = select_pca(
-            counts,
-            rng,
-            transforms=transforms,
-            n_components=n_components,
-            n_splits=n_splits,
-            genes=genes,
-            on_step=bar.update,
+    members: list[Member] = [PCAMember(name, n_components, genes) for name in transforms]
+    if method == "ensemble":
+        members.insert(0, MeanMember())
+    with _progress("denoise", 2 * n_splits * len(members) + 1) as bar:
+        selection = select(
+            members, counts, rng, average=method == "ensemble", mix=mix, n_splits=n_splits, on_step=bar.update
         )
         if not selection.beats_mean:
             warnings.warn(
@@ -153,11 +172,14 @@ def denoise(
                 UserWarning,
                 stacklevel=2,
             )
-        # Without weights "none" alone is the mean profile exactly; `sqrt` bends it with a cell's depth.
-        chosen = selection.best.transform if selection.beats_mean else "none"
-        denoiser = PCADenoiser(chosen, n_components=n_components, random_state=rng).fit(counts, genes)
-        profiles = denoiser.predict(counts, selection.full_depth_weights())
-        dense = profiles.counts() if write_layer else None
+        fitted = selection.refit(counts, rng)
+        profiles = combine(fitted, [choice.weight for choice in selection.choices])
+        if selection.phi is not None:
+            profiles = MixedProfiles.with_totals(profiles, counts, selection.phi)
+        size = row_sums(counts)
+        if scale == "expected_log1p_cp10k" and scale_depth is None:
+            scale_depth = float(np.median(size[size > 0]))
+        dense = to_scale(profiles.counts(), size, scale, scale_depth) if write_layer else None
         bar.update()
 
     params = {
@@ -165,16 +187,22 @@ def denoise(
         "transform": transform,
         "n_components": n_components,
         "n_splits": n_splits,
+        "mix": mix,
         "mask_var": mask_var if isinstance(mask_var, str) else ("none" if mask_var is None else "array"),
         "random_state": "generator" if isinstance(random_state, np.random.Generator) else int(random_state),
+        **({} if scale_depth is None else {"scale_depth": float(scale_depth)}),
     }
     target = adata.copy() if copy else adata
-    _write(target, key_added, profiles, dense, _summary(method, params, selection))
+    _write(target, key_added, fitted, size, dense)
+    if isinstance(profiles, MixedProfiles):
+        target.obs[f"{key_added}_cell_scale"] = profiles.cell_scale
+        target.var[f"{key_added}_phi"] = profiles.phi
+        target.var[f"{key_added}_mixed"] = profiles.share_of_count()
+    target.uns[key_added] = _summary(method, params, scale, fitted, selection)
     logg.info(
-        f"    {selection.best.label}, rank {selection.rank}: {_gain(selection)}",
+        f"    {'; '.join(_describe_choice(choice) for choice in selection.choices)}: {_gain(selection)}",
         time=start,
         deep=f"added\n    {key_added!r}, the denoised counts (adata.layers) and their factors (adata.obsm, .varm)\n"
-        f"    '{key_added}_scale', scales of cells and genes (adata.obs, .var)\n"
         f"    {key_added!r}, what was compared and chosen (adata.uns)",
     )
     return target if copy else None
@@ -289,46 +317,74 @@ def select_rank(
     return curve.rank
 
 
-def _summary(method: str, params: dict[str, Any], selection: Selection) -> dict[str, Any]:
+def _summary(
+    method: str, params: dict[str, Any], scale: Scale, fitted: tuple[LowRankProfiles, ...], selection: Selection
+) -> dict[str, Any]:
     """Return what goes to `.uns`: strings, numbers and arrays that `h5ad` and `zarr` keep."""
-    best = selection.best
-    candidates = list(selection.gains)
-    gains = [selection.gains[candidate] for candidate in candidates]
+    records = [choice.member.record(choice.setting) for choice in selection.choices]
+    gains = selection.gains
+    best = max(gains.values(), key=lambda gain: gain.mean)
     return {
         "method": method,
         "version": version("sc-noise2self"),
         "params": params,
-        "scale": _SCALE,
-        "transform": best.transform,
-        "weighting": "cut" if best.strength is None else "shrinkage",
-        **({} if best.strength is None else {"strength": best.strength}),
-        "rank": selection.rank,
-        "weights": selection.full_depth_weights(),
-        "worth": selection.worth,
+        "scale": scale,
+        "scale_meaning": MEANING[scale],
+        "members": {
+            "name": np.array([choice.member.name for choice in selection.choices]),
+            "setting": np.array([choice.setting for choice in selection.choices]),
+            "weight": np.array([choice.weight for choice in selection.choices]),
+            "rank": np.array([record["rank"] for record in records]),
+            "transform": np.array([profiles.transform for profiles in fitted]),
+            "n_factors": np.array([profiles.scores.shape[1] for profiles in fitted]),
+        },
+        "components": {
+            choice.member.name: {name: value for name, value in record.items() if name != "rank"}
+            for choice, record in zip(selection.choices, records, strict=True)
+        },
         "gain": selection.gain.mean,
         "gain_error": selection.gain.error,
         "gain_molecules": int(selection.gain.molecules.sum()),
+        **({} if selection.phi is None else {"unmixed_gain": selection.unmixed_gain.mean}),
         "candidates": {
-            "label": np.array([candidate.label for candidate in candidates]),
-            "gain": np.array([gain.mean for gain in gains]),
-            "error": np.array([gain.error_of_difference(selection.gain) for gain in gains]),
+            "label": np.array(list(gains)),
+            "gain": np.array([gain.mean for gain in gains.values()]),
+            "error": np.array([gain.error_of_difference(best) for gain in gains.values()]),
         },
     }
 
 
 def _write(
-    adata: AnnData, key: str, profiles: LowRankProfiles, dense: np.ndarray | None, summary: dict[str, Any]
+    adata: AnnData,
+    key: str,
+    fitted: tuple[LowRankProfiles, ...],
+    size: np.ndarray,
+    dense: np.ndarray | None,
 ) -> None:
-    """Write everything under `key`, replacing an earlier result whole."""
+    """Write layer and factors under `key`, replacing an earlier result whole."""
+    for slot, names in _slots(key).items():
+        for name in names:
+            if slot != "uns" and name in getattr(adata, slot):
+                del getattr(adata, slot)[name]
     if dense is not None:
         adata.layers[key] = dense
-    elif key in adata.layers:
-        del adata.layers[key]
-    adata.obsm[key] = profiles.scores
-    adata.varm[key] = profiles.loadings
-    adata.obs[f"{key}_scale"] = profiles.cell_scale
-    adata.var[f"{key}_scale"] = profiles.gene_scale
-    adata.uns[key] = summary
+    adata.obsm[key] = np.hstack([profiles.scores for profiles in fitted])
+    adata.varm[key] = np.hstack([profiles.loadings for profiles in fitted])
+    adata.obsm[f"{key}_scale"] = np.column_stack([profiles.cell_scale for profiles in fitted])
+    adata.varm[f"{key}_scale"] = np.column_stack([profiles.gene_scale for profiles in fitted])
+    adata.obs[f"{key}_size"] = size
+
+
+def _slots(key: str) -> dict[str, list[str]]:
+    """Return the names that a result under `key` may take."""
+    return {
+        "layers": [key],
+        "obsm": [key, f"{key}_scale"],
+        "varm": [key, f"{key}_scale"],
+        "obs": [f"{key}_size", f"{key}_cell_scale"],
+        "var": [f"{key}_phi", f"{key}_mixed"],
+        "uns": [key],
+    }
 
 
 def _check_key(adata: AnnData, key: str, layer: str | None) -> None:
@@ -337,19 +393,15 @@ def _check_key(adata: AnnData, key: str, layer: str | None) -> None:
         raise ValueError(f"key_added is {key!r}: pass a name without '/'.")
     if key == layer:
         raise ValueError(f"key_added is {key!r}, the layer that holds the counts: choose another name.")
-    if isinstance(adata.uns.get(key), dict) and adata.uns[key].get("scale") == _SCALE:
+    if isinstance(adata.uns.get(key), Mapping) and "scale_meaning" in adata.uns[key]:
         return
-    slots = {
-        "layers": key,
-        "obsm": key,
-        "varm": key,
-        "uns": key,
-        "obs": f"{key}_scale",
-        "var": f"{key}_scale",
-    }
-    taken = [f"adata.{slot}[{name!r}]" for slot, name in slots.items() if name in getattr(adata, slot)]
-    if taken:
-        raise ValueError(f"{taken[0]} exists and is not an earlier result: choose another key_added than {key!r}.")
+    for slot, names in _slots(key).items():
+        for name in names:
+            if name in getattr(adata, slot):
+                raise ValueError(
+                    f"adata.{slot}[{name!r}] exists and is not an earlier result: choose another key_added "
+                    f"than {key!r}."
+                )
 
 
 def _read_mask(adata: AnnData, mask_var: str | np.ndarray | Sequence[bool] | None) -> np.ndarray | None:
@@ -406,6 +458,11 @@ def _warn_of_rank(curve: RankCurve) -> None:
 
 def _describe(adata: AnnData, layer: str | None) -> str:
     return f"{'X' if layer is None else f'layer {layer!r}'} ({adata.n_obs} cells x {adata.n_vars} genes)"
+
+
+def _describe_choice(choice: Choice) -> str:
+    weight = "" if choice.weight == 1 else f"{choice.weight:.2f} x "
+    return f"{weight}{choice.label} (rank {choice.member.record(choice.setting)['rank']})"
 
 
 def _gain(selection: Selection) -> str:

@@ -8,13 +8,23 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from .denoisers.profiles import LowRankProfiles
+from .annotated import read_csr
+from .counts import row_sums
+from .denoisers.profiles import LowRankProfiles, MixedProfiles, Profiles
+from .scale import Scale, check_scale, to_scale
+from .selection import combine
 
 
 def denoised(
-    adata: AnnData, genes: str | Sequence[str], *, cells: Sequence[str] | None = None, key: str = "denoised"
+    adata: AnnData,
+    genes: str | Sequence[str],
+    *,
+    cells: Sequence[str] | None = None,
+    key: str = "denoised",
+    scale: Scale = "counts",
+    scale_depth: float | None = None,
 ) -> pd.DataFrame:
-    """Return denoised counts of a few genes, rebuilt from the factors; no dense layer is needed or made.
+    """Return denoised values of a few genes, rebuilt from the factors; no dense layer is needed or made.
 
     Parameters
     ----------
@@ -24,15 +34,19 @@ def denoised(
         Names; None takes every cell.
     key
         The `key_added` of `denoise`.
+    scale, scale_depth
+        As in `denoise`, whatever the scale of the layer.
 
     Returns
     -------
-    Expected counts at each cell's own depth, cells x genes, float32.
+    Cells x genes, float32.
 
     Raises
     ------
     KeyError
         If there is no such result, or a gene or a cell is not in `adata`.
+    ValueError
+        If counts were mixed in and are no longer where they were.
 
     Examples
     --------
@@ -42,36 +56,58 @@ def denoised(
     >>> n2s.get.denoised(adata, ["CD79A", "NKG7"]).shape
     (700, 2)
     """
+    check_scale(scale, scale_depth)
     genes = [genes] if isinstance(genes, str) else list(genes)
     rows = np.arange(adata.n_obs) if cells is None else _positions(adata.obs_names, cells, "cell")
     columns = _positions(adata.var_names, genes, "gene")
-    return pd.DataFrame(profiles(adata, key).counts(rows, columns), index=adata.obs_names[rows], columns=genes)
+    counts = profiles(adata, key).counts(rows, columns)
+    size = adata.obs[f"{key}_size"].to_numpy()
+    if scale == "expected_log1p_cp10k" and scale_depth is None:
+        scale_depth = float(np.median(size[size > 0]))
+    return pd.DataFrame(to_scale(counts, size[rows], scale, scale_depth), index=adata.obs_names[rows], columns=genes)
 
 
-def profiles(adata: AnnData, key: str = "denoised") -> LowRankProfiles:
-    """Return the factors that `sc_noise2self.denoise` wrote under `key`.
+def profiles(adata: AnnData, key: str = "denoised") -> Profiles:
+    """Return the profiles that `sc_noise2self.denoise` wrote in factors under `key`.
 
     Raises
     ------
     KeyError
         If there is no such result.
+    ValueError
+        If counts were mixed in and are no longer where they were.
     """
     if key not in adata.uns or key not in adata.obsm or key not in adata.varm:
         raise KeyError(f"there is no result {key!r}: run sc_noise2self.denoise(adata, key_added={key!r}).")
-    return LowRankProfiles(
-        str(adata.uns[key]["transform"]),  # type: ignore[arg-type]  # one of the transforms, as written
-        np.asarray(adata.obsm[key]),
-        np.asarray(adata.varm[key]),
-        adata.var[f"{key}_scale"].to_numpy(),
-        adata.obs[f"{key}_scale"].to_numpy(),
+    record = adata.uns[key]
+    members = record["members"]
+    ends = np.cumsum(members["n_factors"])
+    fitted = [
+        LowRankProfiles(
+            str(transform),  # type: ignore[arg-type]  # one of the transforms, as written
+            np.asarray(adata.obsm[key])[:, start:end],
+            np.asarray(adata.varm[key])[:, start:end],
+            np.asarray(adata.varm[f"{key}_scale"])[:, i],
+            np.asarray(adata.obsm[f"{key}_scale"])[:, i],
+        )
+        for i, (transform, start, end) in enumerate(zip(members["transform"], [0, *ends[:-1]], ends, strict=True))
+    ]
+    combined = combine(fitted, [float(weight) for weight in members["weight"]])
+    if not record["params"]["mix"]:
+        return combined
+    layer = record["params"]["layer"]
+    counts = read_csr(adata, None if layer == "X" else layer)
+    if counts.shape[1] == len(adata.var) and (row_sums(counts) > adata.obs[f"{key}_size"] * (1 + 1e-6)).any():
+        raise ValueError(f"the counts in {layer!r} have changed since they were mixed in: run denoise again.")
+    return MixedProfiles(
+        combined, counts, adata.var[f"{key}_phi"].to_numpy(), adata.obs[f"{key}_cell_scale"].to_numpy()
     )
 
 
 def _positions(names: pd.Index, wanted: Sequence[str], what: str) -> np.ndarray:
     if not names.is_unique:
-        raise KeyError(
-            f"{what} names are not unique: call adata.{'var' if what == 'gene' else 'obs'}_names_make_unique()."
-        )
+        axis = "var" if what == "gene" else "obs"
+        raise KeyError(f"{what} names are not unique: call adata.{axis}_names_make_unique().")
     positions = names.get_indexer(wanted)
     if (positions < 0).any():
         missing = [name for name, position in zip(wanted, positions, strict=True) if position < 0]

@@ -1,56 +1,43 @@
-"""Choose the transform and the weights of the components by the gain on held-out molecules.
+"""Choose a denoiser, or the weights of several, by the gain on held-out molecules.
 
-Candidates are compared in the one currency that needs neither transform nor depth (`sc_noise2self.loss`), each learned
-from one half of the molecules and scored on the other, in both directions. The transform is chosen first, at a middling
-shrinkage; then how its components are weighted: cut after those worth more than half, or shrunk, more or less.
-
-What a component is worth is learned from the held-out molecules of half the cells and used on the other half, so no
-cell's held-out molecules are in its own prediction: without that, components of pure noise seem to gain a little.
+Candidates are compared in the one currency that needs neither transform nor depth (`sc_noise2self.loss`), each
+learned from one half of the molecules and scored on the other, in both directions. What is learned from held-out
+molecules, such as the worth of a component, comes from half the cells and is used on the other half: no cell's
+held-out molecules are in its own prediction. (Without that, components of pure noise seem to gain a little.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
 
-from .denoisers.pca import PCADenoiser, shrinkage
+from .counts import column_sums, row_sums
+from .denoisers.members import Half, MeanMember, Member
+from .denoisers.mixing import dispersion_curves, dispersions
+from .denoisers.profiles import LowRankProfiles, MixedProfiles, Profiles, WeightedProfiles
 from .loss import Gain, held_out_gain, held_out_probabilities
 from .split import split_matrix
-from .transform import TransformName
 
-_STRENGTHS = (1.0, 2.0, 4.0, 8.0)  # of `shrinkage` at the depth of a half; 1 is least squares
-_FIRST = 2.0  # the strength at which transforms are compared
-_ENTRIES = 20_000_000  # dense entries scored per candidate: as many cells, drawn at random, as have so many
+_SCORED = 20_000_000  # dense entries scored per candidate: as many cells, drawn at random, as have so many
+_DISPERSION = 100_000_000  # and for the dispersions, where rare genes need cells
+_LEAST_WEIGHT = 0.01  # members of a smaller weight are left out of the mean
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A transform, and how its components are weighted.
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A member as it is set, and its weight in the mean."""
 
-    Attributes
-    ----------
-    transform
-        Of `PCADenoiser`.
-    strength
-        Of `shrinkage`, at the depth of a half; None cuts: weight 1 for components worth more than half, 0 for the rest.
-    """
-
-    transform: TransformName
-    strength: float | None
+    member: Member
+    setting: str
+    weight: float
 
     @property
     def label(self) -> str:
-        """E.g. ``"log1p, shrinkage 2"``."""
-        return f"{self.transform}, " + ("cut" if self.strength is None else f"shrinkage {self.strength:g}")
-
-    def weights(self, worth: np.ndarray, noise: float) -> np.ndarray:
-        """Return the weights, at a depth where noise is `noise` times that of a half, from the worth on halves."""
-        if self.strength is None:
-            return (shrinkage(worth, noise) > 0.5).astype(np.float64)
-        return shrinkage(worth, noise * self.strength)
+        """E.g. ``"pca log1p, shrinkage 2"``."""
+        return f"{self.member.name}, {self.setting}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,108 +47,193 @@ class Selection:
     Attributes
     ----------
     gains
-        The held-out gain of each candidate, pooled over splits and directions.
-    worth
-        Least-squares weights of the chosen transform's components at half depth, mean over splits and directions.
+        The held-out gain of each candidate by its label, pooled over splits and directions.
+    choices
+        The members chosen; their weights sum to 1.
+    gain
+        The held-out gain of the choice, the counts mixed in where that was asked for.
+    unmixed_gain
+        The same before the counts are mixed in.
+    phi
+        Dispersion of each gene around the prediction, shape (genes,); None without mixing.
+    beats_mean
+        Whether the choice beats the mean profile, whose gain is 0, by more than two standard errors; the mean profile
+        takes its place if not.
     """
 
-    gains: dict[Candidate, Gain]
-    worth: np.ndarray
+    gains: dict[str, Gain]
+    choices: tuple[Choice, ...]
+    gain: Gain
+    unmixed_gain: Gain
+    phi: np.ndarray | None
+    beats_mean: bool
 
-    @property
-    def best(self) -> Candidate:
-        """The candidate of greatest gain."""
-        return max(self.gains, key=lambda candidate: self.gains[candidate].mean)
-
-    @property
-    def gain(self) -> Gain:
-        """The gain of the best candidate."""
-        return self.gains[self.best]
-
-    @property
-    def beats_mean(self) -> bool:
-        """Whether the best candidate beats the mean profile, whose gain is 0, by more than two standard errors."""
-        return self.gain.mean > 2 * self.gain.error
-
-    def full_depth_weights(self) -> np.ndarray:
-        """Return the weights for all molecules, where noise is half as large; 0 when nothing beats the mean."""
-        if not self.beats_mean:
-            return np.zeros_like(self.worth)
-        return self.best.weights(self.worth, noise=0.5)
-
-    @property
-    def rank(self) -> int:
-        """Components that are more signal than noise at full depth."""
-        return int((shrinkage(self.worth, 0.5) > 0.5).sum()) if self.beats_mean else 0
+    def refit(self, counts: sp.csr_matrix, rng: np.random.Generator) -> tuple[LowRankProfiles, ...]:
+        """Return the profiles of each choice, fitted to all molecules."""
+        return tuple(choice.member.refit(counts, choice.setting, rng) for choice in self.choices)
 
 
-def select_pca(
+def combine(profiles: Sequence[Profiles], weights: Sequence[float]) -> Profiles:
+    """Return the weighted mean of profiles."""
+    return profiles[0] if len(profiles) == 1 else WeightedProfiles(tuple(profiles), tuple(weights))
+
+
+def select(
+    members: Sequence[Member],
     counts: sp.csr_matrix,
     rng: np.random.Generator,
     *,
-    transforms: tuple[TransformName, ...],
-    n_components: int,
+    average: bool,
+    mix: bool,
     n_splits: int = 1,
-    genes: np.ndarray | None = None,
     on_step: Callable[[], object] = lambda: None,
 ) -> Selection:
-    """Return the best of the transforms and weightings for these counts.
+    """Return the best member and setting, or the best mean of all members.
 
     Parameters
     ----------
+    members
+        Denoisers that have learned nothing yet.
     counts
         CSR, cells x genes.
-    transforms
-        Those to compare.
-    n_components, genes
-        Of `PCADenoiser` and its `fit`.
+    average
+        Tune every member and find the weights of their mean; else tune the best one alone.
+    mix
+        Learn the dispersions that mixing the counts back in needs.
     n_splits
         Independent even splits; each is used in both directions.
     on_step
-        Called after each fit, `2 * n_splits * len(transforms)` times in all.
+        Called after each fit, `2 * n_splits * len(members)` times in all.
     """
     n_cells, n_genes = counts.shape
-    n_scored = min(n_cells, max(2, _ENTRIES // n_genes))
     folds = rng.permutation(n_cells) % 2
-    scored = np.sort(rng.choice(n_cells, n_scored, replace=False))
-    gains: dict[Candidate, Gain] = {}
-    worth: dict[TransformName, list[np.ndarray]] = {name: [] for name in transforms}
-
-    def score(candidate: Candidate, fit: _Fit) -> None:
-        gain = fit.gain(candidate, scored, folds)
-        gains[candidate] = gains[candidate] + gain if candidate in gains else gain
-
-    fits: list[_Fit] = []
+    scored, dispersed = (
+        np.sort(rng.choice(n_cells, min(n_cells, max(2, entries // n_genes)), replace=False))
+        for entries in (_SCORED, _DISPERSION)
+    )
+    halves: list[Half] = []
     for _ in range(n_splits):
         first, second = split_matrix(counts, random_state=rng)
-        for seen, held_out in ((first, second), (second, first)):
-            for name in transforms:
-                denoiser = PCADenoiser(name, n_components=n_components, n_iter=3, random_state=rng)
-                denoiser.fit(seen, genes)
-                fit = _Fit(denoiser, seen, held_out, denoiser.worth(seen, held_out, folds))
-                score(Candidate(name, _FIRST), fit)
-                worth[name].append(fit.worth.mean(axis=0))
-                fits.append(fit)
+        for half in (Half(first, second, folds), Half(second, first, folds)):
+            halves.append(half)
+            for member in members:
+                member.learn(half, rng)
                 on_step()
-    transform = max(gains, key=lambda candidate: gains[candidate].mean).transform
-    for fit in fits:
-        if fit.denoiser.transform == transform:
-            for strength in (None, *_STRENGTHS):
-                if strength != _FIRST:
-                    score(Candidate(transform, strength), fit)
-    return Selection(gains, np.mean(worth[transform], axis=0))
+    scores = _Scores(halves, scored)
+
+    best = {member.name: Choice(member, member.settings[0], 1.0) for member in members}
+    for choice in best.values():
+        scores.add(choice)
+    winner = max(best.values(), key=scores.mean)
+    for member in members if average else [winner.member]:
+        candidates = [Choice(member, setting, 1.0) for setting in member.settings]
+        for candidate in candidates[1:]:
+            scores.add(candidate)
+        best[member.name] = max(candidates, key=scores.mean)
+    choices = _weighted(list(best.values()), scores) if average else (best[winner.member.name],)
+
+    weights = np.array([choice.weight for choice in choices])
+    of_choices = [scores.probabilities[choice.label] for choice in choices]
+    unmixed = scores.gain([weights @ np.array(of_half) for of_half in zip(*of_choices, strict=True)])
+    beats_mean = unmixed.mean > 2 * unmixed.error
+    if not beats_mean:
+        choices = (Choice(MeanMember(), "as it is", 1.0),)
+        for half in halves:
+            choices[0].member.learn(half, rng)
+    gain, phi = (unmixed, None) if not mix else _mixing(choices, halves, scores, dispersed)
+    return Selection(scores.gains, choices, gain, unmixed, phi, beats_mean)
 
 
-@dataclass(frozen=True, eq=False)
-class _Fit:
-    denoiser: PCADenoiser
-    seen: sp.csr_matrix
-    held_out: sp.csr_matrix
-    worth: np.ndarray  # of each component, as learned from each fold of cells
+def mixture_weights(probabilities: np.ndarray, molecules: np.ndarray, n_iter: int = 200) -> np.ndarray:
+    """Return the weights of the mixture of distributions under which the molecules are likeliest.
 
-    def gain(self, candidate: Candidate, cells: np.ndarray, folds: np.ndarray) -> Gain:
-        """Return the gain on the held-out molecules of these cells, each weighted as the other fold says."""
-        held_out = self.held_out[cells]
-        weights = np.array([candidate.weights(worth, noise=1) for worth in self.worth])
-        profiles = self.denoiser.predict(self.seen[cells], weights[1 - folds[cells]], n_rounds=1)
-        return held_out_gain(held_out_probabilities(profiles, held_out), held_out, self.denoiser.gene_share_)
+    A concave problem; expectation maximisation climbs it without a step size.
+
+    Parameters
+    ----------
+    probabilities
+        That each member gave to each held-out entry, shape (members, entries).
+    molecules
+        Of each entry, shape (entries,).
+    """
+    weights = np.full(len(probabilities), 1 / len(probabilities))
+    probabilities = probabilities + 1e-12
+    for _ in range(n_iter):
+        weights = weights * (probabilities @ (molecules / (weights @ probabilities))) / molecules.sum()
+    return weights
+
+
+class _Scores:
+    """Held-out probabilities and gains of candidates, on the same cells of every half."""
+
+    def __init__(self, halves: list[Half], cells: np.ndarray) -> None:
+        self.cells = cells
+        self.held_out = [half.held_out[cells] for half in halves]
+        self.mean_profiles = [column_sums(half.seen) / half.seen.sum() for half in halves]
+        self.probabilities: dict[str, list[np.ndarray]] = {}
+        self.gains: dict[str, Gain] = {}
+
+    def add(self, choice: Choice) -> None:
+        """Predict and score a candidate."""
+        self.probabilities[choice.label] = [
+            held_out_probabilities(choice.member.predict(i, choice.setting, self.cells), held_out)
+            for i, held_out in enumerate(self.held_out)
+        ]
+        self.gains[choice.label] = self.gain(self.probabilities[choice.label])
+
+    def mean(self, choice: Choice) -> float:
+        """Return the gain of a candidate that was added."""
+        return self.gains[choice.label].mean
+
+    def gain(self, probabilities: list[np.ndarray]) -> Gain:
+        """Return the gain pooled over halves."""
+        first, *others = (
+            held_out_gain(p, held_out, mean)
+            for p, held_out, mean in zip(probabilities, self.held_out, self.mean_profiles, strict=True)
+        )
+        for other in others:
+            first += other
+        return first
+
+
+def _weighted(best: list[Choice], scores: _Scores) -> tuple[Choice, ...]:
+    """Return the choices with their weights in the mean, those of next to none left out."""
+    probabilities = np.array([np.concatenate(scores.probabilities[choice.label]) for choice in best])
+    molecules = np.concatenate([held_out.data for held_out in scores.held_out])
+    weights = mixture_weights(probabilities, molecules)
+    kept = weights >= _LEAST_WEIGHT
+    weights = weights[kept] / weights[kept].sum()
+    chosen = [choice for choice, keep in zip(best, kept, strict=True) if keep]
+    return tuple(
+        Choice(choice.member, choice.setting, float(weight)) for choice, weight in zip(chosen, weights, strict=True)
+    )
+
+
+def _mixing(
+    choices: tuple[Choice, ...], halves: list[Half], scores: _Scores, cells: np.ndarray
+) -> tuple[Gain, np.ndarray]:
+    """Return the gain with the counts mixed in, and the dispersion of each gene."""
+    weights = [choice.weight for choice in choices]
+
+    def predict(i: int, cells: np.ndarray) -> Profiles:
+        return combine([choice.member.predict(i, choice.setting, cells) for choice in choices], weights)
+
+    # The mean over halves, not the sum: the two directions of a split say nearly the same.
+    by_fold = [
+        np.mean([_curves(predict(i, own), half, own) for i, half in enumerate(halves)], axis=0)
+        for own in (cells[halves[0].folds[cells] == fold] for fold in (0, 1))
+    ]
+    phi_without = [dispersions(by_fold[1]), dispersions(by_fold[0])]
+    probabilities = [np.empty(held_out.nnz) for held_out in scores.held_out]
+    for fold, phi in enumerate(phi_without):
+        own = halves[0].folds[scores.cells] == fold
+        for i, half in enumerate(halves):
+            cells_of_fold = scores.cells[own]
+            mixed = MixedProfiles.with_totals(predict(i, cells_of_fold), half.seen[cells_of_fold], phi)
+            entries = np.repeat(own, np.diff(scores.held_out[i].indptr))
+            probabilities[i][entries] = held_out_probabilities(mixed, half.held_out[cells_of_fold])
+    return scores.gain(probabilities), dispersions(by_fold[0] + by_fold[1])
+
+
+def _curves(profiles: Profiles, half: Half, cells: np.ndarray) -> np.ndarray:
+    return dispersion_curves(profiles, half.held_out[cells], row_sums(half.seen[cells]))

@@ -30,10 +30,10 @@ def test_what_is_written_and_nothing_else(adata):
     added = {slot: names - before[slot] for slot, names in contents(adata).items()}
     assert added == {
         "layers": {"denoised"},
-        "obsm": {"denoised"},
-        "varm": {"denoised"},
-        "obs": {"denoised_scale"},
-        "var": {"denoised_scale"},
+        "obsm": {"denoised", "denoised_scale"},
+        "varm": {"denoised", "denoised_scale"},
+        "obs": {"denoised_size"},
+        "var": set(),
         "uns": {"denoised"},
         "obsp": set(),
         "varp": set(),
@@ -55,13 +55,17 @@ def test_the_record_says_what_was_chosen_and_gained(adata):
     assert record["params"]["layer"] == "X"
     assert record["gain"] == record["candidates"]["gain"].max()
     best = record["candidates"]["gain"].argmax()
-    assert record["candidates"]["label"][best].startswith(record["transform"])
+    members = record["members"]
+    assert list(members["name"]) == [f"pca {members['transform'][0]}"]
+    assert record["candidates"]["label"][best] == f"{members['name'][0]}, {members['setting'][0]}"
+    assert list(members["weight"]) == [1]
     assert record["candidates"]["error"][best] == 0
     assert record["gain"] > 5 * record["gain_error"] > 0
     assert record["gain_molecules"] == adata.X.sum()
-    assert record["weights"].shape == record["worth"].shape == (20,)
-    assert ((record["weights"] >= 0) & (record["weights"] <= 1)).all()
-    assert 3 <= record["rank"] <= 5  # five programmes: four components beyond the mean
+    components = record["components"][members["name"][0]]
+    assert components["weights"].shape == components["worth"].shape == (20,)
+    assert ((components["weights"] >= 0) & (components["weights"] <= 1)).all()
+    assert 3 <= members["rank"][0] <= 5  # five programmes: four components beyond the mean
 
 
 def test_denoising_nears_the_truth(pbmc):
@@ -111,12 +115,71 @@ def test_factors_alone_rebuild_the_layer(adata):
     np.testing.assert_allclose(found, whole[["cell-9", "cell-0"], genes].layers["denoised"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"method": "ensemble"}, {"mix": True}, {"method": "ensemble", "mix": True}])
+def test_ensembles_and_mixtures_are_rebuilt_from_factors(adata, options):
+    n2s.denoise(adata, **options)
+    layer = adata.layers["denoised"]
+    np.testing.assert_allclose(n2s.get.denoised(adata, list(adata.var_names)), layer, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(layer.sum(axis=1), np.asarray(adata.X.sum(axis=1)).ravel(), rtol=1e-4)
+    assert (layer >= 0).all()
+    part = adata[5:20].copy()
+    np.testing.assert_allclose(n2s.get.denoised(part, ["gene-3"]), layer[5:20, 3:4], rtol=1e-4)
+    members = adata.uns["denoised"]["members"]
+    assert members["weight"].sum() == pytest.approx(1)
+    if "method" in options:
+        assert len(members["name"]) > 1
+    if "mix" in options:
+        assert adata.var["denoised_phi"].between(0, 100).all()
+        assert adata.var["denoised_mixed"].between(0, 1).all()
+        assert "unmixed_gain" in adata.uns["denoised"]
+
+
+def test_a_mixture_needs_the_counts_that_were_mixed_in(adata):
+    adata.layers["counts"] = adata.X.copy()
+    n2s.denoise(adata, mix=True, layer="counts", write_layer=False)
+    adata.X = sp.csr_matrix(np.log1p(adata.X.toarray()))
+    assert n2s.get.denoised(adata, "gene-1").shape == (300, 1)
+    adata.layers["counts"] = adata.layers["counts"] * 2
+    with pytest.raises(ValueError, match="the counts in 'counts' have changed since they were mixed in"):
+        n2s.get.denoised(adata, "gene-1")
+
+
+def test_scales(adata):
+    n2s.denoise(adata)
+    size = np.asarray(adata.X.sum(axis=1))
+    rates = adata.layers["denoised"] / size
+    assert adata.uns["denoised"]["scale_meaning"] == "expected counts at each cell's own depth"
+    expected = {
+        "rates": rates,
+        "log1p_cp10k": np.log1p(1e4 * rates),
+        "expected_log1p_cp10k": None,
+    }
+    for scale, values in expected.items():
+        other = n2s.denoise(adata, scale=scale, key_added="other", copy=True)
+        assert other.uns["other"]["scale"] == scale
+        assert other.layers["other"].dtype == np.float32
+        if values is not None:
+            np.testing.assert_allclose(other.layers["other"], values, rtol=1e-4)
+        found = n2s.get.denoised(adata, list(adata.var_names), scale=scale)
+        np.testing.assert_allclose(found, other.layers["other"], rtol=1e-4, atol=1e-6)
+    # What log1p(CP10k) of fresh samples of 200 molecules averages.
+    found = n2s.get.denoised(adata, list(adata.var_names), scale="expected_log1p_cp10k", scale_depth=200).to_numpy()
+    rng = np.random.default_rng(0)
+    samples = [np.log1p(rng.poisson(rates[:20] * 200) * (1e4 / 200)) for _ in range(2000)]
+    error = np.std(samples, axis=0) / np.sqrt(2000)
+    assert (np.abs(np.mean(samples, axis=0) - found[:20]) < 6 * error + 2e-3).all()
+
+
 def test_an_earlier_result_is_replaced_whole(adata):
     n2s.denoise(adata)
     n2s.denoise(adata, transform="sqrt", write_layer=False)
     assert "denoised" not in adata.layers
-    assert adata.uns["denoised"]["transform"] == "sqrt"
-    assert set(adata.uns["denoised"]["candidates"]["label"]) >= {"sqrt, cut", "sqrt, shrinkage 1"}
+    assert list(adata.uns["denoised"]["members"]["transform"]) == ["sqrt"]
+    assert set(adata.uns["denoised"]["candidates"]["label"]) >= {"pca sqrt, cut", "pca sqrt, shrinkage 1"}
+    n2s.denoise(adata, mix=True)
+    assert "denoised_phi" in adata.var
+    n2s.denoise(adata)
+    assert "denoised_phi" not in adata.var
 
 
 @pytest.mark.parametrize("kind", ["csr_array", "csc_matrix", "dense", "fortran", "int64", "uint16", "float64"])
@@ -199,7 +262,8 @@ def assert_same(a, b):
         np.testing.assert_array_equal(a, b)
 
 
-def test_molecules_dealt_at_random_gain_nothing(adata):
+@pytest.mark.parametrize("options", [{}, {"method": "ensemble"}, {"method": "ensemble", "mix": True}])
+def test_molecules_dealt_at_random_gain_nothing(adata, options):
     """Each gene's molecules dealt anew over cells by their depth: what is left to predict is one mean profile.
 
     Shuffling a gene's counts instead would keep its overdispersion, which half of a count does tell of the other half.
@@ -209,11 +273,12 @@ def test_molecules_dealt_at_random_gain_nothing(adata):
     depth = x.sum(axis=1) / x.sum()
     adata.X = sp.csr_matrix(rng.multinomial(x.sum(axis=0).astype(int), depth).T.astype(np.float32))
     with pytest.warns(UserWarning, match="no candidate predicts held-out molecules better than one mean profile"):
-        n2s.denoise(adata)
+        n2s.denoise(adata, **options)
     assert adata.uns["denoised"]["gain"] <= 2 * adata.uns["denoised"]["gain_error"]
-    assert adata.uns["denoised"]["rank"] == 0
+    assert list(adata.uns["denoised"]["members"]["name"]) == ["mean"]
     profiles = adata.layers["denoised"] / adata.layers["denoised"].sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(profiles, np.tile(profiles[0], (300, 1)), rtol=1e-3)
+    share = x.sum(axis=0) / x.sum()
+    np.testing.assert_allclose(profiles, np.tile(share, (300, 1)), rtol=0.05 if "mix" in options else 1e-3, atol=1e-3)
     with pytest.warns(UserWarning, match="no rank predicts held-out molecules better than rank 0"):
         n2s.select_rank(adata, max_rank=20)
 
@@ -292,8 +357,11 @@ def test_refuses_options_and_writes_nothing(adata, call, options, error, message
 @pytest.mark.parametrize(
     ("call", "options", "message"),
     [
-        (n2s.denoise, {"method": "magic"}, "method is 'magic': pass one of pca"),
+        (n2s.denoise, {"method": "magic"}, "method is 'magic': pass one of pca, ensemble"),
         (n2s.denoise, {"key_added": "a/b"}, "pass a name without '/'"),
+        (n2s.denoise, {"scale": "cpm"}, "scale is 'cpm': pass one of counts, rates, log1p_cp10k, expected_log1p"),
+        (n2s.denoise, {"scale_depth": 100}, "scale_depth was given with scale='counts'"),
+        (n2s.denoise, {"scale": "expected_log1p_cp10k", "scale_depth": 0}, "scale_depth is 0"),
         (n2s.denoise, {"n_components": 120}, "n_components is 120: 300 cells x 120 genes have at most 119"),
         (n2s.select_rank, {"max_rank": 120}, "max_rank is 120: 300 cells x 120 genes have at most 119"),
         (n2s.select_rank, {"max_rank": 2.5}, "max_rank is 2.5: pass a whole number"),
@@ -420,17 +488,27 @@ def test_an_interrupt_writes_nothing(adata, monkeypatch):
 
 # Held-out gain on real counts with nine tenths of the molecules seen: at least this, in nats per molecule.
 @pytest.mark.parametrize(
-    ("name", "least"), [("paul15_myeloid", 0.103), ("pbmc3k_10x", 0.136), ("baron_human1_pancreas", 0.457)]
+    ("name", "pca", "ensemble", "mixed"),
+    [
+        ("paul15_myeloid", 0.103, 0.107, 0.112),
+        ("pbmc3k_10x", 0.136, 0.148, 0.180),
+        ("baron_human1_pancreas", 0.457, 0.470, 0.530),
+    ],
 )
-def test_held_out_gain_on_real_counts(real_data, name, least):
+def test_held_out_gain_on_real_counts(real_data, name, pca, ensemble, mixed):
     from sc_noise2self.loss import held_out_gain, held_out_probabilities
 
     x = real_data(name).X.tocsr()
     x = x[np.asarray(x.sum(axis=1)).ravel() > 200]
     train, test = n2s.split_molecules(x, 0.9, random_state=1)
-    adata = ad.AnnData(train)
-    n2s.denoise(adata, write_layer=False)
     mean = np.asarray(train.sum(axis=0)).ravel() / train.sum()
-    gain = held_out_gain(held_out_probabilities(n2s.get.profiles(adata), test), test, mean)
-    assert gain.mean > least
-    assert adata.uns["denoised"]["gain"] < gain.mean + 3 * gain.error  # what was promised is kept
+    adata = ad.AnnData(train)
+    for options, least in [
+        ({}, pca),
+        ({"method": "ensemble"}, ensemble),
+        ({"method": "ensemble", "mix": True}, mixed),
+    ]:
+        n2s.denoise(adata, write_layer=False, **options)
+        gain = held_out_gain(held_out_probabilities(n2s.get.profiles(adata), test), test, mean)
+        assert gain.mean > least
+        assert adata.uns["denoised"]["gain"] < gain.mean + 3 * gain.error  # what was promised is kept

@@ -5,8 +5,8 @@ import pytest
 import scipy.sparse as sp
 from helpers import low_rank_profiles, poisson_counts
 
+from sc_noise2self.denoisers.members import component_weights
 from sc_noise2self.denoisers.pca import PCADenoiser, shrinkage
-from sc_noise2self.selection import Candidate, select_pca
 from sc_noise2self.split import split_matrix
 
 TRANSFORMS = ["log1p", "sqrt", "none"]
@@ -77,9 +77,9 @@ def test_shrinkage_follows_its_formula():
 
 def test_cut_at_full_depth_keeps_components_whose_weight_exceeds_a_half():
     worth = np.array([0.9, 0.51, 0.4, 0.32])
-    cut = Candidate("log1p", None)
-    np.testing.assert_array_equal(cut.weights(worth, noise=1.0), [1, 1, 0, 0])
-    np.testing.assert_array_equal(cut.weights(worth, noise=0.5), [1, 1, 1, 0])
+    np.testing.assert_array_equal(component_weights(worth, "cut", noise=1.0), [1, 1, 0, 0])
+    np.testing.assert_array_equal(component_weights(worth, "cut", noise=0.5), [1, 1, 1, 0])
+    np.testing.assert_allclose(component_weights(worth, "shrinkage 4", noise=0.5), shrinkage(worth, 2.0))
 
 
 def test_a_cell_is_predicted_alone_as_among_others(counts):
@@ -114,33 +114,3 @@ def test_unexpressed_genes_and_empty_cells_stay_zero(counts, transform):
     assert (out[:, 5] == 0).all()
     assert (out[9] == 0).all()
     np.testing.assert_allclose(out.sum(axis=0), np.asarray(x.sum(axis=0)).ravel(), rtol=0.02, atol=1e-6)
-
-
-def test_selection_is_by_the_gain_and_reports_every_candidate(counts, truth):
-    steps = []
-    selection = select_pca(
-        counts,
-        np.random.default_rng(0),
-        transforms=("log1p", "none"),
-        n_components=20,
-        n_splits=2,
-        on_step=lambda: steps.append(1),
-    )
-    assert len(steps) == 8
-    assert len(selection.gains) == 6
-    assert selection.gain.mean == max(gain.mean for gain in selection.gains.values())
-    assert selection.gain.molecules.sum() == 2 * counts.sum()  # each molecule is held out once a split
-    assert selection.beats_mean
-    assert selection.rank == 3
-    # The gain of the truth itself on all molecules bounds it; a good choice comes near.
-    share = np.asarray(counts.sum(axis=0)).ravel() / counts.sum()
-    bound = (truth * np.log(truth / share)).sum(axis=1).mean()
-    assert 0.7 * bound < selection.gain.mean < bound + 3 * selection.gain.error
-
-
-def test_nothing_to_gain_is_said(counts):
-    flat = poisson_counts(np.tile(low_rank_profiles(1, 80, 1, seed=0), (200, 1)), 300, seed=1)
-    selection = select_pca(flat, np.random.default_rng(0), transforms=("log1p", "sqrt"), n_components=20)
-    assert not selection.beats_mean
-    assert selection.rank == 0
-    np.testing.assert_array_equal(selection.full_depth_weights(), 0)

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
+import scipy.sparse as sp
 
 from ..transform import TransformName, rates
 
 _BLOCK = 1 << 20  # dense entries rebuilt at a time, 4 MB
 
+Index = slice | np.ndarray
+
+
+class Profiles(ABC):
+    """Expected counts of every cell at its own depth, of shape (cells, genes), rebuilt on request."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(cells, genes)."""
+
+    @abstractmethod
+    def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
+        """Return expected counts, dense float32 of shape (cells asked, genes asked)."""
+
+    @abstractmethod
+    def take(self, cells: np.ndarray) -> Self:
+        """Return the profiles of these cells."""
+
+    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield (cells, their expected counts) until every cell has been seen."""
+        for rows in self.rows():
+            yield rows, self.counts(rows)
+
+    def rows(self) -> Iterator[slice]:
+        """Yield slices of cells, each as long as a block."""
+        step = max(1, _BLOCK // max(1, self.shape[1]))
+        for start in range(0, self.shape[0], step):
+            yield slice(start, min(start + step, self.shape[0]))
+
 
 @dataclass(frozen=True, eq=False)
-class LowRankProfiles:
+class LowRankProfiles(Profiles):
     """Expected counts = cell_scale * gene_scale * rates(scores @ loadings'), the rates those of the transform.
 
     Attributes
@@ -62,7 +95,8 @@ class LowRankProfiles:
         target = gene_share * size.sum()
         for round_ in range(n_rounds + 1):
             totals = np.zeros(len(gene_share))
-            for rows, unscaled in out._unscaled_blocks():
+            for rows in out.rows():
+                unscaled = rates(transform, scores[rows] @ loadings.T)
                 sums = unscaled @ out.gene_scale
                 cell_scale[rows] = np.where(sums > 0, size[rows] / np.where(sums > 0, sums, 1), 0)
                 if round_ < n_rounds:
@@ -77,27 +111,110 @@ class LowRankProfiles:
         """(cells, genes)."""
         return len(self.scores), len(self.loadings)
 
-    def counts(self, cells: slice | np.ndarray = slice(None), genes: slice | np.ndarray = slice(None)) -> np.ndarray:
-        """Return expected counts at each cell's own depth, dense float32 of shape (cells asked, genes asked)."""
+    def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
+        """Return expected counts, dense float32 of shape (cells asked, genes asked)."""
         out = rates(self.transform, self.scores[cells] @ self.loadings[genes].T)
         out *= self.gene_scale[genes]
         out *= self.cell_scale[cells][:, None]
         return out
 
-    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield (cells, their expected counts) until every cell has been seen."""
-        for rows in self._rows():
-            yield rows, self.counts(rows)
-
     def take(self, cells: np.ndarray) -> LowRankProfiles:
         """Return the profiles of these cells."""
         return replace(self, scores=self.scores[cells], cell_scale=self.cell_scale[cells])
 
-    def _rows(self) -> Iterator[slice]:
-        step = max(1, _BLOCK // max(1, self.shape[1]))
-        for start in range(0, self.shape[0], step):
-            yield slice(start, min(start + step, self.shape[0]))
 
-    def _unscaled_blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
-        for rows in self._rows():
-            yield rows, rates(self.transform, self.scores[rows] @ self.loadings.T)
+@dataclass(frozen=True, eq=False)
+class WeightedProfiles(Profiles):
+    """The mean of several denoisers' profiles, each with its weight."""
+
+    members: tuple[Profiles, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(cells, genes)."""
+        return self.members[0].shape
+
+    def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
+        """Return expected counts, dense float32 of shape (cells asked, genes asked)."""
+        out = self.members[0].counts(cells, genes)
+        out *= np.float32(self.weights[0])
+        for member, weight in zip(self.members[1:], self.weights[1:], strict=True):
+            part = member.counts(cells, genes)
+            part *= np.float32(weight)
+            out += part
+        return out
+
+    def take(self, cells: np.ndarray) -> WeightedProfiles:
+        """Return the profiles of these cells."""
+        return replace(self, members=tuple(member.take(cells) for member in self.members))
+
+
+@dataclass(frozen=True, eq=False)
+class MixedProfiles(Profiles):
+    """Denoised profiles with the observed counts mixed back in, see `sc_noise2self.denoisers.mixing`.
+
+    Attributes
+    ----------
+    profiles
+        The denoiser's expected counts m.
+    observed
+        The counts x, CSR of shape (cells, genes).
+    phi
+        Squared coefficient of variation of each gene's rate around m, shape (genes,).
+    cell_scale
+        Factors that give every cell its observed size again, shape (cells,), see `with_totals`.
+    """
+
+    profiles: Profiles
+    observed: sp.csr_matrix
+    phi: np.ndarray
+    cell_scale: np.ndarray
+
+    @classmethod
+    def with_totals(cls, profiles: Profiles, observed: sp.csr_matrix, phi: np.ndarray) -> MixedProfiles:
+        """Return mixed profiles in which every cell has its observed size: one pass over blocks of cells."""
+        out = cls(profiles, observed, phi, np.ones(observed.shape[0], np.float32))
+        size = np.asarray(observed.sum(axis=1)).ravel()
+        for rows, block in out.blocks():
+            sums = block.sum(axis=1)
+            out.cell_scale[rows] = np.where(sums > 0, size[rows] / np.where(sums > 0, sums, 1), 0)
+        return out
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(cells, genes)."""
+        return self.profiles.shape
+
+    def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
+        """Return m (1 + phi x) / (1 + phi m), dense float32 of shape (cells asked, genes asked)."""
+        out = self.profiles.counts(cells, genes)
+        phi = self.phi[genes].astype(np.float32)
+        out /= 1 + phi * out
+        observed = sp.csr_matrix(self.observed[cells])
+        if not isinstance(genes, slice) or genes != slice(None):
+            observed = observed[:, genes]
+        observed = observed.tocoo()
+        out[observed.row, observed.col] *= 1 + phi[observed.col] * observed.data
+        out *= self.cell_scale[cells][:, None]
+        return out
+
+    def take(self, cells: np.ndarray) -> MixedProfiles:
+        """Return the profiles of these cells."""
+        return replace(
+            self,
+            profiles=self.profiles.take(cells),
+            observed=self.observed[cells],
+            cell_scale=self.cell_scale[cells],
+        )
+
+    def share_of_count(self) -> np.ndarray:
+        """Return the mean over cells of phi m / (1 + phi m), shape (genes,).
+
+        It is the weight of the cell's own count x in the mixture, against that of m: 0 where nothing was mixed in.
+        """
+        total = np.zeros(self.shape[1])
+        for _, block in self.profiles.blocks():
+            block *= self.phi.astype(np.float32)
+            total += (block / (1 + block)).sum(axis=0)
+        return total / self.shape[0]
