@@ -108,9 +108,9 @@ def denoise(
         cells and unexpressed genes stay 0.
     `.obsm["denoised"]`, `.varm["denoised"]`, `.obsm["denoised_scale"]`, `.varm["denoised_scale"]`,
     `.obs["denoised_size"]`
-        The factors: scores (cells, k), loadings (genes, k), the scales of cells and genes, one column a member, and the
-        molecules of each cell. Expected counts are `cell scale * gene scale * rates(scores @ loadings.T)`, for an
-        ensemble their weighted mean.
+        The factors: scores (cells, k), loadings (genes, k), the scales of cells (two columns a member) and of genes
+        (one a member, then the mean profile), and the molecules of each cell. Their formula is that of
+        `sc_noise2self.denoisers.profiles.LowRankProfiles`, for an ensemble the weighted mean.
     `.var["denoised_phi"]`, `.var["denoised_mixed"]`
         With `mix=True`: each gene's dispersion around the prediction, and the mean weight of a cell's own count.
     `.uns["denoised"]`
@@ -370,8 +370,9 @@ def _write(
         adata.layers[key] = dense
     adata.obsm[key] = np.hstack([profiles.scores for profiles in fitted])
     adata.varm[key] = np.hstack([profiles.loadings for profiles in fitted])
-    adata.obsm[f"{key}_scale"] = np.column_stack([profiles.cell_scale for profiles in fitted])
-    adata.varm[f"{key}_scale"] = np.column_stack([profiles.gene_scale for profiles in fitted])
+    scales = [(profiles.cell_scale, profiles.row_scale) for profiles in fitted]
+    adata.obsm[f"{key}_scale"] = np.column_stack([column for pair in scales for column in pair])
+    adata.varm[f"{key}_scale"] = np.column_stack([*(profiles.gene_scale for profiles in fitted), fitted[0].gene_share])
     adata.obs[f"{key}_size"] = size
 
 

@@ -82,13 +82,17 @@ def profiles(adata: AnnData, key: str = "denoised") -> Profiles:
     record = adata.uns[key]
     members = record["members"]
     ends = np.cumsum(members["n_factors"])
+    cell_scales, gene_scales = np.asarray(adata.obsm[f"{key}_scale"]), np.asarray(adata.varm[f"{key}_scale"])
     fitted = [
         LowRankProfiles(
             str(transform),  # type: ignore[arg-type]  # one of the transforms, as written
             np.asarray(adata.obsm[key])[:, start:end],
             np.asarray(adata.varm[key])[:, start:end],
-            np.asarray(adata.varm[f"{key}_scale"])[:, i],
-            np.asarray(adata.obsm[f"{key}_scale"])[:, i],
+            gene_scales[:, i],
+            cell_scales[:, 2 * i],
+            cell_scales[:, 2 * i + 1],
+            gene_scales[:, -1],
+            adata.obs[f"{key}_size"].to_numpy().astype(np.float32),
         )
         for i, (transform, start, end) in enumerate(zip(members["transform"], [0, *ends[:-1]], ends, strict=True))
     ]

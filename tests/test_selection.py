@@ -100,13 +100,9 @@ def test_the_mean_profile_gets_no_weight_where_cells_are_told_apart(counts):
 
 
 def flat_profiles(n_cells, share, size):
-    return LowRankProfiles(
-        "none",
-        np.ones((n_cells, 1), np.float32),
-        share.astype(np.float32)[:, None],
-        np.ones(len(share), np.float32),
-        np.full(n_cells, size, np.float32),
-    )
+    """Every cell has the same profile; nothing is so rare that the floor shows."""
+    one, sizes = np.ones((n_cells, 1), np.float32), np.full(n_cells, size)
+    return LowRankProfiles.with_totals("none", one, share.astype(np.float32)[:, None], sizes, share, 0)
 
 
 def test_dispersions_are_those_of_the_counts():

@@ -116,6 +116,14 @@ def test_gene_totals_and_cell_sizes_are_kept(simulated):
     assert counts.flags.c_contiguous
     np.testing.assert_allclose(counts.sum(axis=1), size, rtol=1e-5)
     np.testing.assert_allclose(counts.sum(axis=0), share * size.sum(), rtol=1e-3)
+    # The floor: cells whose factors call every gene absent keep the floor, which follows the mean profile.
+    absent = scores.copy()
+    absent[:20] = -1
+    low = LowRankProfiles.with_totals("log1p", absent, loadings, size, share, 0).counts()
+    floor = np.minimum(np.outer(size, share), 0.3)
+    np.testing.assert_allclose(low[:20], floor[:20] * (size[:20] / floor[:20].sum(axis=1))[:, None], rtol=1e-4)
+    assert (low[:, share > 0] > 0).all()
+    assert (low[:, 3] == 0).all()
     some_cells, some_genes = np.array([5, 0, 299]), np.array([7, 3])
     np.testing.assert_array_equal(profiles.counts(some_cells, some_genes), counts[some_cells][:, some_genes])
     blocks = np.concatenate([block for _, block in profiles.blocks()])

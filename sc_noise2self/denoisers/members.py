@@ -150,10 +150,6 @@ def component_weights(worth: np.ndarray, setting: str, noise: float) -> np.ndarr
 
 
 def _mean_profiles(size: np.ndarray, totals: np.ndarray) -> LowRankProfiles:
-    return LowRankProfiles(
-        "none",
-        np.ones((len(size), 1), np.float32),
-        (totals / totals.sum()).astype(np.float32)[:, None],
-        np.ones(len(totals), np.float32),
-        size.astype(np.float32),
-    )
+    share = totals / totals.sum()
+    one = np.ones((len(size), 1), np.float32)
+    return LowRankProfiles.with_totals("none", one, share.astype(np.float32)[:, None], size, share, n_rounds=0)
