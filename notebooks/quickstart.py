@@ -33,7 +33,8 @@ plt.close("all")
 
 adata.write_h5ad(folder / "denoised.h5ad", compression="gzip")
 record = adata.uns["denoised"]
+members = record["members"]
 print(
     f"gain {record['gain']:.3f} +- {record['gain_error']:.3f} nats per held-out molecule "
-    f"({record['transform']}, rank {record['rank']}); pictures and denoised.h5ad are in {folder}/"
+    f"({members['name'][0]}, rank {members['rank'][0]}); pictures and denoised.h5ad are in {folder}/"
 )

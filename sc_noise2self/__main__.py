@@ -27,7 +27,8 @@ def _parser() -> argparse.ArgumentParser:
     denoise = commands.add_parser("denoise", help="denoise the raw counts of an .h5ad file into another")
     denoise.add_argument("source", type=Path, metavar="IN.h5ad", help="file with raw counts; it is not changed")
     denoise.add_argument("target", type=Path, metavar="OUT.h5ad", help="file to write; it must not exist")
-    denoise.add_argument("--method", default="pca", help="denoiser (default: %(default)s)")
+    denoise.add_argument("--method", default="pca", help="pca or ensemble (default: %(default)s)")
+    denoise.add_argument("--mix", action="store_true", help="mix each cell's own counts back in")
     denoise.add_argument("--layer", help="layer that holds raw counts (default: X)")
     denoise.add_argument("--key-added", default="denoised", help="name of the result (default: %(default)s)")
     denoise.add_argument("--factors", action="store_true", help="write the factors alone, no dense layer")
@@ -60,6 +61,7 @@ def _denoise(args: argparse.Namespace) -> None:
         denoise(
             adata,
             method=args.method,
+            mix=args.mix,
             layer=args.layer,
             key_added=args.key_added,
             write_layer=not args.factors,

@@ -112,10 +112,14 @@ def test_command_line(source, tmp_path, capsys):
 
 
 def test_command_line_factors(source, tmp_path):
-    assert main(["denoise", str(source), str(tmp_path / "out.h5ad"), "--factors", "--key-added", "x", "--quiet"]) == 0
+    assert (
+        main(["denoise", str(source), str(tmp_path / "out.h5ad"), "--factors", "--mix", "--key-added", "x", "--quiet"])
+        == 0
+    )
     out = ad.read_h5ad(tmp_path / "out.h5ad")
     assert layer_names(out) == {"counts"}
     assert out.obsm["x"].shape[0] == 300
+    assert out.uns["x"]["params"]["mix"]
 
 
 def test_command_line_says_what_is_wrong_and_writes_nothing(source, tmp_path, capsys):

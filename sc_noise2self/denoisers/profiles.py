@@ -15,7 +15,7 @@ from ..transform import TransformName, rates
 _BLOCK = 1 << 20  # dense entries rebuilt at a time, 4 MB
 _FLOOR = np.float32(
     0.15
-)  # of the mean profile; .1 to .2 gained the same to .001 on three data sets, 0 lost .004 to .012
+)  # of the mean profile; .1 to .2 gained the same to .001 on three data sets, 0 lost .003 to .012
 _FLOOR_CAP = np.float32(0.3)  # molecules
 
 Index = slice | np.ndarray
