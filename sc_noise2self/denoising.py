@@ -104,8 +104,8 @@ def denoise(
     None, or the copy. Written, with `key_added="denoised"`:
 
     `.layers["denoised"]`
-        Expected counts at each cell's own depth: float32, dense, non-negative; every gene keeps its total. Empty
-        cells and unexpressed genes stay 0.
+        Expected counts at each cell's own depth: float32, dense, non-negative; every gene keeps its total (not with
+        `mix`). Empty cells and unexpressed genes stay 0.
     `.obsm["denoised"]`, `.varm["denoised"]`, `.obsm["denoised_scale"]`, `.varm["denoised_scale"]`,
     `.obs["denoised_size"]`
         The factors: scores (cells, k), loadings (genes, k), the scales of cells (two columns a member) and of genes
@@ -180,6 +180,7 @@ def denoise(
         if scale == "expected_log1p_cp10k" and scale_depth is None:
             scale_depth = float(np.median(size[size > 0]))
         dense = to_scale(profiles.counts(), size, scale, scale_depth) if write_layer else None
+        mixed = profiles.share_of_count() if isinstance(profiles, MixedProfiles) else None
         bar.update()
 
     params = {
@@ -192,13 +193,14 @@ def denoise(
         "random_state": "generator" if isinstance(random_state, np.random.Generator) else int(random_state),
         **({} if scale_depth is None else {"scale_depth": float(scale_depth)}),
     }
+    summary = _summary(method, params, scale, fitted, selection)
     target = adata.copy() if copy else adata
     _write(target, key_added, fitted, size, dense)
     if isinstance(profiles, MixedProfiles):
         target.obs[f"{key_added}_cell_scale"] = profiles.cell_scale
         target.var[f"{key_added}_phi"] = profiles.phi
-        target.var[f"{key_added}_mixed"] = profiles.share_of_count()
-    target.uns[key_added] = _summary(method, params, scale, fitted, selection)
+        target.var[f"{key_added}_mixed"] = mixed
+    target.uns[key_added] = summary
     logg.info(
         f"    {'; '.join(_describe_choice(choice) for choice in selection.choices)}: {_gain(selection)}",
         time=start,

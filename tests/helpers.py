@@ -27,3 +27,10 @@ def dense(x) -> np.ndarray:
 def layer_names(adata) -> set[str]:
     """Names of the layers; anndata lists X among them as None since 0.13."""
     return set(adata.layers) - {None}
+
+
+def divergence(truth: np.ndarray, profiles) -> float:
+    """Mean KL(truth || profile) over cells, in nats."""
+    p = profiles.counts().astype(np.float64)
+    p /= p.sum(axis=1, keepdims=True)
+    return (truth * np.log(truth / np.maximum(p, 1e-12))).sum(axis=1).mean()

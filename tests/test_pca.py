@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from helpers import low_rank_profiles, poisson_counts
+from helpers import divergence, low_rank_profiles, poisson_counts
 
 from sc_noise2self.denoisers.members import component_weights
 from sc_noise2self.denoisers.pca import PCADenoiser, shrinkage
@@ -21,13 +21,6 @@ def truth():
 @pytest.fixture(scope="module")
 def counts(truth):
     return poisson_counts(truth, 400, seed=4)
-
-
-def divergence(truth, profiles):
-    """Mean KL(truth || profile) over cells, in nats."""
-    p = profiles.counts().astype(np.float64)
-    p /= p.sum(axis=1, keepdims=True)
-    return (truth * np.log(truth / np.maximum(p, 1e-12))).sum(axis=1).mean()
 
 
 @pytest.mark.parametrize("transform", ["log1p", "none"])

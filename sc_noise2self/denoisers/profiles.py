@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
@@ -32,10 +31,6 @@ class Profiles(ABC):
     @abstractmethod
     def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
         """Return expected counts, dense float32 of shape (cells asked, genes asked)."""
-
-    @abstractmethod
-    def take(self, cells: np.ndarray) -> Self:
-        """Return the profiles of these cells."""
 
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield (cells, their expected counts) until every cell has been seen."""
@@ -134,16 +129,6 @@ class LowRankProfiles(Profiles):
         out *= self.row_scale[cells][:, None]
         return out
 
-    def take(self, cells: np.ndarray) -> LowRankProfiles:
-        """Return the profiles of these cells."""
-        return replace(
-            self,
-            scores=self.scores[cells],
-            cell_scale=self.cell_scale[cells],
-            row_scale=self.row_scale[cells],
-            size=self.size[cells],
-        )
-
     def _floor(self, cells: Index, genes: Index = slice(None)) -> np.ndarray:
         floor = np.multiply.outer(self.size[cells], self.gene_share[genes])
         np.minimum(floor, _FLOOR_CAP, out=floor)
@@ -177,10 +162,6 @@ class WeightedProfiles(Profiles):
             part *= np.float32(weight)
             out += part
         return out
-
-    def take(self, cells: np.ndarray) -> WeightedProfiles:
-        """Return the profiles of these cells."""
-        return replace(self, members=tuple(member.take(cells) for member in self.members))
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,15 +211,6 @@ class MixedProfiles(Profiles):
         out[observed.row, observed.col] *= 1 + phi[observed.col] * observed.data
         out *= self.cell_scale[cells][:, None]
         return out
-
-    def take(self, cells: np.ndarray) -> MixedProfiles:
-        """Return the profiles of these cells."""
-        return replace(
-            self,
-            profiles=self.profiles.take(cells),
-            observed=self.observed[cells],
-            cell_scale=self.cell_scale[cells],
-        )
 
     def share_of_count(self) -> np.ndarray:
         """Return the mean over cells of phi m / (1 + phi m), shape (genes,).
