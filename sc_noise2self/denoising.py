@@ -5,9 +5,9 @@ Everything is computed before anything is written, so a refusal or an interrupt 
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from numbers import Integral
 from typing import Any, Literal, get_args
 
@@ -18,17 +18,20 @@ from scanpy import logging as logg
 from scanpy import settings
 from tqdm.auto import tqdm
 
-from .annotated import read_csr
+from .annotated import read_batches, read_csr
 from .counts import row_sums
-from .denoisers.members import MeanMember, Member, PCAMember
-from .denoisers.profiles import LowRankProfiles, MixedProfiles
+from .denoisers.autoencoder import WIDTHS, LossName, require_torch
+from .denoisers.members import AutoencoderMember, MeanMember, Member, PCAMember
+from .denoisers.profiles import MixedProfiles
 from .random import RandomState, as_generator
 from .rank import Protocol, RankCurve, rank_curve
-from .scale import MEANING, Scale, check_scale, to_scale
+from .scale import Scale, check_scale, sample_depth, to_scale
 from .selection import Choice, Selection, combine, select
 from .transform import TransformName
+from .written import check_key, summary, write
 
-Method = Literal["pca", "ensemble"]
+Method = Literal["pca", "autoencoder", "ensemble"]
+MemberName = Literal["pca", "autoencoder"]
 _MAX_COMPONENTS = 100
 _MAX_RANK = 50
 
@@ -47,14 +50,22 @@ def denoise(
     n_components: int | None = None,
     n_splits: int = 1,
     mask_var: str | np.ndarray | Sequence[bool] | None = None,
+    members: Sequence[MemberName] = ("pca", "autoencoder"),
+    width: int | Sequence[int] | None = None,
+    loss: LossName = "multinomial",
+    n_seeds: int = 1,
+    batch_key: str | None = None,
+    device: str = "auto",
+    autoencoder: Mapping[str, Any] | None = None,
+    save_model: str | os.PathLike[str] | None = None,
     copy: bool = False,
     random_state: RandomState = 0,
 ) -> AnnData | None:
     """Denoise raw counts; the counts themselves say how much, and what it gained.
 
-    Every count is split binomially into two halves that are independent given the cell's true expression. Principal
-    components learned from one half must predict the molecules of the other; the transform, and the weight of each
-    component, are those that predict them best. The chosen denoiser is then fitted to all molecules.
+    Every count is split binomially into two halves that are independent given the cell's true expression. A denoiser
+    learned from one half must predict the molecules of the other; how it is set (transform, weight of each principal
+    component, width of an autoencoder) is what predicts them best. It is then fitted to all molecules.
 
     Parameters
     ----------
@@ -62,9 +73,10 @@ def denoise(
         Cells x genes with raw counts (UMIs) in `X` or a layer. Correct ambient RNA, doublets and batches before: both
         halves share them, so they count as signal.
     method
-        `"pca"`: PCA regression with shrunken components, in the one transform that gains most. `"ensemble"`: the
-        mean of the mean profile and of PCA in every transform, with the weights under which held-out molecules are
-        likeliest.
+        `"pca"`: PCA regression with shrunken components, in the one transform that gains most. `"autoencoder"`: a
+        network trained on fresh splits at every step, its width chosen (PyTorch is needed). `"ensemble"`: the mean of
+        the mean profile, PCA in every transform and the autoencoder, with the weights under which held-out molecules
+        are likeliest.
     layer
         The layer that holds raw counts; None takes `X`.
     key_added
@@ -87,13 +99,32 @@ def denoise(
         `"log1p"`, `"sqrt"`, `"none"`, or `"auto"`, all three.
     n_components
         Components learned beyond the mean profile; their weights decide how many matter. None takes 100, or as many as
-        there are.
+        there are. An autoencoder sees a cell by its scores on so many.
     n_splits
         Independent splits to average the choice over, each used in both directions.
     mask_var
         Genes that determine the components: the name of a boolean column of `var`, or a boolean array. The other
         genes are predicted from them. None uses all genes, highly variable or not. Genes chosen on these counts
         have seen both halves, so the reported gain is then a little too high.
+    members
+        Of the ensemble, besides the mean profile: `("pca",)` needs no PyTorch.
+    width
+        Of the autoencoder's bottleneck, or several to try. None tries 128, 32, 8 and 2 down to the first that predicts
+        molecules set aside worse than the best does, and takes the narrowest that does not.
+    loss
+        That the autoencoder is trained by: `"multinomial"`, `"poisson"`, `"negative_binomial"`, `"mse_log1p"`,
+        `"mse_sqrt"`, `"noise2same_log1p"` or `"noise2same_sqrt"`.
+    n_seeds
+        Autoencoders to average, each from another random start.
+    batch_key
+        Column of `obs` with each cell's batch: the autoencoder's decoder then knows it, so that the code of a cell
+        need not. Expected counts are still those of the cell's own batch.
+    device
+        `"auto"` takes CUDA where there is one; `"cpu"` never touches it.
+    autoencoder
+        Further arguments of `sc_noise2self.denoisers.autoencoder.Autoencoder`, e.g. `{"n_epochs": 50}`.
+    save_model
+        File to write the fitted autoencoder to, for `sc_noise2self.denoise_with`; it must not exist.
     copy
         Return a copy with the result instead of writing to `adata`.
     random_state
@@ -114,21 +145,28 @@ def denoise(
     `.var["denoised_phi"]`, `.var["denoised_mixed"]`
         With `mix=True`: each gene's dispersion around the prediction, and the mean weight of a cell's own count.
     `.uns["denoised"]`
-        `method`, `version`, `params`, `scale`; the `members` chosen with their settings, weights and ranks (components
-        that are more signal than noise), and under `components` what each component of a member is worth; every
-        candidate's `gain` with the standard error of its difference to the best; and `gain`, `gain_error` (nats per
-        held-out molecule above the mean profile) and `gain_molecules`; with `mix=True` also `unmixed_gain`.
+        `method`, `version`, `params`, `scale`; the `members` chosen with their settings, weights and ranks
+        (components that are more signal than noise, or the width); under `learned`, by member, what each component
+        is worth, or the gain of each width with its error and the learning curve; every candidate's `gain` with the
+        standard error of its difference to the best; and `gain`, `gain_error` (nats per held-out molecule above the
+        mean profile) and `gain_molecules`; with `mix=True` also `unmixed_gain`.
 
     Raises
     ------
     ValueError, TypeError
-        If the counts are not raw counts, or a parameter is out of range. Nothing is written then.
+        If the counts are not raw counts, or a parameter is out of range, or belongs to another method.
+    ImportError
+        If an autoencoder is asked for without PyTorch.
+    MemoryError, FloatingPointError
+        If the device has too little memory, or training diverges at once.
+
+    Nothing is written then, nor when the run is interrupted.
 
     Warns
     -----
     UserWarning
-        If nothing beats the mean profile (which is then written), if cells are empty, or if the counts look like
-        reads or transposed.
+        If nothing beats the mean profile (which is then written), if cells are empty, if the counts look like
+        reads or transposed, or if training diverges and its best state is kept.
 
     Notes
     -----
@@ -148,27 +186,65 @@ def denoise(
         raise ValueError(f"method is {method!r}: pass one of {', '.join(get_args(Method))}.")
     if transform != "auto" and transform not in get_args(TransformName):
         raise ValueError(f"transform is {transform!r}: pass one of auto, {', '.join(get_args(TransformName))}.")
+    if loss not in get_args(LossName):
+        raise ValueError(f"loss is {loss!r}: pass one of {', '.join(get_args(LossName))}.")
+    if not members or not set(members) <= set(get_args(MemberName)):
+        raise ValueError(f"members is {members!r}: pass some of {', '.join(get_args(MemberName))}.")
+    used = members if method == "ensemble" else (method,)
+    given = {"width": width, "batch_key": batch_key, "autoencoder": autoencoder, "save_model": save_model}
+    given |= {
+        "loss": loss != "multinomial" or None,
+        "n_seeds": n_seeds != 1 or None,
+        "device": device != "auto" or None,
+    }
+    for name, value in given.items():
+        if value is not None and "autoencoder" not in used:
+            raise ValueError(f"{name} was given, but no autoencoder is used: pass method='autoencoder' or 'ensemble'.")
+    if transform != "auto" and "pca" not in used:
+        raise ValueError(f"transform={transform!r} was given with method={method!r}: it belongs to PCA.")
+    if save_model is not None:
+        if method != "autoencoder" or n_seeds != 1:
+            raise ValueError(
+                "save_model was given, but it is for one autoencoder: pass method='autoencoder', n_seeds=1."
+            )
+        if os.path.exists(save_model):
+            raise FileExistsError(f"{save_model} exists: nothing is overwritten, so choose another name.")
     check_scale(scale, scale_depth)
     rng = as_generator(random_state)
     _check_positive("n_splits", n_splits)
+    _check_positive("n_seeds", n_seeds)
     counts = read_csr(adata, layer)
-    _check_key(adata, key_added, layer)
+    check_key(adata, key_added, layer)
     genes = _read_mask(adata, mask_var)
     n_components = _bounded("n_components", n_components, _MAX_COMPONENTS, counts, genes)
+    candidates: list[Member] = []
+    if "pca" in used:
+        transforms = get_args(TransformName) if transform == "auto" else (transform,)
+        candidates += [PCAMember(name, n_components, genes) for name in transforms]
+    networks: list[AutoencoderMember] = []
+    if "autoencoder" in used:
+        require_torch()
+        options = {"loss": loss, "n_components": n_components, "device": device, **(autoencoder or {})}
+        codes, batches = (None, None) if batch_key is None else read_batches(adata, batch_key)
+        widths = WIDTHS if width is None else _check_widths(width, counts.shape[1])
+        for number in range(1, n_seeds + 1):
+            like = networks[0] if networks else None
+            networks.append(AutoencoderMember(genes, codes, widths, options, like, number))
+        candidates += networks
+    average = method == "ensemble" or n_seeds > 1
+    if method == "ensemble":
+        candidates.insert(0, MeanMember())
     start = logg.info(f"denoising {_describe(adata, layer)}")
 
-    transforms = get_args(TransformName) if transform == "auto" else (transform,)
-    members: list[Member] = [PCAMember(name, n_components, genes) for name in transforms]
-    if method == "ensemble":
-        members.insert(0, MeanMember())
-    with _progress("denoise", 2 * n_splits * len(members) + 1) as bar:
-        selection = select(
-            members, counts, rng, average=method == "ensemble", mix=mix, n_splits=n_splits, on_step=bar.update
-        )
+    with _progress("denoise", (2 * n_splits + 1) * len(candidates) + 1) as bar:
+        for network in networks:
+            network.on_check = bar.set_postfix_str
+        selection = select(candidates, counts, rng, average=average, mix=mix, n_splits=n_splits, on_step=bar.update)
         if not selection.beats_mean:
             warnings.warn(
                 f"no candidate predicts held-out molecules better than one mean profile (best gain {_gain(selection)}):"
-                " the mean profile is written. These cells look alike, or hold too few molecules to tell them apart.",
+                " the mean profile is written. These cells look alike, or hold too few molecules to tell them apart."
+                + (" No model is saved." if save_model else ""),
                 UserWarning,
                 stacklevel=2,
             )
@@ -177,30 +253,40 @@ def denoise(
         if selection.phi is not None:
             profiles = MixedProfiles.with_totals(profiles, counts, selection.phi)
         size = row_sums(counts)
-        if scale == "expected_log1p_cp10k" and scale_depth is None:
-            scale_depth = float(np.median(size[size > 0]))
+        scale_depth = sample_depth(scale, scale_depth, size)
         dense = to_scale(profiles.counts(), size, scale, scale_depth) if write_layer else None
         mixed = profiles.share_of_count() if isinstance(profiles, MixedProfiles) else None
         bar.update()
 
-    params = {
+    params: dict[str, Any] = {
         "layer": "X" if layer is None else layer,
-        "transform": transform,
         "n_components": n_components,
         "n_splits": n_splits,
         "mix": mix,
         "mask_var": mask_var if isinstance(mask_var, str) else ("none" if mask_var is None else "array"),
         "random_state": "generator" if isinstance(random_state, np.random.Generator) else int(random_state),
+        **({"transform": transform} if "pca" in used else {}),
         **({} if scale_depth is None else {"scale_depth": float(scale_depth)}),
     }
-    summary = _summary(method, params, scale, fitted, selection)
+    if networks:
+        params |= {"loss": loss, "n_seeds": n_seeds, "device": device, "autoencoder": dict(autoencoder or {})}
+        params |= {
+            name: value
+            for name, value in (("width", width if width is None else np.array(width)), ("batch_key", batch_key))
+            if value is not None
+        }
+    record = summary(method, params, scale, fitted, selection)
     target = adata.copy() if copy else adata
-    _write(target, key_added, fitted, size, dense)
+    if save_model is not None and networks[0].fitted is not None:
+        networks[0].fitted.feature_names_in_ = np.array(adata.var_names, dtype=str)
+        networks[0].fitted.batch_names_ = np.array([] if batches is None else batches, dtype=str)
+        networks[0].fitted.save(save_model)
+    write(target, key_added, fitted, size, dense)
     if isinstance(profiles, MixedProfiles):
         target.obs[f"{key_added}_cell_scale"] = profiles.cell_scale
         target.var[f"{key_added}_phi"] = profiles.phi
         target.var[f"{key_added}_mixed"] = mixed
-    target.uns[key_added] = summary
+    target.uns[key_added] = record
     logg.info(
         f"    {'; '.join(_describe_choice(choice) for choice in selection.choices)}: {_gain(selection)}",
         time=start,
@@ -319,94 +405,6 @@ def select_rank(
     return curve.rank
 
 
-def _summary(
-    method: str, params: dict[str, Any], scale: Scale, fitted: tuple[LowRankProfiles, ...], selection: Selection
-) -> dict[str, Any]:
-    """Return what goes to `.uns`: strings, numbers and arrays that `h5ad` and `zarr` keep."""
-    records = [choice.member.record(choice.setting) for choice in selection.choices]
-    gains = selection.gains
-    best = max(gains.values(), key=lambda gain: gain.mean)
-    return {
-        "method": method,
-        "version": version("sc-noise2self"),
-        "params": params,
-        "scale": scale,
-        "scale_meaning": MEANING[scale],
-        "members": {
-            "name": np.array([choice.member.name for choice in selection.choices]),
-            "setting": np.array([choice.setting for choice in selection.choices]),
-            "weight": np.array([choice.weight for choice in selection.choices]),
-            "rank": np.array([record["rank"] for record in records]),
-            "transform": np.array([profiles.transform for profiles in fitted]),
-            "n_factors": np.array([profiles.scores.shape[1] for profiles in fitted]),
-        },
-        "components": {
-            choice.member.name: {name: value for name, value in record.items() if name != "rank"}
-            for choice, record in zip(selection.choices, records, strict=True)
-        },
-        "gain": selection.gain.mean,
-        "gain_error": selection.gain.error,
-        "gain_molecules": int(selection.gain.molecules.sum()),
-        **({} if selection.phi is None else {"unmixed_gain": selection.unmixed_gain.mean}),
-        "candidates": {
-            "label": np.array(list(gains)),
-            "gain": np.array([gain.mean for gain in gains.values()]),
-            "error": np.array([gain.error_of_difference(best) for gain in gains.values()]),
-        },
-    }
-
-
-def _write(
-    adata: AnnData,
-    key: str,
-    fitted: tuple[LowRankProfiles, ...],
-    size: np.ndarray,
-    dense: np.ndarray | None,
-) -> None:
-    """Write layer and factors under `key`, replacing an earlier result whole."""
-    for slot, names in _slots(key).items():
-        for name in names:
-            if slot != "uns" and name in getattr(adata, slot):
-                del getattr(adata, slot)[name]
-    if dense is not None:
-        adata.layers[key] = dense
-    adata.obsm[key] = np.hstack([profiles.scores for profiles in fitted])
-    adata.varm[key] = np.hstack([profiles.loadings for profiles in fitted])
-    scales = [(profiles.cell_scale, profiles.row_scale) for profiles in fitted]
-    adata.obsm[f"{key}_scale"] = np.column_stack([column for pair in scales for column in pair])
-    adata.varm[f"{key}_scale"] = np.column_stack([*(profiles.gene_scale for profiles in fitted), fitted[0].gene_share])
-    adata.obs[f"{key}_size"] = size
-
-
-def _slots(key: str) -> dict[str, list[str]]:
-    """Return the names that a result under `key` may take."""
-    return {
-        "layers": [key],
-        "obsm": [key, f"{key}_scale"],
-        "varm": [key, f"{key}_scale"],
-        "obs": [f"{key}_size", f"{key}_cell_scale"],
-        "var": [f"{key}_phi", f"{key}_mixed"],
-        "uns": [key],
-    }
-
-
-def _check_key(adata: AnnData, key: str, layer: str | None) -> None:
-    """Refuse a key under which something stands that `denoise` did not write."""
-    if not isinstance(key, str) or not key or "/" in key:
-        raise ValueError(f"key_added is {key!r}: pass a name without '/'.")
-    if key == layer:
-        raise ValueError(f"key_added is {key!r}, the layer that holds the counts: choose another name.")
-    if isinstance(adata.uns.get(key), Mapping) and "scale_meaning" in adata.uns[key]:
-        return
-    for slot, names in _slots(key).items():
-        for name in names:
-            if name in getattr(adata, slot):
-                raise ValueError(
-                    f"adata.{slot}[{name!r}] exists and is not an earlier result: choose another key_added "
-                    f"than {key!r}."
-                )
-
-
 def _read_mask(adata: AnnData, mask_var: str | np.ndarray | Sequence[bool] | None) -> np.ndarray | None:
     if mask_var is None:
         return None
@@ -438,6 +436,15 @@ def _bounded(name: str, value: int | None, default: int, counts: sp.csr_matrix, 
     return int(value)
 
 
+def _check_widths(width: int | Sequence[int], n_genes: int) -> tuple[int, ...]:
+    widths = tuple(width) if isinstance(width, Sequence) else (width,)
+    for each in widths or (0,):
+        _check_positive("width", each)
+        if each > n_genes:
+            raise ValueError(f"width is {each}: a bottleneck is no wider than the {n_genes} genes.")
+    return tuple(int(each) for each in widths)
+
+
 def _check_positive(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} is {value!r}: pass a whole number, 1 or more.")
@@ -465,7 +472,8 @@ def _describe(adata: AnnData, layer: str | None) -> str:
 
 def _describe_choice(choice: Choice) -> str:
     weight = "" if choice.weight == 1 else f"{choice.weight:.2f} x "
-    return f"{weight}{choice.label} (rank {choice.member.record(choice.setting)['rank']})"
+    rank = f" (rank {choice.member.record(choice.setting)['rank']})" if isinstance(choice.member, PCAMember) else ""
+    return f"{weight}{choice.label}{rank}"
 
 
 def _gain(selection: Selection) -> str:

@@ -11,7 +11,7 @@ from anndata import AnnData
 from .annotated import read_csr
 from .counts import row_sums
 from .denoisers.profiles import LowRankProfiles, MixedProfiles, Profiles
-from .scale import Scale, check_scale, to_scale
+from .scale import Scale, check_scale, sample_depth, to_scale
 from .selection import combine
 
 
@@ -62,9 +62,8 @@ def denoised(
     columns = _positions(adata.var_names, genes, "gene")
     counts = profiles(adata, key).counts(rows, columns)
     size = adata.obs[f"{key}_size"].to_numpy()
-    if scale == "expected_log1p_cp10k" and scale_depth is None:
-        scale_depth = float(np.median(size[size > 0]))
-    return pd.DataFrame(to_scale(counts, size[rows], scale, scale_depth), index=adata.obs_names[rows], columns=genes)
+    values = to_scale(counts, size[rows], scale, sample_depth(scale, scale_depth, size))
+    return pd.DataFrame(values, index=adata.obs_names[rows], columns=genes)
 
 
 def profiles(adata: AnnData, key: str = "denoised") -> Profiles:
@@ -85,7 +84,7 @@ def profiles(adata: AnnData, key: str = "denoised") -> Profiles:
     cell_scales, gene_scales = np.asarray(adata.obsm[f"{key}_scale"]), np.asarray(adata.varm[f"{key}_scale"])
     fitted = [
         LowRankProfiles(
-            str(transform),  # type: ignore[arg-type]  # one of the transforms, as written
+            str(link),  # type: ignore[arg-type]  # one of the links, as written
             np.asarray(adata.obsm[key])[:, start:end],
             np.asarray(adata.varm[key])[:, start:end],
             gene_scales[:, i],
@@ -94,7 +93,7 @@ def profiles(adata: AnnData, key: str = "denoised") -> Profiles:
             gene_scales[:, -1],
             adata.obs[f"{key}_size"].to_numpy().astype(np.float32),
         )
-        for i, (transform, start, end) in enumerate(zip(members["transform"], [0, *ends[:-1]], ends, strict=True))
+        for i, (link, start, end) in enumerate(zip(members["link"], [0, *ends[:-1]], ends, strict=True))
     ]
     combined = combine(fitted, [float(weight) for weight in members["weight"]])
     if not record["params"]["mix"]:

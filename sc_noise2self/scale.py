@@ -48,6 +48,13 @@ def to_scale(counts: np.ndarray, size: np.ndarray, scale: Scale, depth: float | 
     return counts
 
 
+def sample_depth(scale: Scale, depth: float | None, size: np.ndarray) -> float | None:
+    """Return the depth of the fresh sample, where the scale has one: as given, or the median of cells that hold any."""
+    if scale == "expected_log1p_cp10k" and depth is None:
+        return float(np.median(size[size > 0]))
+    return depth
+
+
 def check_scale(scale: str, depth: float | None) -> None:
     """Raise if there is no such scale, or if a depth was given to one that has none."""
     if scale not in MEANING:

@@ -103,7 +103,7 @@ def select(
     n_splits
         Independent even splits; each is used in both directions.
     on_step
-        Called after each fit, `2 * n_splits * len(members)` times in all.
+        Called `(2 * n_splits + 1) * len(members)` times: as each is prepared, and after each fit to a half.
     """
     n_cells, n_genes = counts.shape
     folds = rng.permutation(n_cells) % 2
@@ -111,6 +111,9 @@ def select(
         np.sort(rng.choice(n_cells, min(n_cells, max(2, entries // n_genes)), replace=False))
         for entries in (_SCORED, _DISPERSION)
     )
+    for member in members:
+        member.prepare(counts, rng)
+        on_step()
     halves: list[Half] = []
     for _ in range(n_splits):
         first, second = split_matrix(counts, random_state=rng)

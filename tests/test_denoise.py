@@ -62,7 +62,7 @@ def test_the_record_says_what_was_chosen_and_gained(adata):
     assert record["candidates"]["error"][best] == 0
     assert record["gain"] > 5 * record["gain_error"] > 0
     assert record["gain_molecules"] == adata.X.sum()
-    components = record["components"][members["name"][0]]
+    components = record["learned"][members["name"][0]]
     assert components["weights"].shape == components["worth"].shape == (20,)
     assert ((components["weights"] >= 0) & (components["weights"] <= 1)).all()
     assert 3 <= members["rank"][0] <= 5  # five programmes: four components beyond the mean
@@ -174,7 +174,7 @@ def test_an_earlier_result_is_replaced_whole(adata):
     n2s.denoise(adata)
     n2s.denoise(adata, transform="sqrt", write_layer=False)
     assert "denoised" not in adata.layers
-    assert list(adata.uns["denoised"]["members"]["transform"]) == ["sqrt"]
+    assert list(adata.uns["denoised"]["members"]["link"]) == ["sqrt"]
     assert set(adata.uns["denoised"]["candidates"]["label"]) >= {"pca sqrt, cut", "pca sqrt, shrinkage 1"}
     n2s.denoise(adata, mix=True)
     assert "denoised_phi" in adata.var

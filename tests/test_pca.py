@@ -49,7 +49,7 @@ def test_worth_is_the_best_weight_on_the_other_half_and_against_the_truth(counts
     first, second = split_matrix(counts)
     denoiser = PCADenoiser("none", n_components=10).fit(first)
     worth = denoiser.worth(first, second, ONE_FOLD)[0]
-    scores = denoiser._scores(first).astype(np.float64)
+    scores = denoiser.scores(first).astype(np.float64)
     z2 = denoiser._weighted(second, np.asarray(second.sum(axis=1)).ravel())[0].toarray().astype(np.float64)
     for j in range(10):
         part = np.outer(scores[:, j], denoiser.components_[:, j])

@@ -6,17 +6,20 @@ nor any other denoiser. A new denoiser joins by a class with these methods.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import scipy.sparse as sp
 
 from ..counts import column_sums, row_sums
 from ..transform import TransformName
+from .autoencoder import WIDTHS, Autoencoder
 from .pca import PCADenoiser, shrinkage
 from .profiles import LowRankProfiles
 
+_LEARNED_CELLS = 50_000  # of a half that the autoencoder learns from: enough to choose by
 _STRENGTHS = (1.0, 2.0, 4.0, 8.0)  # of `shrinkage` at the depth of a half; 1 is least squares
 
 
@@ -40,6 +43,10 @@ class Member(Protocol):
     @property
     def settings(self) -> tuple[str, ...]:
         """The ways to set it; members are compared at the first before they are tuned."""
+        ...
+
+    def prepare(self, counts: sp.csr_matrix, rng: np.random.Generator) -> None:
+        """Settle what is chosen by molecules that the member sets aside itself, if anything is."""
         ...
 
     def learn(self, half: Half, rng: np.random.Generator) -> None:
@@ -66,6 +73,9 @@ class MeanMember:
     name: str = "mean"
     settings: tuple[str, ...] = ("as it is",)
     _halves: list[Half] = field(default_factory=list)
+
+    def prepare(self, counts: sp.csr_matrix, rng: np.random.Generator) -> None:
+        """See `Member`; there is nothing to settle."""
 
     def learn(self, half: Half, rng: np.random.Generator) -> None:
         """See `Member`."""
@@ -108,6 +118,9 @@ class PCAMember:
         """See `Member`."""
         return ("shrinkage 2", "cut", *(f"shrinkage {s:g}" for s in _STRENGTHS if s != 2))
 
+    def prepare(self, counts: sp.csr_matrix, rng: np.random.Generator) -> None:
+        """See `Member`; there is nothing to settle."""
+
     def learn(self, half: Half, rng: np.random.Generator) -> None:
         """See `Member`."""
         denoiser = PCADenoiser(self.transform, n_components=self.n_components, n_iter=3, random_state=rng)
@@ -140,6 +153,113 @@ class PCAMember:
 
     def _worth(self) -> np.ndarray:
         return np.mean([worth.mean(axis=0) for _, _, worth in self._fits], axis=0)
+
+
+@dataclass(eq=False)
+class AutoencoderMember:
+    """An autoencoder; its width is chosen on all molecules but those that it sets aside.
+
+    A width chosen on halves would be that for halves: on sparse data they support a narrower one. What the choice
+    may tell of a half's held-out molecules is which of a handful of widths was best.
+
+    Attributes
+    ----------
+    genes, batch
+        As in `Autoencoder.fit`, for all cells.
+    widths
+        To choose from.
+    options
+        Further arguments of `Autoencoder`.
+    like
+        Another member whose width to take instead: this one then differs by its seed.
+    number
+        Distinguishes members of several seeds, from 1.
+    on_check
+        Called with a line that says how training goes.
+    fitted
+        The autoencoder fitted to all molecules, and how its width was chosen.
+    """
+
+    genes: np.ndarray | None = None
+    batch: np.ndarray | None = None
+    widths: tuple[int, ...] = WIDTHS
+    options: dict[str, Any] = field(default_factory=dict)
+    like: AutoencoderMember | None = None
+    number: int = 1
+    on_check: Callable[[str], object] = lambda line: None
+    fitted: Autoencoder | None = None
+    _fits: list[tuple[Autoencoder, Half]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """``"autoencoder"``, and its number from the second on."""
+        return "autoencoder" if self.number == 1 else f"autoencoder {self.number}"
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The width chosen."""
+        return (f"width {self.fitted.width_}",) if self.fitted else ()
+
+    def prepare(self, counts: sp.csr_matrix, rng: np.random.Generator) -> None:
+        """See `Member`."""
+        widths = self.widths if self.like is None else self._chosen(self.like)
+        self.fitted = self._fit(counts, widths, rng)
+
+    def learn(self, half: Half, rng: np.random.Generator) -> None:
+        """See `Member`."""
+        self._fits.append((self._fit(half.seen, self._chosen(self), rng), half))
+
+    def predict(self, half: int, setting: str, cells: np.ndarray) -> LowRankProfiles:
+        """See `Member`."""
+        fitted, learned = self._fits[half]
+        return fitted.predict(learned.seen[cells], self._batch(cells))
+
+    def refit(self, counts: sp.csr_matrix, setting: str, rng: np.random.Generator) -> LowRankProfiles:
+        """See `Member`."""
+        assert self.fitted is not None  # prepared before anything was learned
+        if counts.shape[0] > _LEARNED_CELLS:
+            of_some = self.fitted
+            self.fitted = self._new(self._chosen(self), rng).fit(counts, self.genes, self.batch)
+            self.fitted.tried_, self.fitted.gains_ = of_some.tried_, of_some.gains_
+            self.fitted.histories_ *= len(of_some.tried_)
+        return self.fitted.predict(counts, self.batch, n_rounds=1)
+
+    def record(self, setting: str) -> dict[str, object]:
+        """See `Member`."""
+        assert self.fitted is not None
+        gains = self.fitted.gains_
+        best = max(gains, key=lambda gain: gain.mean)
+        history = self.fitted.histories_[self.fitted.tried_.index(self.fitted.width_)]
+        return {
+            "rank": self.fitted.width_,
+            "widths": np.array(self.fitted.tried_),
+            "gains": np.array([gain.mean for gain in gains]),
+            "errors": np.array([gain.error_of_difference(best) for gain in gains]),
+            "epoch_losses": np.array(history.losses),
+            "checked_epochs": np.array(history.checked),
+            "checked_gains": np.array(history.gains),
+        }
+
+    @staticmethod
+    def _chosen(member: AutoencoderMember) -> tuple[int, ...]:
+        assert member.fitted is not None
+        return (member.fitted.width_,)
+
+    def _fit(self, counts: sp.csr_matrix, widths: tuple[int, ...], rng: np.random.Generator) -> Autoencoder:
+        """Return an autoencoder fitted to some of the cells: to all, unless there are very many."""
+        n_cells = counts.shape[0]
+        cells = np.sort(rng.choice(n_cells, min(n_cells, _LEARNED_CELLS), replace=False))
+        return self._new(widths, rng).fit(counts[cells], self.genes, self._batch(cells))
+
+    def _batch(self, cells: np.ndarray) -> np.ndarray | None:
+        return None if self.batch is None else self.batch[cells]
+
+    def _new(self, widths: tuple[int, ...], rng: np.random.Generator) -> Autoencoder:
+        n_batches = 0 if self.batch is None else int(self.batch.max()) + 1
+        return Autoencoder(widths, n_batches=n_batches, random_state=rng, on_check=self._report, **self.options)
+
+    def _report(self, width: int, n_epochs: int, epoch: int, gain: float) -> None:
+        self.on_check(f"width {width}, epoch {epoch}/{n_epochs}, gain {gain:.4f}")
 
 
 def component_weights(worth: np.ndarray, setting: str, noise: float) -> np.ndarray:

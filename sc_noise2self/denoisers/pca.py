@@ -122,7 +122,7 @@ class PCADenoiser:
         folds
             The fold of each cell, 0, 1, ..., shape (cells,); each fold's weights are learned from its own cells.
         """
-        scores = self._scores(counts)
+        scores = self.scores(counts)
         weighted, _ = self._weighted(held_out, row_sums(held_out))
         other = np.asarray(weighted[:, self.genes_] @ self.components_[self.genes_], dtype=np.float64)
         product, square = scores * other, np.square(scores, dtype=np.float64)
@@ -147,7 +147,7 @@ class PCADenoiser:
         depth = self._cell_weights(size)
         weights = np.atleast_2d(weights)
         kept = (weights > 0).any(axis=0)
-        scores = self._scores(counts)[:, kept] * weights[:, kept] / np.where(depth > 0, depth, 1)[:, None]
+        scores = self.scores(counts)[:, kept] * weights[:, kept] / np.where(depth > 0, depth, 1)[:, None]
         scale = np.where(self.gene_weights_ > 0, self.gene_weights_, 1)
         loadings = np.column_stack([self.mean_, self.components_[:, kept]]) / scale[:, None]
         scores = np.column_stack([np.ones(len(size)), scores]) * self.transform_.own_depth(size)[:, None]
@@ -171,8 +171,8 @@ class PCADenoiser:
         z.data *= np.repeat(cell_weights.astype(np.float32), np.diff(z.indptr))
         return z, cell_weights
 
-    def _scores(self, counts: sp.csr_matrix) -> np.ndarray:
-        """Return the weighted cells' coordinates beyond the mean, shape (cells, k)."""
+    def scores(self, counts: sp.csr_matrix) -> np.ndarray:
+        """Return the coordinates of cells beyond the mean, each cell weighted by its depth, shape (cells, k)."""
         z, cell_weights = self._weighted(counts, row_sums(counts))
         v = self.components_[self.genes_]
         scores = np.asarray(z[:, self.genes_] @ v) if not self.genes_.all() else np.asarray(z @ v)

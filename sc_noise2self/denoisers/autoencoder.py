@@ -1,0 +1,407 @@
+"""An autoencoder trained to predict some of a cell's molecules from the others, its width chosen by the same loss.
+
+Every step deals the molecules of a batch of cells anew to a part that the network sees and a part that it must
+predict (Noise2Self, Batson & Royer 2019, section 3.1, with unlimited splits); one fixed split would be learned by
+heart. A tenth of the molecules of some cells is never trained on: its held-out gain says when to stop, which state
+was best, and which width.
+
+PyTorch is imported when it is used, not before.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal, Self
+
+import numpy as np
+import scipy.sparse as sp
+
+from ..counts import column_sums, row_sums
+from ..loss import Gain, held_out_gain, held_out_probabilities
+from ..random import RandomState, as_generator
+from .pca import PCADenoiser
+from .profiles import LowRankProfiles
+
+if TYPE_CHECKING:
+    import torch
+
+    from .network import Network, PrincipalScores
+    from .training import History
+
+LossName = Literal[
+    "multinomial", "poisson", "negative_binomial", "mse_log1p", "mse_sqrt", "noise2same_log1p", "noise2same_sqrt"
+]
+WIDTHS = (128, 32, 8, 2)
+"""Widths that are compared unless others are given."""
+
+_ASIDE = 0.1  # share of the molecules set aside, in the cells that have some set aside
+_ASIDE_ENTRIES = 20_000_000  # dense entries of those cells
+_CHECKED_ENTRIES = 5_000_000  # and of those predicted while training goes on
+_COMPONENT_CELLS = 50_000  # principal components are learned from so many cells at most
+_CELLS_SHOWN = 60_000  # in training, over all epochs, as far as these bounds allow
+_LEAST_EPOCHS, _MOST_EPOCHS = 12, 100
+_PREDICTED = 1024  # cells predicted at a time
+_SCALED_CELLS = 20_000  # that the scales of genes are learned from, at most
+_FORMAT = 1  # of saved files
+_PARAMETERS = (
+    "loss",
+    "n_hidden",
+    "n_components",
+    "dropout",
+    "learning_rate",
+    "prior_scale",
+    "n_batches",
+    "n_epochs",
+    "batch_size",
+)
+_OF_GENES = ("gene_share_", "gene_scale_")
+_NAMES = ("feature_names_in_", "batch_names_")  # known to whoever has names
+
+
+class Autoencoder:
+    """Autoencoder on the principal scores of a cell, trained on fresh molecule splits.
+
+    Parameters
+    ----------
+    widths
+        Of the bottleneck, tried from the widest to the first whose gain on molecules set aside is lower than the best
+        by more than one paired standard error; the narrowest that is not lower is kept.
+    loss
+        `"multinomial"`, nats per held-out molecule; `"poisson"`; `"negative_binomial"`, with a dispersion per gene;
+        `"mse_log1p"` and `"mse_sqrt"`, squared errors on that scale; `"noise2same_log1p"` and `"noise2same_sqrt"`,
+        see `sc_noise2self.denoisers.network_losses`.
+    n_hidden
+        Units of the hidden layers on both sides of the bottleneck.
+    n_components
+        Principal scores that a cell enters by.
+    dropout
+        Share of the encoder's hidden units dropped in training.
+    learning_rate
+        Of Adam, at the start; it falls to 0 by a cosine.
+    prior_scale
+        Standard deviation of the Gaussian prior on the weights of each gene. Against the likelihood of the gene's own
+        molecules it keeps a rare gene near its mean and lets an abundant one go where its molecules say.
+    n_batches
+        Batches known to the decoder; 0 without a batch covariate.
+    n_epochs
+        At most. None takes as many as show 60 000 cells, at least 12 and at most 100.
+    batch_size
+        Cells a step. None takes 64; on CUDA more for many cells, up to 4096.
+    device
+        `"auto"`, CUDA where there is one; `"cpu"`; or any that PyTorch knows.
+    random_state
+        Seed or generator.
+    on_check
+        Called with (width, epochs, epoch, gain) after each check of the molecules set aside.
+
+    Attributes
+    ----------
+    width_
+        The width kept.
+    tried_
+        The widths tried.
+    gains_
+        The gain of each of them on the molecules set aside, a `Gain` each.
+    histories_
+        How each width was learned, a `History` each.
+    network_
+        The `Network` in its best state.
+    feature_names_in_, batch_names_
+        Names of genes and batches, saved with the rest where the caller has set them.
+    link_, depth_
+        How its output becomes rates, see `sc_noise2self.transform.rates`, and the depth of a square root.
+    gene_share_, gene_scale_
+        The share of all molecules that each gene has, and what the output must be multiplied by to give it that share,
+        shape (genes,); 1 for a likelihood, which learns it.
+
+    Notes
+    -----
+    The same seed gives the same bytes on the same machine with the same number of threads.
+    """
+
+    feature_names_in_: np.ndarray
+    batch_names_: np.ndarray
+
+    def __init__(
+        self,
+        widths: Sequence[int] = WIDTHS,
+        *,
+        loss: LossName = "multinomial",
+        n_hidden: int = 128,
+        n_components: int = 100,
+        dropout: float = 0.1,
+        learning_rate: float = 3e-3,
+        prior_scale: float = 0.08,
+        n_batches: int = 0,
+        n_epochs: int | None = None,
+        batch_size: int | None = None,
+        device: str = "auto",
+        random_state: RandomState = 0,
+        on_check: Callable[[int, int, int, float], object] = lambda *_: None,
+    ) -> None:
+        self.widths = widths
+        self.loss = loss
+        self.n_hidden = n_hidden
+        self.n_components = n_components
+        self.dropout = dropout
+        self.learning_rate = learning_rate
+        self.prior_scale = prior_scale
+        self.n_batches = n_batches
+        self.n_epochs = n_epochs
+        self.batch_size = batch_size
+        self.device = device
+        self.random_state = random_state
+        self.on_check = on_check
+
+    def fit(self, counts: sp.csr_matrix, genes: np.ndarray | None = None, batch: np.ndarray | None = None) -> Self:
+        """Learn from counts, CSR of shape (cells, genes).
+
+        Parameters
+        ----------
+        genes
+            Boolean, shape (genes,): the genes that a cell enters by. None uses all.
+        batch
+            Code of each cell's batch, from 0 to `n_batches` - 1, shape (cells,); needed if `n_batches` is not 0.
+
+        Raises
+        ------
+        FloatingPointError
+            If the loss is not finite before there is a state to keep.
+        MemoryError
+            If the device has too little memory.
+
+        Warns
+        -----
+        UserWarning
+            If the loss stops being finite later; the best state is kept.
+        """
+        import torch
+
+        from .network import Counts, Network
+        from .network_losses import make_loss
+        from .training import choose_device, train
+
+        rng = as_generator(self.random_state)
+        device = choose_device(self.device)
+        seen, aside, cells = _set_aside(counts, rng)
+        scores = self._principal_scores(seen, genes, rng)
+        share = column_sums(seen) / seen.sum()
+        self.tried_: list[int] = []
+        self.gains_: list[Gain] = []
+        self.histories_: list[History] = []
+        n_epochs, batch_size = self._n_epochs(counts), self._batch_size(counts, device)
+        loss = make_loss(self.loss, seen)
+        self.link_, self.depth_ = loss.link, loss.depth
+
+        n_checked = max(2, _CHECKED_ENTRIES // counts.shape[1])
+
+        def gain(network: Network, n_cells: int | None = None) -> Gain:
+            of = slice(n_cells)
+            codes = None if batch is None else batch[cells[of]]
+            profiles = self._predict(network, seen[cells[of]], codes, share, n_rounds=int(self.link_ != "exp"))
+            return held_out_gain(held_out_probabilities(profiles, aside[of]), aside[of], share)
+
+        networks: list[Network] = []
+        try:
+            on_device = Counts(seen, batch, device)
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                for width in sorted(self.widths, reverse=True):
+                    torch.manual_seed(int(rng.integers(2**63)))
+                    network = Network(scores, width, self.n_hidden, loss.start, self.n_batches, self.dropout)
+                    history = train(
+                        network.to(device),
+                        copy.deepcopy(loss).to(device),
+                        on_device,
+                        rng,
+                        check=partial(gain, network, n_checked),
+                        on_check=partial(self.on_check, width, n_epochs),
+                        n_epochs=n_epochs,
+                        batch_size=batch_size,
+                        learning_rate=self.learning_rate,
+                        prior_scale=self.prior_scale,
+                    )
+                    networks.append(network)
+                    self.histories_.append(history)
+                    self.gains_.append(gain(network))
+                    self.tried_.append(int(width))
+                    if narrowest_as_good(self.gains_) < len(self.gains_) - 1:
+                        break
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(
+                f"{device} has too little memory: pass a smaller batch_size (it was {batch_size}) or device='cpu'."
+            ) from error
+        best = narrowest_as_good(self.gains_)
+        self.width_, self.network_ = self.tried_[best], networks[best]
+        self.gene_share_ = column_sums(counts) / counts.sum()
+        self.gene_scale_ = np.ones(counts.shape[1], np.float32)
+        if self.link_ != "exp":
+            some = np.sort(rng.choice(counts.shape[0], min(counts.shape[0], _SCALED_CELLS), replace=False))
+            own = column_sums(counts[some]) / max(1, counts[some].sum())
+            codes = None if batch is None else batch[some]
+            self.gene_scale_ = self._predict(self.network_, counts[some], codes, own, n_rounds=2).gene_scale
+        return self
+
+    def predict(self, counts: sp.csr_matrix, batch: np.ndarray | None = None, *, n_rounds: int = 0) -> LowRankProfiles:
+        """Return the denoised profiles of cells, of those fitted or of others.
+
+        Parameters
+        ----------
+        counts
+            CSR of shape (cells, genes), the genes in the order of `fit`.
+        batch
+            Code of each cell's batch, as in `fit`.
+        n_rounds
+            Of `LowRankProfiles.with_totals`. Other cells than those fitted need not have their genes' totals, so 0 is
+            right for them.
+        """
+        return self._predict(self.network_, counts, batch, self.gene_share_, n_rounds, self.gene_scale_)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fitted network to a file that `load` reads."""
+        import torch
+
+        network = self.network_
+        torch.save(
+            {
+                "sc_noise2self": _FORMAT,
+                "parameters": {
+                    "widths": [int(width) for width in self.widths],
+                    **{name: getattr(self, name) for name in _PARAMETERS},
+                },
+                "fitted": {name: getattr(self, name) for name in ("width_", "link_", "depth_")},
+                "genes": {name: torch.from_numpy(np.asarray(getattr(self, name))) for name in _OF_GENES},
+                "names": {name: list(getattr(self, name)) for name in _NAMES if hasattr(self, name)},
+                "network": {name: value.cpu() for name, value in network.state_dict().items()},
+            },
+            path,
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: str = "auto") -> Self:
+        """Return a fitted autoencoder from a file that `save` wrote.
+
+        The file is read as data alone: one from elsewhere can run no code.
+
+        Raises
+        ------
+        ValueError
+            If it is not such a file.
+        """
+        import torch
+
+        from .network import Network, PrincipalScores
+        from .training import choose_device
+
+        not_a_model = f"{path} is not a model that sc_noise2self saved"
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{not_a_model}.") from error
+        if not isinstance(saved, dict) or saved.get("sc_noise2self") != _FORMAT:
+            raise ValueError(f"{not_a_model}, or was saved by another version: fit and save it again.")
+        out = cls(**saved["parameters"], device=device)
+        for part in ("fitted", "names"):
+            for name, value in saved[part].items():
+                setattr(out, name, np.array(value) if part == "names" else value)
+        for name, value in saved["genes"].items():
+            setattr(out, name, value.numpy())
+        state = saved["network"]
+        scores = PrincipalScores(*(state[f"scores.{name}"].numpy() for name in PrincipalScores.NAMES))
+        network = Network(scores, out.width_, out.n_hidden, out.gene_share_, out.n_batches, out.dropout)
+        network.load_state_dict(state)
+        out.network_ = network.to(choose_device(device)).eval()
+        return out
+
+    def _predict(
+        self,
+        network: Network,
+        counts: sp.csr_matrix,
+        batch: np.ndarray | None,
+        gene_share: np.ndarray,
+        n_rounds: int,
+        gene_scale: np.ndarray | None = None,
+    ) -> LowRankProfiles:
+        import torch
+
+        from .network import Counts
+
+        network.eval()
+        cells = Counts(counts, batch, network.scores.components.device)
+        factors = np.ones((len(cells), network.n_factors + 1), np.float32)
+        with torch.no_grad():
+            for start in range(0, len(cells), _PREDICTED):
+                some = np.arange(start, min(start + _PREDICTED, len(cells)))
+                factors[some, :-1] = network.factors(cells[some]).cpu().numpy()
+        size = row_sums(counts)
+        if self.link_ == "sqrt":
+            factors *= np.sqrt(size / self.depth_).astype(np.float32)[:, None]
+        return LowRankProfiles.with_totals(
+            self.link_, factors, network.loadings(), size, gene_share, n_rounds, gene_scale
+        )
+
+    def _principal_scores(
+        self, counts: sp.csr_matrix, genes: np.ndarray | None, rng: np.random.Generator
+    ) -> PrincipalScores:
+        from .network import PrincipalScores
+
+        cells = np.flatnonzero(np.diff(counts.indptr))
+        if len(cells) > _COMPONENT_CELLS:
+            cells = np.sort(rng.choice(cells, _COMPONENT_CELLS, replace=False))
+        some = counts[cells]
+        some.eliminate_zeros()
+        n_used = counts.shape[1] if genes is None else int(genes.sum())
+        pca = PCADenoiser(
+            "log1p", n_components=min(self.n_components, len(cells) - 1, n_used - 1), n_iter=3, random_state=rng
+        ).fit(some, genes)
+        components = pca.components_ * pca.genes_[:, None]
+        first = pca.scores(some)[:, 0] / np.sqrt(row_sums(some) / pca.transform_.target)
+        return PrincipalScores(
+            components, pca.gene_weights_, pca.mean_ @ components, pca.transform_.target, max(first.std(), 1e-6)
+        )
+
+    def _n_epochs(self, counts: sp.csr_matrix) -> int:
+        if self.n_epochs is not None:
+            return self.n_epochs
+        return int(np.clip(_CELLS_SHOWN // counts.shape[0], _LEAST_EPOCHS, _MOST_EPOCHS))
+
+    def _batch_size(self, counts: sp.csr_matrix, device: torch.device) -> int:
+        if self.batch_size is not None:
+            return self.batch_size
+        return 64 if device.type == "cpu" else int(np.clip(counts.shape[0] // 200, 64, 4096))
+
+
+def require_torch() -> None:
+    """Raise unless PyTorch is installed, without importing it."""
+    if find_spec("torch") is None:
+        raise ImportError(
+            'the autoencoder needs PyTorch: pip install "sc-noise2self[autoencoder]" (for the processor alone, add '
+            "--extra-index-url https://download.pytorch.org/whl/cpu)."
+        )
+
+
+def narrowest_as_good(gains: Sequence[Gain]) -> int:
+    """Return the index of the last gain that is within one paired standard error of the best."""
+    best = max(gains, key=lambda gain: gain.mean)
+    return max(i for i, gain in enumerate(gains) if gain.mean >= best.mean - gain.error_of_difference(best))
+
+
+def _set_aside(counts: sp.csr_matrix, rng: np.random.Generator) -> tuple[sp.csr_matrix, sp.csr_matrix, np.ndarray]:
+    """Return the counts less what is set aside, what is set aside, and the cells that have some set aside.
+
+    The first shares its indices with `counts`, so zeros may be stored.
+    """
+    n_cells, n_genes = counts.shape
+    cells = np.sort(rng.choice(n_cells, min(n_cells, max(2, _ASIDE_ENTRIES // n_genes)), replace=False))
+    own = counts[cells]
+    starts = counts.indptr[:-1][cells]
+    positions = np.arange(own.nnz) + np.repeat(starts - own.indptr[:-1], np.diff(own.indptr))
+    own.data = rng.binomial(own.data.astype(np.int64), _ASIDE).astype(np.float32)
+    data = counts.data.copy()
+    data[positions] -= own.data
+    own.eliminate_zeros()
+    return sp.csr_matrix((data, counts.indices, counts.indptr), shape=counts.shape, copy=False), own, cells

@@ -1,0 +1,102 @@
+"""What `denoise` writes to AnnData: the layer, the factors, and the record of what was compared and chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from anndata import AnnData
+
+from .denoisers.profiles import LowRankProfiles
+from .scale import MEANING, Scale
+from .selection import Selection
+
+
+def summary(
+    method: str, params: dict[str, Any], scale: Scale, fitted: tuple[LowRankProfiles, ...], selection: Selection
+) -> dict[str, Any]:
+    """Return what goes to `.uns`: strings, numbers and arrays that `h5ad` and `zarr` keep."""
+    records = [choice.member.record(choice.setting) for choice in selection.choices]
+    gains = selection.gains
+    best = max(gains.values(), key=lambda gain: gain.mean)
+    return {
+        "method": method,
+        "version": version("sc-noise2self"),
+        "params": params,
+        "scale": scale,
+        "scale_meaning": MEANING[scale],
+        "members": {
+            "name": np.array([choice.member.name for choice in selection.choices]),
+            "setting": np.array([choice.setting for choice in selection.choices]),
+            "weight": np.array([choice.weight for choice in selection.choices]),
+            "rank": np.array([record["rank"] for record in records]),
+            "link": np.array([profiles.link for profiles in fitted]),
+            "n_factors": np.array([profiles.scores.shape[1] for profiles in fitted]),
+        },
+        "learned": {
+            choice.member.name: {name: value for name, value in record.items() if name != "rank"}
+            for choice, record in zip(selection.choices, records, strict=True)
+        },
+        "gain": selection.gain.mean,
+        "gain_error": selection.gain.error,
+        "gain_molecules": int(selection.gain.molecules.sum()),
+        **({} if selection.phi is None else {"unmixed_gain": selection.unmixed_gain.mean}),
+        "candidates": {
+            "label": np.array(list(gains)),
+            "gain": np.array([gain.mean for gain in gains.values()]),
+            "error": np.array([gain.error_of_difference(best) for gain in gains.values()]),
+        },
+    }
+
+
+def write(
+    adata: AnnData,
+    key: str,
+    fitted: tuple[LowRankProfiles, ...],
+    size: np.ndarray,
+    dense: np.ndarray | None,
+) -> None:
+    """Write layer and factors under `key`, replacing an earlier result whole."""
+    for slot, names in _slots(key).items():
+        for name in names:
+            if slot != "uns" and name in getattr(adata, slot):
+                del getattr(adata, slot)[name]
+    if dense is not None:
+        adata.layers[key] = dense
+    adata.obsm[key] = np.hstack([profiles.scores for profiles in fitted])
+    adata.varm[key] = np.hstack([profiles.loadings for profiles in fitted])
+    scales = [(profiles.cell_scale, profiles.row_scale) for profiles in fitted]
+    adata.obsm[f"{key}_scale"] = np.column_stack([column for pair in scales for column in pair])
+    adata.varm[f"{key}_scale"] = np.column_stack([*(profiles.gene_scale for profiles in fitted), fitted[0].gene_share])
+    adata.obs[f"{key}_size"] = size
+
+
+def _slots(key: str) -> dict[str, list[str]]:
+    """Return the names that a result under `key` may take."""
+    return {
+        "layers": [key],
+        "obsm": [key, f"{key}_scale"],
+        "varm": [key, f"{key}_scale"],
+        "obs": [f"{key}_size", f"{key}_cell_scale"],
+        "var": [f"{key}_phi", f"{key}_mixed"],
+        "uns": [key],
+    }
+
+
+def check_key(adata: AnnData, key: str, layer: str | None) -> None:
+    """Refuse a key under which something stands that `denoise` did not write."""
+    if not isinstance(key, str) or not key or "/" in key:
+        raise ValueError(f"key_added is {key!r}: pass a name without '/'.")
+    if key == layer:
+        raise ValueError(f"key_added is {key!r}, the layer that holds the counts: choose another name.")
+    if isinstance(adata.uns.get(key), Mapping) and "scale_meaning" in adata.uns[key]:
+        return
+    for slot, names in _slots(key).items():
+        for name in names:
+            if name in getattr(adata, slot):
+                raise ValueError(
+                    f"adata.{slot}[{name!r}] exists and is not an earlier result: choose another key_added "
+                    f"than {key!r}."
+                )
