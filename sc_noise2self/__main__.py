@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError, MemoryError, FloatingPointError) as error:
         print(f"sc_noise2self: {error}", file=sys.stderr)
         return 2
     return 0
@@ -27,10 +27,13 @@ def _parser() -> argparse.ArgumentParser:
     denoise = commands.add_parser("denoise", help="denoise the raw counts of an .h5ad file into another")
     denoise.add_argument("source", type=Path, metavar="IN.h5ad", help="file with raw counts; it is not changed")
     denoise.add_argument("target", type=Path, metavar="OUT.h5ad", help="file to write; it must not exist")
-    denoise.add_argument("--method", default="pca", help="pca or ensemble (default: %(default)s)")
+    denoise.add_argument("--method", default="pca", help="pca, autoencoder or ensemble (default: %(default)s)")
     denoise.add_argument("--mix", action="store_true", help="mix each cell's own counts back in")
     denoise.add_argument("--layer", help="layer that holds raw counts (default: X)")
     denoise.add_argument("--key-added", default="denoised", help="name of the result (default: %(default)s)")
+    denoise.add_argument("--batch-key", help="column of obs with each cell's batch, for the autoencoder")
+    denoise.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    denoise.add_argument("--save-model", type=Path, help="file to write the fitted autoencoder to")
     denoise.add_argument("--factors", action="store_true", help="write the factors alone, no dense layer")
     denoise.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     denoise.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
@@ -64,6 +67,9 @@ def _denoise(args: argparse.Namespace) -> None:
             mix=args.mix,
             layer=args.layer,
             key_added=args.key_added,
+            batch_key=args.batch_key,
+            device=args.device,
+            save_model=args.save_model,
             write_layer=not args.factors,
             random_state=args.seed,
         )

@@ -7,6 +7,7 @@ import warnings
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
@@ -145,22 +146,20 @@ def read_csr(adata: AnnData, layer: str | None) -> sp.csr_matrix:
     return out
 
 
-def read_batches(adata: AnnData, key: str) -> tuple[np.ndarray, list[str]]:
-    """Return the code of each cell's batch, from 0, and the names of the batches.
+def read_batches(adata: AnnData, key: str) -> pd.Series:
+    """Return the batch of each cell, categorical, without categories that no cell has.
 
     Raises
     ------
     ValueError
-        If `obs` has no such column, it has missing values, or one batch alone.
+        If `obs` has no such column, or it has missing values.
     """
     if key not in adata.obs:
         raise ValueError(f"batch_key {key!r} is missing: adata.obs has {list(adata.obs.columns)}.")
     labels = adata.obs[key].astype("category").cat.remove_unused_categories()
     if labels.isna().any():
         raise ValueError(f"adata.obs[{key!r}] has {int(labels.isna().sum())} missing values: every cell has a batch.")
-    if len(labels.cat.categories) < 2:
-        raise ValueError(f"adata.obs[{key!r}] has one batch: leave batch_key out.")
-    return labels.cat.codes.to_numpy().astype(np.int64), [str(name) for name in labels.cat.categories]
+    return labels
 
 
 def _warn_if_transposed(adata: AnnData) -> None:

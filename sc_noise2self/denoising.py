@@ -12,6 +12,7 @@ from numbers import Integral
 from typing import Any, Literal, get_args
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 from scanpy import logging as logg
@@ -28,7 +29,7 @@ from .rank import Protocol, RankCurve, rank_curve
 from .scale import Scale, check_scale, sample_depth, to_scale
 from .selection import Choice, Selection, combine, select
 from .transform import TransformName
-from .written import check_key, summary, write
+from .written import check_key, compared, summary, write
 
 Method = Literal["pca", "autoencoder", "ensemble"]
 MemberName = Literal["pca", "autoencoder"]
@@ -225,7 +226,8 @@ def denoise(
     if "autoencoder" in used:
         require_torch()
         options = {"loss": loss, "n_components": n_components, "device": device, **(autoencoder or {})}
-        codes, batches = (None, None) if batch_key is None else read_batches(adata, batch_key)
+        batches = None if batch_key is None else _read_several_batches(adata, batch_key)
+        codes = None if batches is None else batches.cat.codes.to_numpy()
         widths = WIDTHS if width is None else _check_widths(width, counts.shape[1])
         for number in range(1, n_seeds + 1):
             like = networks[0] if networks else None
@@ -275,11 +277,11 @@ def denoise(
             for name, value in (("width", width if width is None else np.array(width)), ("batch_key", batch_key))
             if value is not None
         }
-    record = summary(method, params, scale, fitted, selection)
+    record = summary(method, params, scale, fitted, selection.choices, selection.gain) | compared(selection)
     target = adata.copy() if copy else adata
     if save_model is not None and networks[0].fitted is not None:
         networks[0].fitted.feature_names_in_ = np.array(adata.var_names, dtype=str)
-        networks[0].fitted.batch_names_ = np.array([] if batches is None else batches, dtype=str)
+        networks[0].fitted.batch_names_ = np.array([] if batches is None else batches.cat.categories, dtype=str)
         networks[0].fitted.save(save_model)
     write(target, key_added, fitted, size, dense)
     if isinstance(profiles, MixedProfiles):
@@ -434,6 +436,13 @@ def _bounded(name: str, value: int | None, default: int, counts: sp.csr_matrix, 
             f"{name} is {value}: {n_cells} cells x {n_genes} genes have at most {bound} components beyond the mean."
         )
     return int(value)
+
+
+def _read_several_batches(adata: AnnData, key: str) -> pd.Series:
+    batches = read_batches(adata, key)
+    if len(batches.cat.categories) < 2:
+        raise ValueError(f"adata.obs[{key!r}] has one batch: leave batch_key out.")
+    return batches
 
 
 def _check_widths(width: int | Sequence[int], n_genes: int) -> tuple[int, ...]:

@@ -95,7 +95,7 @@ def select(
     members
         Denoisers that have learned nothing yet.
     counts
-        CSR, cells x genes.
+        CSR, cells x genes. Where fewer cells are enough for every member, a random choice of them is used.
     average
         Tune every member and find the weights of their mean; else tune the best one alone.
     mix
@@ -105,19 +105,24 @@ def select(
     on_step
         Called `(2 * n_splits + 1) * len(members)` times: as each is prepared, and after each fit to a half.
     """
+    for member in members:
+        member.prepare(counts, rng)
+        on_step()
+    cells = np.arange(counts.shape[0])
+    enough = [member.enough_cells or len(cells) for member in members]
+    if max(enough) < len(cells):
+        cells = np.sort(rng.choice(cells, max(enough), replace=False))
+        counts = counts[cells]
     n_cells, n_genes = counts.shape
     folds = rng.permutation(n_cells) % 2
     scored, dispersed = (
         np.sort(rng.choice(n_cells, min(n_cells, max(2, entries // n_genes)), replace=False))
         for entries in (_SCORED, _DISPERSION)
     )
-    for member in members:
-        member.prepare(counts, rng)
-        on_step()
     halves: list[Half] = []
     for _ in range(n_splits):
         first, second = split_matrix(counts, random_state=rng)
-        for half in (Half(first, second, folds), Half(second, first, folds)):
+        for half in (Half(first, second, folds, cells), Half(second, first, folds, cells)):
             halves.append(half)
             for member in members:
                 member.learn(half, rng)

@@ -67,7 +67,7 @@ class Transform:
         when one is left out, x (T(x) - T(x - 1))^2. It needs the counts alone, so it can be learned from one part.
         """
         full = self.apply(counts, size)
-        less_one = self.apply(_with_data(counts, counts.data - 1), size)
+        less_one = self.apply(_with_data(counts, np.maximum(counts.data - 1, 0)), size)
         change = full.data - less_one.data
         change *= change
         change *= counts.data

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -10,17 +10,21 @@ import numpy as np
 from anndata import AnnData
 
 from .denoisers.profiles import LowRankProfiles
+from .loss import Gain
 from .scale import MEANING, Scale
-from .selection import Selection
+from .selection import Choice, Selection
 
 
 def summary(
-    method: str, params: dict[str, Any], scale: Scale, fitted: tuple[LowRankProfiles, ...], selection: Selection
+    method: str,
+    params: dict[str, Any],
+    scale: Scale,
+    fitted: Sequence[LowRankProfiles],
+    choices: Sequence[Choice],
+    gain: Gain,
 ) -> dict[str, Any]:
-    """Return what goes to `.uns`: strings, numbers and arrays that `h5ad` and `zarr` keep."""
-    records = [choice.member.record(choice.setting) for choice in selection.choices]
-    gains = selection.gains
-    best = max(gains.values(), key=lambda gain: gain.mean)
+    """Return what goes to `.uns` of any result: strings, numbers and arrays that `h5ad` and `zarr` keep."""
+    records = [choice.member.record(choice.setting) for choice in choices]
     return {
         "method": method,
         "version": version("sc-noise2self"),
@@ -28,20 +32,28 @@ def summary(
         "scale": scale,
         "scale_meaning": MEANING[scale],
         "members": {
-            "name": np.array([choice.member.name for choice in selection.choices]),
-            "setting": np.array([choice.setting for choice in selection.choices]),
-            "weight": np.array([choice.weight for choice in selection.choices]),
+            "name": np.array([choice.member.name for choice in choices]),
+            "setting": np.array([choice.setting for choice in choices]),
+            "weight": np.array([choice.weight for choice in choices]),
             "rank": np.array([record["rank"] for record in records]),
             "link": np.array([profiles.link for profiles in fitted]),
             "n_factors": np.array([profiles.scores.shape[1] for profiles in fitted]),
         },
         "learned": {
             choice.member.name: {name: value for name, value in record.items() if name != "rank"}
-            for choice, record in zip(selection.choices, records, strict=True)
+            for choice, record in zip(choices, records, strict=True)
         },
-        "gain": selection.gain.mean,
-        "gain_error": selection.gain.error,
-        "gain_molecules": int(selection.gain.molecules.sum()),
+        "gain": gain.mean,
+        "gain_error": gain.error,
+        "gain_molecules": int(gain.molecules.sum()),
+    }
+
+
+def compared(selection: Selection) -> dict[str, Any]:
+    """Return what goes to `.uns` of a result that was selected: the gain of every candidate."""
+    gains = selection.gains
+    best = max(gains.values(), key=lambda gain: gain.mean)
+    return {
         **({} if selection.phi is None else {"unmixed_gain": selection.unmixed_gain.mean}),
         "candidates": {
             "label": np.array(list(gains)),
@@ -54,7 +66,7 @@ def summary(
 def write(
     adata: AnnData,
     key: str,
-    fitted: tuple[LowRankProfiles, ...],
+    fitted: Sequence[LowRankProfiles],
     size: np.ndarray,
     dense: np.ndarray | None,
 ) -> None:

@@ -13,6 +13,9 @@ import sc_noise2self as n2s
 
 SLOTS = ("layers", "obsm", "varm", "obs", "var", "uns", "obsp", "varp")
 
+PCA_ENSEMBLE = {"method": "ensemble", "members": ("pca",)}
+AUTOENCODER = {"method": "autoencoder"}
+
 
 def contents(adata):
     """Names in every slot, to tell what a call added."""
@@ -56,7 +59,7 @@ def test_the_record_says_what_was_chosen_and_gained(adata):
     assert record["gain"] == record["candidates"]["gain"].max()
     best = record["candidates"]["gain"].argmax()
     members = record["members"]
-    assert list(members["name"]) == [f"pca {members['transform'][0]}"]
+    assert list(members["name"]) == [f"pca {members['link'][0]}"]
     assert record["candidates"]["label"][best] == f"{members['name'][0]}, {members['setting'][0]}"
     assert list(members["weight"]) == [1]
     assert record["candidates"]["error"][best] == 0
@@ -115,7 +118,7 @@ def test_factors_alone_rebuild_the_layer(adata):
     np.testing.assert_allclose(found, whole[["cell-9", "cell-0"], genes].layers["denoised"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"method": "ensemble"}, {"mix": True}, {"method": "ensemble", "mix": True}])
+@pytest.mark.parametrize("options", [PCA_ENSEMBLE, {"mix": True}, PCA_ENSEMBLE | {"mix": True}])
 def test_ensembles_and_mixtures_are_rebuilt_from_factors(adata, options):
     n2s.denoise(adata, **options)
     layer = adata.layers["denoised"]
@@ -262,7 +265,7 @@ def assert_same(a, b):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "ensemble"}, {"method": "ensemble", "mix": True}])
+@pytest.mark.parametrize("options", [{}, PCA_ENSEMBLE, PCA_ENSEMBLE | {"mix": True}])
 def test_molecules_dealt_at_random_gain_nothing(adata, options):
     """Each gene's molecules dealt anew over cells by their depth: what is left to predict is one mean profile.
 
@@ -357,11 +360,22 @@ def test_refuses_options_and_writes_nothing(adata, call, options, error, message
 @pytest.mark.parametrize(
     ("call", "options", "message"),
     [
-        (n2s.denoise, {"method": "magic"}, "method is 'magic': pass one of pca, ensemble"),
+        (n2s.denoise, {"method": "magic"}, "method is 'magic': pass one of pca, autoencoder, ensemble"),
         (n2s.denoise, {"key_added": "a/b"}, "pass a name without '/'"),
         (n2s.denoise, {"scale": "cpm"}, "scale is 'cpm': pass one of counts, rates, log1p_cp10k, expected_log1p"),
         (n2s.denoise, {"scale_depth": 100}, "scale_depth was given with scale='counts'"),
         (n2s.denoise, {"scale": "expected_log1p_cp10k", "scale_depth": 0}, "scale_depth is 0"),
+        (n2s.denoise, {"width": 8}, "width was given, but no autoencoder is used"),
+        (n2s.denoise, {"loss": "poisson"}, "loss was given, but no autoencoder is used"),
+        (n2s.denoise, PCA_ENSEMBLE | {"n_seeds": 2}, "n_seeds was given, but no autoencoder is used"),
+        (n2s.denoise, {"method": "ensemble", "members": ("magic",)}, "members is .*: pass some of pca, autoencoder"),
+        (n2s.denoise, AUTOENCODER | {"loss": "zinb"}, "loss is 'zinb': pass one of multinomial, poisson"),
+        (n2s.denoise, AUTOENCODER | {"transform": "sqrt"}, "it belongs to PCA"),
+        (n2s.denoise, AUTOENCODER | {"width": 500}, "width is 500: a bottleneck is no wider than the 120 genes"),
+        (n2s.denoise, AUTOENCODER | {"width": [8, 0]}, "width is 0: pass a whole number"),
+        (n2s.denoise, AUTOENCODER | {"n_seeds": 0}, "n_seeds is 0: pass a whole number"),
+        (n2s.denoise, AUTOENCODER | {"batch_key": "lane"}, "batch_key 'lane' is missing"),
+        (n2s.denoise, AUTOENCODER | {"n_seeds": 2, "save_model": "x.pt"}, "save_model is for one autoencoder alone"),
         (n2s.denoise, {"n_components": 120}, "n_components is 120: 300 cells x 120 genes have at most 119"),
         (n2s.select_rank, {"max_rank": 120}, "max_rank is 120: 300 cells x 120 genes have at most 119"),
         (n2s.select_rank, {"max_rank": 2.5}, "max_rank is 2.5: pass a whole number"),
@@ -488,14 +502,14 @@ def test_an_interrupt_writes_nothing(adata, monkeypatch):
 
 # Held-out gain on real counts with nine tenths of the molecules seen: at least this, in nats per molecule.
 @pytest.mark.parametrize(
-    ("name", "pca", "ensemble", "mixed"),
+    ("name", "pca", "ensemble", "mixed", "autoencoder"),
     [
-        ("paul15_myeloid", 0.103, 0.107, 0.112),
-        ("pbmc3k_10x", 0.136, 0.148, 0.180),
-        ("baron_human1_pancreas", 0.457, 0.470, 0.530),
+        ("paul15_myeloid", 0.103, 0.107, 0.112, 0.111),
+        ("pbmc3k_10x", 0.136, 0.148, 0.180, 0.150),
+        ("baron_human1_pancreas", 0.457, 0.470, 0.530, 0.466),
     ],
 )
-def test_held_out_gain_on_real_counts(real_data, name, pca, ensemble, mixed):
+def test_held_out_gain_on_real_counts(real_data, name, pca, ensemble, mixed, autoencoder):
     from sc_noise2self.loss import held_out_gain, held_out_probabilities
 
     x = real_data(name).X.tocsr()
@@ -505,8 +519,9 @@ def test_held_out_gain_on_real_counts(real_data, name, pca, ensemble, mixed):
     adata = ad.AnnData(train)
     for options, least in [
         ({}, pca),
-        ({"method": "ensemble"}, ensemble),
-        ({"method": "ensemble", "mix": True}, mixed),
+        (PCA_ENSEMBLE, ensemble),
+        (PCA_ENSEMBLE | {"mix": True}, mixed),
+        (AUTOENCODER, autoencoder),
     ]:
         n2s.denoise(adata, write_layer=False, **options)
         gain = held_out_gain(held_out_probabilities(n2s.get.profiles(adata), test), test, mean)

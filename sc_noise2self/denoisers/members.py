@@ -25,11 +25,22 @@ _STRENGTHS = (1.0, 2.0, 4.0, 8.0)  # of `shrinkage` at the depth of a half; 1 is
 
 @dataclass(frozen=True, eq=False)
 class Half:
-    """One direction of a split: the part that is seen, the part that is held out, and the fold of each cell."""
+    """One direction of a split.
+
+    Attributes
+    ----------
+    seen, held_out
+        Its two parts, CSR of shape (cells, genes).
+    folds
+        The fold of each cell, shape (cells,).
+    cells
+        Which cells these are of all, shape (cells,).
+    """
 
     seen: sp.csr_matrix
     held_out: sp.csr_matrix
     folds: np.ndarray
+    cells: np.ndarray
 
 
 class Member(Protocol):
@@ -43,6 +54,11 @@ class Member(Protocol):
     @property
     def settings(self) -> tuple[str, ...]:
         """The ways to set it; members are compared at the first before they are tuned."""
+        ...
+
+    @property
+    def enough_cells(self) -> int | None:
+        """How many cells are enough to choose by; None where more always tell more."""
         ...
 
     def prepare(self, counts: sp.csr_matrix, rng: np.random.Generator) -> None:
@@ -72,6 +88,7 @@ class MeanMember:
 
     name: str = "mean"
     settings: tuple[str, ...] = ("as it is",)
+    enough_cells: int | None = 1
     _halves: list[Half] = field(default_factory=list)
 
     def prepare(self, counts: sp.csr_matrix, rng: np.random.Generator) -> None:
@@ -106,6 +123,7 @@ class PCAMember:
     transform: TransformName
     n_components: int
     genes: np.ndarray | None = None
+    enough_cells: int | None = None
     _fits: list[tuple[PCADenoiser, Half, np.ndarray]] = field(default_factory=list)
 
     @property
@@ -188,6 +206,7 @@ class AutoencoderMember:
     number: int = 1
     on_check: Callable[[str], object] = lambda line: None
     fitted: Autoencoder | None = None
+    enough_cells: int | None = _LEARNED_CELLS
     _fits: list[tuple[Autoencoder, Half]] = field(default_factory=list)
 
     @property
@@ -203,16 +222,16 @@ class AutoencoderMember:
     def prepare(self, counts: sp.csr_matrix, rng: np.random.Generator) -> None:
         """See `Member`."""
         widths = self.widths if self.like is None else self._chosen(self.like)
-        self.fitted = self._fit(counts, widths, rng)
+        self.fitted = self._fit(counts, self.batch, widths, rng)
 
     def learn(self, half: Half, rng: np.random.Generator) -> None:
         """See `Member`."""
-        self._fits.append((self._fit(half.seen, self._chosen(self), rng), half))
+        self._fits.append((self._fit(half.seen, self._batch(half.cells), self._chosen(self), rng), half))
 
     def predict(self, half: int, setting: str, cells: np.ndarray) -> LowRankProfiles:
         """See `Member`."""
         fitted, learned = self._fits[half]
-        return fitted.predict(learned.seen[cells], self._batch(cells))
+        return fitted.predict(learned.seen[cells], self._batch(learned.cells[cells]))
 
     def refit(self, counts: sp.csr_matrix, setting: str, rng: np.random.Generator) -> LowRankProfiles:
         """See `Member`."""
@@ -227,6 +246,8 @@ class AutoencoderMember:
     def record(self, setting: str) -> dict[str, object]:
         """See `Member`."""
         assert self.fitted is not None
+        if not hasattr(self.fitted, "gains_"):  # loaded from a file, which does not keep them
+            return {"rank": self.fitted.width_}
         gains = self.fitted.gains_
         best = max(gains, key=lambda gain: gain.mean)
         history = self.fitted.histories_[self.fitted.tried_.index(self.fitted.width_)]
@@ -245,11 +266,14 @@ class AutoencoderMember:
         assert member.fitted is not None
         return (member.fitted.width_,)
 
-    def _fit(self, counts: sp.csr_matrix, widths: tuple[int, ...], rng: np.random.Generator) -> Autoencoder:
-        """Return an autoencoder fitted to some of the cells: to all, unless there are very many."""
-        n_cells = counts.shape[0]
-        cells = np.sort(rng.choice(n_cells, min(n_cells, _LEARNED_CELLS), replace=False))
-        return self._new(widths, rng).fit(counts[cells], self.genes, self._batch(cells))
+    def _fit(
+        self, counts: sp.csr_matrix, batch: np.ndarray | None, widths: tuple[int, ...], rng: np.random.Generator
+    ) -> Autoencoder:
+        """Return an autoencoder fitted to as many of the cells as are enough."""
+        if counts.shape[0] > _LEARNED_CELLS:
+            cells = np.sort(rng.choice(counts.shape[0], _LEARNED_CELLS, replace=False))
+            counts, batch = counts[cells], None if batch is None else batch[cells]
+        return self._new(widths, rng).fit(counts, self.genes, batch)
 
     def _batch(self, cells: np.ndarray) -> np.ndarray | None:
         return None if self.batch is None else self.batch[cells]

@@ -116,15 +116,16 @@ class SquaredError(Loss):
 
 
 class Noise2Same(SquaredError):
-    """Noise2Same (Xie et al. 2020, theorem 2): |f(x) - x|^2 / m + 2 sigma sqrt(|f(x) - f(x_J)|^2 / m).
+    """Noise2Same (Xie et al. 2020, theorem 2): |f(x) - x|^2 / m + lambda sigma sqrt(|f(x) - f(x_J)|^2 / m).
 
-    The network sees all molecules, so nothing forces f to be J-invariant; the second term bounds what it may gain by
-    copying. x_J is the cell without a random half of its molecules, sigma the root mean square sampling noise on the
-    transformed scale (the jackknife over molecules), m the entries.
+    The network sees all molecules, so nothing forces f to be J-invariant; the second term bounds what it may gain
+    by copying, with lambda = 2. x_J is the cell without a random half of its molecules, sigma the root mean square
+    sampling noise on the transformed scale (the jackknife over molecules), m the entries.
     """
 
-    def __init__(self, counts: sp.csr_matrix, transform: TransformName) -> None:
+    def __init__(self, counts: sp.csr_matrix, transform: TransformName, invariance: float) -> None:
         super().__init__(counts, transform)
+        self.invariance = invariance
         self.transform = Transform(transform, self.depth)
         self.start = self.mean_output(counts)
         self.sigma = float(np.sqrt(self.transform.noise_variance(counts, row_sums(counts)).mean()))
@@ -134,10 +135,10 @@ class Noise2Same(SquaredError):
         part, _ = entries.split(*self.shares)
         full = network(entries).float()
         change = F.mse_loss(full, network(part).float())
-        return self.compare(full, entries.dense()) + 2 * self.sigma * torch.sqrt(change + 1e-12)
+        return self.compare(full, entries.dense()) + self.invariance * self.sigma * torch.sqrt(change + 1e-12)
 
 
-def make_loss(name: LossName, counts: sp.csr_matrix) -> Loss:
+def make_loss(name: LossName, counts: sp.csr_matrix, invariance: float) -> Loss:
     """Return the loss of this name, for counts (CSR, cells x genes) that are trained on."""
     if name == "multinomial":
         return Multinomial(counts)
@@ -145,6 +146,6 @@ def make_loss(name: LossName, counts: sp.csr_matrix) -> Loss:
         return Poisson(counts)
     if name == "negative_binomial":
         return NegativeBinomial(counts)
-    kind, _, transform = name.partition("_")
-    squared = SquaredError if kind == "mse" else Noise2Same
-    return squared(counts, "log1p" if transform == "log1p" else "sqrt")
+    kind, _, scale = name.partition("_")
+    transform: TransformName = "log1p" if scale == "log1p" else "sqrt"
+    return SquaredError(counts, transform) if kind == "mse" else Noise2Same(counts, transform, invariance)

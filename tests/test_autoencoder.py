@@ -1,0 +1,337 @@
+"""The autoencoder: sampling, losses, training, the choice of the width, faults, files."""
+
+from __future__ import annotations
+
+import pickle
+from typing import get_args
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from helpers import divergence, low_rank_profiles, poisson_counts
+from scipy import stats
+from scipy.special import gammaln, logsumexp
+
+torch = pytest.importorskip("torch")
+
+from sc_noise2self.denoisers import network_losses, training  # noqa: E402
+from sc_noise2self.denoisers.autoencoder import Autoencoder, LossName, _set_aside  # noqa: E402
+from sc_noise2self.denoisers.network import Counts, Network, PrincipalScores  # noqa: E402
+from sc_noise2self.denoisers.pca import PCADenoiser  # noqa: E402
+from sc_noise2self.loss import Gain  # noqa: E402
+
+CPU = torch.device("cpu")
+LOSSES = get_args(LossName)
+
+
+def quick(widths=(16,), **options) -> Autoencoder:
+    return Autoencoder(widths, n_hidden=32, n_components=10, device="cpu", **{"n_epochs": 40, **options})
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return low_rank_profiles(300, 120, 5, seed=0)
+
+
+@pytest.fixture(scope="module")
+def counts(truth):
+    return poisson_counts(truth, depth=600, seed=1)
+
+
+@pytest.fixture(scope="module")
+def mean_divergence(truth, counts):
+    mean = np.asarray(counts.sum(axis=0)).ravel() / counts.sum()
+    return (truth * np.log(truth / mean)).sum(axis=1).mean()
+
+
+def test_a_batch_holds_the_counts_of_its_cells(counts):
+    cells = np.array([7, 3, 250])
+    entries = Counts(counts, None, CPU)[cells]
+    assert (entries.dense().numpy() == counts[cells].toarray()).all()
+    assert (entries.sizes().numpy() == counts[cells].toarray().sum(axis=1)).all()
+
+
+def test_large_counts_keep_their_value():
+    counts = sp.csr_matrix(np.array([[70_000, 1], [0, 3]], np.float32))
+    assert (Counts(counts, None, CPU)[np.arange(2)].dense().numpy() == counts.toarray()).all()
+
+
+def test_parts_add_up_and_are_binomial():
+    counts = sp.csr_matrix(np.tile(np.array([0, 1, 2, 9, 40], np.float32), (4000, 1)))
+    torch.manual_seed(0)
+    entries = Counts(counts, None, CPU)[np.arange(4000)]
+    first, second = entries.split(0.3, 0.3)
+    assert ((first.values + second.values) == entries.values).all()
+    assert (first.values >= 0).all()
+    assert (second.values >= 0).all()
+    drawn = first.dense().numpy()
+    n = counts[0].toarray().ravel()
+    error = np.sqrt(n * 0.3 * 0.7 / 4000)
+    assert (np.abs(drawn.mean(axis=0) - 0.3 * n) <= 4.5 * error).all()
+    variance = n * 0.3 * 0.7
+    assert np.allclose(drawn.var(axis=0), variance, rtol=4.5 * np.sqrt(3 / 4000))
+
+
+def test_every_cell_draws_its_own_share():
+    counts = sp.csr_matrix(np.full((2000, 1), 1000, np.float32))
+    torch.manual_seed(0)
+    first, _ = Counts(counts, None, CPU)[np.arange(2000)].split(0.3, 0.9)
+    shares = first.values.numpy() / 1000
+    assert stats.kstest(shares, stats.uniform(0.3, 0.6).cdf).pvalue > 1e-3
+
+
+def test_principal_scores_are_those_of_the_pca(counts):
+    pca = PCADenoiser("log1p", n_components=6).fit(counts)
+    layer = PrincipalScores(
+        pca.components_, pca.gene_weights_, pca.mean_ @ pca.components_, pca.transform_.target, scale=2.0
+    )
+    size = np.asarray(counts.sum(axis=1)).ravel()
+    expected = pca.scores(counts) / np.sqrt(size / pca.transform_.target)[:, None] / 2
+    assert np.allclose(layer(Counts(counts, None, CPU)[np.arange(300)]).numpy(), expected, atol=1e-4)
+
+
+def log_likelihood(name, output, x):
+    """From scipy, without log x!, which no output changes."""
+    size = x.sum(axis=1, keepdims=True)
+    if name == "multinomial":
+        return (x * (output - logsumexp(output, axis=1, keepdims=True))).sum()
+    means = size * np.exp(output)
+    if name == "poisson":
+        return (stats.poisson(means).logpmf(x) + gammaln(x + 1) - x * np.log(size)).sum()
+    return (stats.nbinom(np.e, np.e / (np.e + means)).logpmf(x) + gammaln(x + 1)).sum()
+
+
+@pytest.mark.parametrize("name", ["multinomial", "poisson", "negative_binomial"])
+def test_likelihoods_are_those_of_scipy(name, counts):
+    x = counts[:20].toarray().astype(np.float64)
+    x[3] = 0  # a cell whose molecules all went to the other part
+    output = np.random.default_rng(0).normal(-4, 1, x.shape)
+    loss = network_losses.make_loss(name, counts, 0.5).double()
+    found = loss.compare(torch.from_numpy(output), torch.from_numpy(x)).item()
+    kept = x.sum(axis=1) > 0
+    assert found == pytest.approx(-log_likelihood(name, output[kept], x[kept]) / x.sum(), rel=1e-5)
+
+
+def test_squared_error_is_that_of_transformed_counts(counts):
+    loss = network_losses.make_loss("mse_sqrt", counts, 0.5)
+    x = counts[:20].toarray()
+    y = np.sqrt(x / x.sum(axis=1, keepdims=True) * loss.transform.target)
+    found = loss.compare(torch.zeros(x.shape), torch.from_numpy(x)).item()
+    assert found == pytest.approx((y**2).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_finds_structure(name, truth, counts, mean_divergence):
+    fitted = quick(loss=name).fit(counts)
+    found = divergence(truth, fitted.predict(counts, n_rounds=1))
+    assert found < 0.5 * mean_divergence
+    assert fitted.gains_[0].mean > 4 * fitted.gains_[0].error
+
+
+def test_what_is_set_aside_is_a_tenth_and_is_not_trained_on(counts):
+    before = counts.copy()
+    seen, aside, cells = _set_aside(counts, np.random.default_rng(0))
+    assert (seen[cells] + aside != counts[cells]).nnz == 0
+    assert (counts != before).nnz == 0
+    assert aside.sum() == pytest.approx(0.1 * counts.sum(), abs=4.5 * np.sqrt(0.09 * counts.sum()))
+
+
+def test_the_gain_on_molecules_set_aside_ranks_as_the_truth(truth, counts):
+    """Widths 1 and 8 on five programmes, and training cut short: whoever gains more is nearer the truth."""
+    fits = [quick((8,)).fit(counts), quick((1,)).fit(counts), quick((8,), n_epochs=1).fit(counts)]
+    gains = [fit.gains_[0].mean for fit in fits]
+    errors = [divergence(truth, fit.predict(counts)) for fit in fits]
+    assert list(np.argsort(gains)) == list(np.argsort(errors)[::-1])
+
+
+@pytest.mark.parametrize("dimension", [2, 8])
+def test_the_width_is_the_intrinsic_dimension(dimension):
+    """Log rates linear in so many coordinates: the narrowest width as good as any is that many, or one step off."""
+    rng = np.random.default_rng(dimension)
+    z = rng.normal(size=(800, dimension)) @ rng.normal(size=(dimension, 150)) * 0.9 / np.sqrt(dimension)
+    profiles = np.exp(z + rng.normal(-1, 1, 150))
+    profiles /= profiles.sum(axis=1, keepdims=True)
+    fitted = quick((32, 16, 8, 4, 2, 1), n_epochs=30).fit(poisson_counts(profiles, depth=1500, seed=0))
+    assert dimension / 2 <= fitted.width_ <= 2 * dimension
+    assert fitted.tried_[-1] < fitted.width_  # narrower was tried, and was worse
+
+
+def test_same_seed_same_bytes_and_nothing_global_moves(counts):
+    torch.manual_seed(5)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    first, second = (quick(n_epochs=4).fit(counts).predict(counts).counts() for _ in range(2))
+    assert first.tobytes() == second.tobytes()
+    assert (torch.get_rng_state() == before).all()
+    assert torch.get_num_threads() == threads
+    assert quick(n_epochs=4, random_state=1).fit(counts).predict(counts).counts().tobytes() != first.tobytes()
+
+
+def test_learning_curves_are_kept_and_the_best_state_restored(counts):
+    seen = []
+    fitted = quick(n_epochs=20, learning_rate=0.05, on_check=lambda *line: seen.append(line)).fit(counts)
+    history = fitted.histories_[0]
+    assert len(history.losses) == max(history.checked)
+    assert [(epoch, gain) for _, _, epoch, gain in seen] == list(zip(history.checked, history.gains, strict=True))
+    assert fitted.gains_[0].mean == pytest.approx(max(history.gains), abs=1e-6)
+
+
+def test_training_stops_when_the_gain_falls_and_restores_the_best(counts):
+    gains = iter([0.1, 0.3, 0.2, 0.25, 0.29, 0.4])
+    loss = network_losses.make_loss("multinomial", counts, 0.5)
+    scores = PrincipalScores(np.ones((120, 2)), np.ones(120), np.zeros(2), 100, 1)
+    network, states = Network(scores, 4, 8, loss.start, 0, 0.0), []
+
+    def check():
+        states.append(network.genes.weight.detach().clone())
+        return Gain(np.array([next(gains)]), np.array([1.0]))
+
+    history = training.train(
+        network,
+        loss,
+        Counts(counts, None, CPU),
+        np.random.default_rng(0),
+        check=check,
+        on_check=lambda *_: None,
+        n_epochs=10,
+        batch_size=100,
+        learning_rate=0.01,
+        prior_scale=1,
+    )
+    assert history.checked == [1, 2, 3, 4, 5]  # three checks without a better one
+    assert torch.equal(network.genes.weight, states[1])
+    assert not torch.equal(states[1], states[4])
+
+
+class _Diverging(network_losses.Multinomial):
+    """Turns into NaN after so many steps."""
+
+    steps_left = 0
+
+    def compare(self, output, counts):
+        self.steps_left -= 1
+        return super().compare(output, counts) * (float("nan") if self.steps_left < 0 else 1)
+
+
+def _diverge_after(monkeypatch, n_steps):
+    def make(name, counts, invariance):
+        loss = _Diverging(counts)
+        loss.steps_left = n_steps
+        return loss
+
+    monkeypatch.setattr(network_losses, "make_loss", make)
+
+
+def test_a_loss_that_turns_nan_keeps_the_best_state(counts, monkeypatch):
+    _diverge_after(monkeypatch, 5 * 10 + 2)  # five steps an epoch
+    with pytest.warns(UserWarning, match=r"in epoch 11 of 40: the learning rate.*state after epoch \d+ is kept"):
+        fitted = quick().fit(counts)
+    assert np.isfinite(fitted.predict(counts).counts()).all()
+    assert fitted.gains_[0].mean > 0
+
+
+def test_a_loss_that_is_nan_at_once_is_an_error(counts, monkeypatch):
+    _diverge_after(monkeypatch, 2)
+    with pytest.raises(FloatingPointError, match=r"epoch 1 of 40.*smaller learning_rate"):
+        quick().fit(counts)
+
+
+def test_out_of_memory_says_what_to_lower(counts, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(Network, "factors", fail)
+    with pytest.raises(MemoryError, match=r"smaller batch_size \(it was 32\)"):
+        quick(batch_size=32).fit(counts)
+
+
+def test_empty_cells_stay_empty(counts):
+    dense = counts.toarray()
+    dense[:150] = 0
+    fitted = quick(batch_size=16).fit(sp.csr_matrix(dense))
+    denoised = fitted.predict(sp.csr_matrix(dense)).counts()
+    assert (denoised[:150] == 0).all()
+    assert np.allclose(denoised[150:].sum(axis=1), dense[150:].sum(axis=1), rtol=1e-4)
+    assert (fitted.predict(sp.csr_matrix(dense[:3])).counts() == 0).all()
+
+
+def test_cells_one_by_one_are_the_cells_together(counts):
+    fitted = quick().fit(counts)
+    together = fitted.predict(counts[:5]).counts()
+    alone = np.vstack([fitted.predict(counts[[i]]).counts() for i in range(5)])
+    assert np.allclose(together, alone, rtol=1e-4, atol=1e-6)
+
+
+def test_cells_not_trained_on_are_denoised_as_well(truth, counts, mean_divergence):
+    fitted = quick().fit(counts[:200])
+    assert divergence(truth[200:], fitted.predict(counts[200:])) < 0.5 * mean_divergence
+
+
+def test_a_batch_covariate_takes_the_batch_out_of_the_code(truth):
+    rng = np.random.default_rng(3)
+    batch = np.arange(len(truth)) % 2
+    shifted = truth * np.exp(rng.normal(0, 1, truth.shape[1]) * batch[:, None])
+    counts = poisson_counts(shifted / shifted.sum(axis=1, keepdims=True), depth=800, seed=2)
+
+    def separation(fitted):
+        with torch.no_grad():
+            code = fitted.network_.bottleneck(Counts(counts, batch, CPU)[np.arange(len(batch))]).numpy()
+        design = np.column_stack([code, np.ones(len(code))])
+        fit = design @ np.linalg.lstsq(design, batch, rcond=None)[0]
+        return 1 - (fit - batch).var() / batch.var()
+
+    known = quick((4,), n_batches=2).fit(counts, batch=batch)
+    unknown = quick((4,)).fit(counts)
+    assert known.gains_[0].mean > unknown.gains_[0].mean
+    assert separation(known) < separation(unknown)
+    assert known.predict(counts, batch).counts().shape == counts.shape
+
+
+def test_saved_and_loaded_it_predicts_the_same(counts, tmp_path):
+    fitted = quick(loss="mse_sqrt", n_epochs=5).fit(counts)
+    fitted.feature_names_in_ = np.array([f"gene-{i}" for i in range(120)])
+    fitted.save(tmp_path / "model.pt")
+    loaded = Autoencoder.load(tmp_path / "model.pt", device="cpu")
+    assert loaded.predict(counts).counts().tobytes() == fitted.predict(counts).counts().tobytes()
+    assert list(loaded.feature_names_in_) == list(fitted.feature_names_in_)
+    assert loaded.width_ == 16
+
+
+class _RunsCode:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code ran')",))
+
+
+def test_a_file_from_elsewhere_runs_no_code(tmp_path):
+    torch.save({"sc_noise2self": 1, "parameters": _RunsCode()}, tmp_path / "evil.pt")
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(_RunsCode()))
+    (tmp_path / "text.pt").write_text("not a model")
+    torch.save({"other": 1}, tmp_path / "other.pt")
+    for name in ("evil.pt", "evil.pkl", "text.pt", "other.pt"):
+        with pytest.raises(ValueError, match="is not a model that sc_noise2self saved"):
+            Autoencoder.load(tmp_path / name)
+
+
+def test_cpu_does_not_touch_cuda(monkeypatch):
+    def touched(*_):
+        raise AssertionError("CUDA was touched")
+
+    monkeypatch.setattr(torch.cuda, "is_available", touched)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", touched)
+    assert training.choose_device("cpu") == CPU
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "xyz"])
+def test_an_unknown_device_is_refused(name):
+    with pytest.raises(ValueError, match="pass 'auto' or 'cpu'"):
+        training.choose_device(name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_denoises_as_well_as_the_processor(truth, counts):
+    on_cpu, on_cuda = (
+        Autoencoder((16,), n_hidden=32, n_components=10, n_epochs=40, device=device).fit(counts)
+        for device in ("cpu", "cuda")
+    )
+    assert divergence(truth, on_cuda.predict(counts)) == pytest.approx(
+        divergence(truth, on_cpu.predict(counts)), rel=0.2
+    )

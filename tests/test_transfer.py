@@ -1,0 +1,212 @@
+"""`denoise(method="autoencoder")` on AnnData, the file that it saves, and cells that it was not fitted to."""
+
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pytest
+from helpers import dense, low_rank_profiles, poisson_counts
+
+import sc_noise2self as n2s
+
+pytest.importorskip("torch")
+
+QUICK = {"n_hidden": 32, "n_epochs": 40}
+OPTIONS = {"method": "autoencoder", "width": 16, "n_components": 10, "device": "cpu", "autoencoder": QUICK}
+
+
+def cells(n, seed, batch_effect=0.0):
+    truth = low_rank_profiles(400, 120, 5, seed=0)[seed * 100 :][:n]
+    batch = np.arange(n) % 2
+    truth = truth * np.exp(batch_effect * np.random.default_rng(9).normal(size=120) * batch[:, None])
+    out = ad.AnnData(poisson_counts(truth / truth.sum(axis=1, keepdims=True), depth=600, seed=seed))
+    out.var_names = [f"gene-{i}" for i in range(120)]
+    out.obs_names = [f"cell-{seed}-{i}" for i in range(n)]
+    out.obs["batch"] = np.array(["a", "b"])[batch]
+    return out
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.pt"
+    n2s.denoise(cells(300, 0), **OPTIONS, save_model=path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def batch_model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.pt"
+    n2s.denoise(cells(300, 0, batch_effect=1), **OPTIONS, batch_key="batch", save_model=path)
+    return path
+
+
+def test_writes_what_every_method_writes(tmp_path):
+    adata = cells(300, 0)
+    before = adata.X.copy()
+    n2s.denoise(adata, **OPTIONS)
+    assert (before != adata.X).nnz == 0
+    layer = adata.layers["denoised"]
+    assert layer.dtype == np.float32
+    assert layer.flags.c_contiguous
+    assert (layer >= 0).all()
+    assert np.allclose(layer.sum(axis=1), dense(adata.X).sum(axis=1), rtol=1e-4)
+    assert np.allclose(layer.sum(axis=0), dense(adata.X).sum(axis=0), rtol=0.05)
+    record = adata.uns["denoised"]
+    assert record["gain"] > 5 * record["gain_error"]
+    assert list(record["members"]["setting"]) == ["width 16"]
+    learned = record["learned"]["autoencoder"]
+    assert list(learned["widths"]) == [16]
+    assert len(learned["epoch_losses"]) == 40
+    assert learned["checked_gains"][-1] > learned["checked_gains"][0]
+    rebuilt = n2s.get.denoised(adata, list(adata.var_names)).to_numpy()
+    assert np.allclose(rebuilt, layer, rtol=1e-4, atol=1e-6)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    again = ad.read_h5ad(tmp_path / "a.h5ad")
+    assert np.allclose(n2s.get.denoised(again, ["gene-3"]), layer[:, [3]], rtol=1e-4, atol=1e-6)
+
+
+def test_same_seed_same_bytes():
+    first, second, other = (cells(120, 0) for _ in range(3))
+    for adata, seed in ((first, 0), (second, 0), (other, 1)):
+        n2s.denoise(adata, **OPTIONS, random_state=seed)
+    assert first.layers["denoised"].tobytes() == second.layers["denoised"].tobytes()
+    assert first.layers["denoised"].tobytes() != other.layers["denoised"].tobytes()
+
+
+def test_the_width_is_chosen_and_recorded():
+    adata = cells(300, 0)
+    n2s.denoise(adata, **{**OPTIONS, "width": [16, 1]})
+    learned = adata.uns["denoised"]["learned"]["autoencoder"]
+    assert list(learned["widths"]) == [16, 1]
+    assert learned["gains"][0] > learned["gains"][1] + learned["errors"][1]
+    assert list(adata.uns["denoised"]["members"]["rank"]) == [16]
+
+
+def test_several_seeds_are_averaged():
+    adata = cells(300, 0)
+    n2s.denoise(adata, **OPTIONS, n_seeds=2)
+    record = adata.uns["denoised"]
+    assert list(record["members"]["name"]) == ["autoencoder", "autoencoder 2"]
+    assert record["members"]["weight"].sum() == pytest.approx(1)
+    assert record["gain"] > record["candidates"]["gain"].max()
+
+
+def test_it_joins_the_ensemble_and_mixing():
+    adata = cells(300, 0)
+    n2s.denoise(adata, **{**OPTIONS, "method": "ensemble"}, mix=True)
+    record = adata.uns["denoised"]
+    assert "autoencoder" in record["members"]["name"]
+    assert record["unmixed_gain"] >= record["candidates"]["gain"].max() - 1e-4
+    rebuilt = n2s.get.denoised(adata, list(adata.var_names)).to_numpy()
+    assert np.allclose(rebuilt, adata.layers["denoised"], rtol=1e-4, atol=1e-6)
+
+
+def test_counts_without_structure_get_the_mean_profile_and_no_model(tmp_path):
+    profile = np.random.default_rng(0).dirichlet(np.full(120, 0.5))
+    adata = ad.AnnData(poisson_counts(np.tile(profile, (300, 1)), depth=600, seed=0))
+    with pytest.warns(UserWarning, match=r"the mean profile is written.*No model is saved"):
+        n2s.denoise(adata, **OPTIONS, save_model=tmp_path / "model.pt")
+    assert list(adata.uns["denoised"]["members"]["name"]) == ["mean"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_leaves_everything_as_it_was(tmp_path, monkeypatch):
+    from sc_noise2self.denoisers import training
+
+    adata, calls = cells(120, 0), []
+    compare = training.torch.optim.Adam.step
+
+    def interrupt(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 30:
+            raise KeyboardInterrupt
+        return compare(self, *args, **kwargs)
+
+    monkeypatch.setattr(training.torch.optim.Adam, "step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        n2s.denoise(adata, **OPTIONS, save_model=tmp_path / "model.pt")
+    assert not adata.uns
+    assert not adata.obsm
+    assert "denoised" not in adata.layers
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_model_is_not_overwritten(model):
+    before = model.read_bytes()
+    with pytest.raises(FileExistsError, match="nothing is overwritten"):
+        n2s.denoise(cells(120, 0), **OPTIONS, save_model=model)
+    assert model.read_bytes() == before
+
+
+def test_new_cells_are_denoised_and_told_what_it_gained(model):
+    adata = cells(100, 3)
+    before = adata.X.copy()
+    n2s.denoise_with(adata, model, device="cpu")
+    assert (before != adata.X).nnz == 0
+    record = adata.uns["denoised"]
+    assert record["gain"] > 4 * record["gain_error"]
+    assert np.allclose(adata.layers["denoised"].sum(axis=1), dense(adata.X).sum(axis=1), rtol=1e-4)
+    rebuilt = n2s.get.denoised(adata, ["gene-7", "gene-0"]).to_numpy()
+    assert np.allclose(rebuilt, adata.layers["denoised"][:, [7, 0]], rtol=1e-4, atol=1e-6)
+
+
+def test_genes_are_matched_by_name(model):
+    adata = cells(100, 3)
+    order = np.random.default_rng(0).permutation(120)
+    shuffled = adata[:, order].copy()
+    n2s.denoise_with(adata, model, device="cpu")
+    result = n2s.denoise_with(shuffled, model, device="cpu", copy=True)
+    assert not shuffled.uns
+    assert np.allclose(result.layers["denoised"], adata.layers["denoised"][:, order], rtol=1e-4, atol=1e-6)
+    n2s.denoise_with(shuffled, model, device="cpu", write_layer=False, scale="rates")
+    assert "denoised" not in shuffled.layers
+
+
+def test_missing_and_extra_genes_are_named(model):
+    adata = cells(100, 3)
+    adata.var_names = ["other", *adata.var_names[1:]]
+    message = r"1 of them are missing here \(gene-0\), and 1 here are not in it \(other\)"
+    with pytest.raises(ValueError, match=message):
+        n2s.denoise_with(adata, model)
+    assert not adata.uns
+
+
+def test_cells_unlike_those_fitted_are_warned_of(model):
+    other = ad.AnnData(poisson_counts(low_rank_profiles(100, 120, 3, seed=77), depth=600, seed=0))
+    other.var_names = [f"gene-{i}" for i in range(120)]
+    with pytest.warns(UserWarning, match="no better than their own mean profile"):
+        n2s.denoise_with(other, model, device="cpu")
+
+
+def test_batches_are_matched_by_name(batch_model):
+    adata = cells(100, 3, batch_effect=1)
+    n2s.denoise_with(adata, batch_model, batch_key="batch", device="cpu")
+    right = adata.uns["denoised"]["gain"]
+    adata.obs["batch"] = np.where(adata.obs["batch"] == "a", "b", "a")
+    n2s.denoise_with(adata, batch_model, batch_key="batch", device="cpu")
+    assert adata.uns["denoised"]["gain"] < right
+    adata.obs["batch"] = "b"  # one of the batches alone
+    n2s.denoise_with(adata, batch_model, batch_key="batch", device="cpu")
+
+
+def test_batches_that_do_not_fit_are_refused(model, batch_model):
+    adata = cells(100, 3)
+    with pytest.raises(ValueError, match=r"fitted with batches \(a, b\): pass batch_key"):
+        n2s.denoise_with(adata, batch_model)
+    with pytest.raises(ValueError, match="fitted without batches: leave it out"):
+        n2s.denoise_with(adata, model, batch_key="batch")
+    adata.obs["batch"] = ["c"] * 50 + ["a"] * 50
+    with pytest.raises(ValueError, match=r"batches unknown to the model: c\. It knows a, b"):
+        n2s.denoise_with(adata, batch_model, batch_key="batch")
+    adata.obs["batch"] = "a"
+    with pytest.raises(ValueError, match="has one batch: leave batch_key out"):
+        n2s.denoise(adata, **OPTIONS, batch_key="batch")
+
+
+def test_without_torch_it_says_how_to_get_it(monkeypatch):
+    from sc_noise2self.denoisers import autoencoder
+
+    monkeypatch.setattr(autoencoder, "find_spec", lambda name: None)
+    for call in (lambda a: n2s.denoise(a, method="ensemble"), lambda a: n2s.denoise_with(a, "model.pt")):
+        with pytest.raises(ImportError, match=r"pip install .sc-noise2self\[autoencoder\]"):
+            call(cells(100, 0))
