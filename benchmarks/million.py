@@ -3,8 +3,9 @@
     python benchmarks/million.py [--cells 1000000] [--genes 20000] [--stored 2000] [--device cuda] [--out RESULT.json]
 
 Counts are simulated: 20 000 cells (or as many as asked for), log rates linear in 20 coordinates and a depth that
-stores about `--stored` entries a cell, repeated until there are enough cells. The floor of an epoch is the larger of its
-operations over 700 TFLOP/s and its bytes over 4.3 TB/s, an H200's rates in practice; what is counted is said below.
+stores about `--stored` entries a cell, repeated until there are enough cells. The floor of an epoch is the larger
+of its operations over 700 TFLOP/s and its bytes over 4.3 TB/s, an H200's rates in practice; what is counted is said
+below.
 """
 
 from __future__ import annotations

@@ -279,7 +279,7 @@ def denoise(
         }
     record = summary(method, params, scale, fitted, selection.choices, selection.gain) | compared(selection)
     target = adata.copy() if copy else adata
-    if save_model is not None and networks[0].fitted is not None:
+    if save_model is not None and networks[0].fitted is not None and selection.beats_mean:
         networks[0].fitted.feature_names_in_ = np.array(adata.var_names, dtype=str)
         networks[0].fitted.batch_names_ = np.array([] if batches is None else batches.cat.categories, dtype=str)
         networks[0].fitted.save(save_model)

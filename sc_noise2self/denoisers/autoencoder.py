@@ -47,6 +47,7 @@ _COMPONENT_CELLS = 50_000  # principal components are learned from so many cells
 _CELLS_SHOWN = 60_000  # in training, over all epochs, as far as these bounds allow
 _LEAST_EPOCHS, _MOST_EPOCHS = 12, 100
 _PREDICTED = 1024  # cells predicted at a time
+_SEEDS_DIFFER = 0.01  # of the gain
 _SCALED_CELLS = 20_000  # that the scales of genes are learned from, at most
 _FORMAT = 1  # of saved files
 _PARAMETERS = (
@@ -71,8 +72,8 @@ class Autoencoder:
     Parameters
     ----------
     widths
-        Of the bottleneck, tried from the widest to the first whose gain on molecules set aside is lower than the best
-        by more than one paired standard error; the narrowest that is not lower is kept.
+        Of the bottleneck, tried from the widest to the first whose gain on molecules set aside is below the best by
+        more than one paired standard error and more than 1 %; the narrowest that is not is kept.
     loss
         `"multinomial"`, nats per held-out molecule; `"poisson"`; `"negative_binomial"`, with a dispersion per gene;
         `"mse_log1p"` and `"mse_sqrt"`, squared errors on that scale; `"noise2same_log1p"` and `"noise2same_sqrt"`,
@@ -397,9 +398,17 @@ def require_torch() -> None:
 
 
 def narrowest_as_good(gains: Sequence[Gain]) -> int:
-    """Return the index of the last gain that is within one paired standard error of the best."""
+    """Return the index of the last gain that is as good as the best.
+
+    That is within one paired standard error over cells, or within 1 % of it: two runs that differ by their seed alone
+    differ by as much.
+    """
     best = max(gains, key=lambda gain: gain.mean)
-    return max(i for i, gain in enumerate(gains) if gain.mean >= best.mean - gain.error_of_difference(best))
+    return max(
+        i
+        for i, gain in enumerate(gains)
+        if gain.mean >= best.mean - max(gain.error_of_difference(best), _SEEDS_DIFFER * best.mean)
+    )
 
 
 def _set_aside(counts: sp.csr_matrix, rng: np.random.Generator) -> tuple[sp.csr_matrix, sp.csr_matrix, np.ndarray]:

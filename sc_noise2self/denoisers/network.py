@@ -77,6 +77,8 @@ class Counts:
     """
 
     def __init__(self, counts: sp.csr_matrix, batch: np.ndarray | None, device: torch.device) -> None:
+        if not counts.has_sorted_indices:
+            counts = counts.sorted_indices()  # else SciPy may sort the indices that are shared here in place
         largest = counts.data.max(initial=0)
         self.data = torch.from_numpy(counts.data.astype(np.int16 if largest < 2**15 else np.int32))
         self.genes = torch.from_numpy(counts.indices.astype(np.int32, copy=False))
