@@ -3,17 +3,18 @@
     python benchmarks/throughput.py COUNTS.h5ad --python dca=ENV/bin/python --python scvi=ENV/bin/python
 
 Each trains twice, for a few epochs and for more; the difference leaves out starting, reading and compiling. DCA and
-scVI train with their own settings (batch 32 and 128), ours with its own (batch 64). What the peers' environments need
+scVI train with their own settings (batch 32 and 128), ours with its own (batch 128). What the peers' environments need
 is said in `benchmarks/peers`. This file runs itself in each of them, so it keeps to Python 3.8.
 """
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
 import time
 
-EPOCHS = {"ours": (4, 12), "dca": (2, 5), "scvi": (1, 3)}
+EPOCHS = {"width 128": (4, 12), "width 64": (4, 12), "dca": (2, 5), "scvi": (1, 3)}
 
 
 def read(path):
@@ -26,11 +27,11 @@ def read(path):
         return sp.csr_matrix((x["data"][:], x["indices"][:], x["indptr"][:]), shape=tuple(x.attrs["shape"]))
 
 
-def train_ours(counts, n_epochs):
-    """Train the autoencoder of this package at one width."""
+def train_ours(counts, n_epochs, width):
+    """Train the autoencoder of this package at one width; its hidden layers are twice as wide."""
     from sc_noise2self.denoisers.autoencoder import Autoencoder
 
-    Autoencoder((128,), n_epochs=n_epochs, device="cpu").fit(counts.astype("float32"))
+    Autoencoder((width,), n_epochs=n_epochs, device="cpu").fit(counts.astype("float32"))
 
 
 def train_dca(counts, n_epochs):
@@ -62,7 +63,12 @@ def measure(name, path):
     """Return seconds per epoch, from the difference of two runs."""
     counts = read(path)
     counts = counts[:, (counts > 0).sum(axis=0).A1 >= 3]
-    train = {"ours": train_ours, "dca": train_dca, "scvi": train_scvi}[name]
+    train = {
+        "width 128": functools.partial(train_ours, width=128),
+        "width 64": functools.partial(train_ours, width=64),
+        "dca": train_dca,
+        "scvi": train_scvi,
+    }[name]
     few, many = EPOCHS[name]
     train(counts, few)  # imports and compiles
     seconds = []
@@ -83,7 +89,11 @@ def main():
     if args.measure:
         print(json.dumps(measure(args.measure, args.counts)))
         return
-    pythons = {"ours": sys.executable, **dict(pair.split("=", 1) for pair in args.python)}
+    pythons = {
+        "width 128": sys.executable,
+        "width 64": sys.executable,
+        **dict(pair.split("=", 1) for pair in args.python),
+    }
     print("| | seconds an epoch | cells a second |\n|---|---|---|")
     for name, python in pythons.items():
         command = [python, __file__, args.counts, "--measure", name]

@@ -231,7 +231,7 @@ def _diverge_after(monkeypatch, n_steps):
 
 
 def test_a_loss_that_turns_nan_keeps_the_best_state(counts, monkeypatch):
-    _diverge_after(monkeypatch, 5 * 10 + 2)  # five steps an epoch
+    _diverge_after(monkeypatch, 3 * 10 + 2)  # three steps an epoch
     with pytest.warns(UserWarning, match=r"in epoch 11 of 40: the learning rate.*state after epoch \d+ is kept"):
         fitted = quick().fit(counts)
     assert np.isfinite(fitted.predict(counts).counts()).all()

@@ -97,7 +97,7 @@ class Autoencoder:
     n_epochs
         At most. None takes as many as show 60 000 cells, at least 12 and at most 100.
     batch_size
-        Cells a step. None takes 64; on CUDA more for many cells, up to 4096.
+        Cells a step. None takes 128; on CUDA more for many cells, up to 4096.
     device
         `"auto"`, CUDA where there is one; `"cpu"`; or any that PyTorch knows.
     random_state
@@ -141,7 +141,7 @@ class Autoencoder:
         n_hidden: int | None = None,
         n_components: int = 100,
         dropout: float = 0.1,
-        learning_rate: float = 3e-3,
+        learning_rate: float = 7e-3,
         invariance: float = 0.5,
         prior_scale: float = 0.08,
         n_batches: int = 0,
@@ -385,7 +385,7 @@ class Autoencoder:
     def _batch_size(self, counts: sp.csr_matrix, device: torch.device) -> int:
         if self.batch_size is not None:
             return self.batch_size
-        return 64 if device.type == "cpu" else int(np.clip(counts.shape[0] // 200, 64, 4096))
+        return 128 if device.type == "cpu" else int(np.clip(counts.shape[0] // 200, 128, 4096))
 
 
 def require_torch() -> None:

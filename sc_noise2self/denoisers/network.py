@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_FEW = 4  # molecules dealt one by one, which takes a quarter of the time of a binomial draw
+
 
 @dataclass(frozen=True, eq=False)
 class Entries:
@@ -55,8 +57,12 @@ class Entries:
         """Deal each molecule to the first of two parts with a probability that each cell draws between two bounds."""
         shares = torch.empty(len(self.starts), device=self.values.device).uniform_(low, high)[self.rows]
         first = torch.where(torch.rand_like(self.values) < shares, self.values, 0)  # right for counts of 0 and 1
-        more = torch.nonzero(self.values > 1).squeeze(1)
-        first[more] = torch.binomial(self.values[more], shares[more])
+        few = torch.nonzero((self.values > 1) & (self.values <= _FEW)).squeeze(1)
+        tosses = torch.rand(len(few), _FEW, device=self.values.device) < shares[few, None]
+        tosses &= torch.arange(_FEW, device=self.values.device) < self.values[few, None]
+        first[few] = tosses.sum(dim=1).float()
+        many = torch.nonzero(self.values > _FEW).squeeze(1)
+        first[many] = torch.binomial(self.values[many], shares[many])
         return self._with(first), self._with(self.values - first)
 
     def _with(self, values: Tensor) -> Entries:
