@@ -106,6 +106,8 @@ def read_counts(adata: AnnData, layer: str | None) -> CountMatrix:
         raise TypeError(f"adata is of type {type(adata).__name__}: pass an AnnData object.")
     if adata.isbacked:
         raise ValueError(f"adata is backed on {adata.filename}: load it first, adata = adata.to_memory().")
+    if isinstance(layer, bool):
+        raise TypeError(f"layer is {layer}: it names the layer with raw counts. To write none, pass write_layer=False.")
     if layer is not None and layer not in adata.layers:
         names = [name for name in adata.layers if name is not None]  # None is X since anndata 0.13
         raise ValueError(f"layer {layer!r} is missing: adata.layers has {names}.")

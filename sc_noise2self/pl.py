@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,14 +16,14 @@ from .counts import row_sums
 
 
 def loss(adata: AnnData, *, key: str = "select_rank", ax: Axes | None = None, show: bool | None = None) -> Axes:
-    """Plot the self-supervised loss of every rank, with the choice.
+    """Plot the self-supervised loss of every rank, or the gain of every width of an autoencoder, with the choice.
 
     Parameters
     ----------
     adata
-        Object that `sc_noise2self.select_rank` wrote to.
+        Object that `sc_noise2self.select_rank` wrote to, or `denoise` with an autoencoder.
     key
-        Its `key_added`.
+        Its `key_added`; `"denoised"` for `denoise`.
     ax
         Axes to draw on.
     show
@@ -31,14 +31,21 @@ def loss(adata: AnnData, *, key: str = "select_rank", ax: Axes | None = None, sh
 
     Returns
     -------
-    The Axes: loss above its least value, at the depth of a half and, where it was corrected, at full depth; ranks
-    within one paired standard error of the least are shaded.
+    The Axes. Ranks: loss above its least value, at the depth of a half and, where it was corrected, at full depth;
+    ranks within one paired standard error of the least are shaded. Widths: gain on the molecules that were set aside,
+    with the paired standard error of its difference to the best.
     """
     if key not in adata.uns:
         raise KeyError(f"there is no result {key!r}: run sc_noise2self.select_rank(adata, key_added={key!r}).")
     curve = adata.uns[key]
+    if "ranks" not in curve and "autoencoder" not in curve.get("learned", {}):
+        raise KeyError(f"result {key!r} has no curve: it is that of select_rank, or of denoise with an autoencoder.")
     own_axes = ax is None
     ax = plt.subplots(figsize=(5.2, 3.6), layout="constrained")[1] if ax is None else ax
+    if "ranks" not in curve:
+        chosen = curve["members"]["rank"][list(curve["members"]["name"]).index("autoencoder")]
+        _widths(ax, curve["learned"]["autoencoder"], int(chosen))
+        return _finish(ax, own_axes, show)
     ranks, scale = np.asarray(curve["ranks"]), 100 / curve["loss"][0]
     best = float(np.min(curve["loss"]))
     height, error = (curve["loss"] - best) * scale, curve["error"] * scale
@@ -125,6 +132,23 @@ def markers(
         )
     _finish(axes[0], True, show)
     return axes
+
+
+def _widths(ax: Axes, learned: Mapping[str, np.ndarray], chosen: int) -> None:
+    """Plot the gain of each width that was tried."""
+    order = np.argsort(learned["widths"])
+    widths = np.asarray(learned["widths"])[order]
+    ax.errorbar(widths, learned["gains"][order], learned["errors"][order], marker="o", color="C0", capsize=3)
+    ax.axvline(chosen, color="0.2", linewidth=1, linestyle=":", label=f"chosen: {chosen}")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(widths, labels=[str(width) for width in widths])
+    ax.minorticks_off()
+    ax.set(
+        xlabel="width of the bottleneck",
+        ylabel="gain (nats per molecule set aside)",
+        title="Self-supervised gain",
+    )
+    ax.legend(frameon=False, fontsize="small")
 
 
 def _finish(ax: Axes, own_axes: bool, show: bool | None) -> Axes:

@@ -365,6 +365,7 @@ def test_refuses_options_and_writes_nothing(adata, call, options, error, message
         (n2s.denoise, {"scale": "cpm"}, "scale is 'cpm': pass one of counts, rates, log1p_cp10k, expected_log1p"),
         (n2s.denoise, {"scale_depth": 100}, "scale_depth was given with scale='counts'"),
         (n2s.denoise, {"scale": "expected_log1p_cp10k", "scale_depth": 0}, "scale_depth is 0"),
+        (n2s.denoise, {"layer": False}, "To write none, pass write_layer=False"),
         (n2s.denoise, {"width": 8}, "width was given, but no autoencoder is used"),
         (n2s.denoise, {"loss": "poisson"}, "loss was given, but no autoencoder is used"),
         (n2s.denoise, PCA_ENSEMBLE | {"n_seeds": 2}, "n_seeds was given, but no autoencoder is used"),
@@ -383,7 +384,7 @@ def test_refuses_options_and_writes_nothing(adata, call, options, error, message
     ],
 )
 def test_refuses_options_of_one(adata, call, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call(adata, **options)
 
 

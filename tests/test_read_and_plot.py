@@ -70,3 +70,9 @@ def test_plot_of_markers(written):
     assert len(axes[1].get_legend().get_texts()) == 10
     with pytest.raises(ValueError, match=r"genes has 3 name\(s\): pass two, x and y"):
         n2s.pl.markers(written, ["CD79A", "NKG7", "LYZ"])
+
+
+def test_a_result_without_a_curve_is_refused(adata):
+    n2s.denoise(adata, write_layer=False)
+    with pytest.raises(KeyError, match="result 'denoised' has no curve"):
+        n2s.pl.loss(adata, key="denoised")

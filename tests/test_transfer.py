@@ -80,6 +80,9 @@ def test_the_width_is_chosen_and_recorded():
     assert list(learned["widths"]) == [16, 1]
     assert learned["gains"][0] > learned["gains"][1] + learned["errors"][1]
     assert list(adata.uns["denoised"]["members"]["rank"]) == [16]
+    ax = n2s.pl.loss(adata, key="denoised", show=False)
+    assert ax.get_xlabel() == "width of the bottleneck"
+    assert list(ax.lines[0].get_xdata()) == [1, 16]
 
 
 def test_several_seeds_are_averaged():
