@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-EPOCHS = {"width 128": (20, 40), "width 64": (20, 40), "dca": (2, 5), "scvi": (1, 3)}
+EPOCHS = {"width 128": (4, 12), "width 64": (4, 12), "dca": (2, 5), "scvi": (1, 3)}
 
 
 def read(path):

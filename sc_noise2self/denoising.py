@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -210,6 +211,8 @@ def denoise(
             )
         if os.path.exists(save_model):
             raise FileExistsError(f"{save_model} exists: nothing is overwritten, so choose another name.")
+        if not Path(save_model).parent.is_dir():
+            raise FileNotFoundError(f"{Path(save_model).parent} is not a folder: make it first.")
     check_scale(scale, scale_depth)
     rng = as_generator(random_state)
     _check_positive("n_splits", n_splits)

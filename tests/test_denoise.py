@@ -376,7 +376,11 @@ def test_refuses_options_and_writes_nothing(adata, call, options, error, message
         (n2s.denoise, AUTOENCODER | {"width": [8, 0]}, "width is 0: pass a whole number"),
         (n2s.denoise, AUTOENCODER | {"n_seeds": 0}, "n_seeds is 0: pass a whole number"),
         (n2s.denoise, AUTOENCODER | {"batch_key": "lane"}, "batch_key 'lane' is missing"),
-        (n2s.denoise, AUTOENCODER | {"n_seeds": 2, "save_model": "x.pt"}, "save_model is for one autoencoder alone"),
+        (
+            n2s.denoise,
+            AUTOENCODER | {"n_seeds": 2, "save_model": "x.pt"},
+            "save_model was given, but it is for one autoencoder",
+        ),
         (n2s.denoise, {"n_components": 120}, "n_components is 120: 300 cells x 120 genes have at most 119"),
         (n2s.select_rank, {"max_rank": 120}, "max_rank is 120: 300 cells x 120 genes have at most 119"),
         (n2s.select_rank, {"max_rank": 2.5}, "max_rank is 2.5: pass a whole number"),

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
@@ -248,10 +249,7 @@ class Autoencoder:
         self.gene_share_ = column_sums(counts) / counts.sum()
         self.gene_scale_ = np.ones(counts.shape[1], np.float32)
         if self.link_ != "exp":
-            some = np.sort(rng.choice(counts.shape[0], min(counts.shape[0], _SCALED_CELLS), replace=False))
-            own = column_sums(counts[some]) / max(1, counts[some].sum())
-            codes = None if batch is None else batch[some]
-            self.gene_scale_ = self._predict(self.network_, counts[some], codes, own, n_rounds=2).gene_scale
+            self.gene_scale_ = self._learned_gene_scale(counts, batch, rng)
         return self
 
     def predict(self, counts: sp.csr_matrix, batch: np.ndarray | None = None, *, n_rounds: int = 0) -> LowRankProfiles:
@@ -270,24 +268,24 @@ class Autoencoder:
         return self._predict(self.network_, counts, batch, self.gene_share_, n_rounds, self.gene_scale_)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the fitted network to a file that `load` reads."""
+        """Write the fitted network to a file that `load` reads; one that is there is replaced whole, or not at all."""
         import torch
 
-        network = self.network_
-        torch.save(
-            {
-                "sc_noise2self": _FORMAT,
-                "parameters": {
-                    "widths": [int(width) for width in self.widths],
-                    **{name: getattr(self, name) for name in _PARAMETERS},
-                },
-                "fitted": {name: getattr(self, name) for name in ("width_", "link_", "depth_")},
-                "genes": {name: torch.from_numpy(np.asarray(getattr(self, name))) for name in _OF_GENES},
-                "names": {name: getattr(self, name).tolist() for name in _NAMES if hasattr(self, name)},
-                "network": {name: value.cpu() for name, value in network.state_dict().items()},
-            },
-            path,
-        )
+        widths = [int(width) for width in self.widths]
+        contents = {
+            "sc_noise2self": _FORMAT,
+            "parameters": {"widths": widths, **{name: getattr(self, name) for name in _PARAMETERS}},
+            "fitted": {name: getattr(self, name) for name in ("width_", "link_", "depth_")},
+            "genes": {name: torch.from_numpy(np.asarray(getattr(self, name))) for name in _OF_GENES},
+            "names": {name: getattr(self, name).tolist() for name in _NAMES if hasattr(self, name)},
+            "network": {name: value.cpu() for name, value in self.network_.state_dict().items()},
+        }
+        partial_file = Path(path).with_name(f".{Path(path).name}-{os.getpid()}")
+        try:
+            torch.save(contents, partial_file)
+            partial_file.replace(path)
+        finally:
+            partial_file.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str = "auto") -> Self:
@@ -353,6 +351,15 @@ class Autoencoder:
         return LowRankProfiles.with_totals(
             self.link_, factors, network.loadings(), size, gene_share, n_rounds, gene_scale
         )
+
+    def _learned_gene_scale(
+        self, counts: sp.csr_matrix, batch: np.ndarray | None, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Return what gives every gene the total that it has in some of the cells, shape (genes,)."""
+        cells = np.sort(rng.choice(counts.shape[0], min(counts.shape[0], _SCALED_CELLS), replace=False))
+        some, codes = counts[cells], None if batch is None else batch[cells]
+        share = column_sums(some) / max(1, some.sum())
+        return self._predict(self.network_, some, codes, share, n_rounds=2).gene_scale
 
     def _principal_scores(
         self, counts: sp.csr_matrix, genes: np.ndarray | None, rng: np.random.Generator
