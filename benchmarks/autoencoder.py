@@ -79,7 +79,7 @@ def widths() -> None:
     plain = network.Network
     print("| dimension | | " + " | ".join(map(str, WIDTHS)) + " | chosen | seconds |")
     print("|---" * (len(WIDTHS) + 4) + "|")
-    for dimension in (2, 8):
+    for dimension in (1, 2, 4, 8):
         seen, held_out = split_matrix(on_a_plane(dimension), 0.9, random_state=0)
         start = time.perf_counter()
         sweep = [gain(Autoencoder((width,), device="cpu").fit(seen), seen, held_out) for width in WIDTHS]
