@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .annotated import read_batches, read_csr
 from .counts import row_sums
-from .denoisers.autoencoder import WIDTHS, LossName, require_torch
+from .denoisers.autoencoder import FURTHER, WIDTHS, LossName, require_torch
 from .denoisers.members import AutoencoderMember, MeanMember, Member, PCAMember
 from .denoisers.profiles import MixedProfiles
 from .random import RandomState, as_generator
@@ -124,7 +124,8 @@ def denoise(
     device
         `"auto"` takes CUDA where there is one; `"cpu"` never touches it.
     autoencoder
-        Further arguments of `sc_noise2self.denoisers.autoencoder.Autoencoder`, e.g. `{"n_epochs": 50}`.
+        Further arguments of `sc_noise2self.denoisers.autoencoder.Autoencoder`: `n_hidden`, `dropout`, `learning_rate`,
+        `invariance`, `prior_scale`, `n_epochs`, `batch_size`.
     save_model
         File to write the fitted autoencoder to, for `sc_noise2self.denoise_with`; it must not exist.
     copy
@@ -193,15 +194,22 @@ def denoise(
     if not members or not set(members) <= set(get_args(MemberName)):
         raise ValueError(f"members is {members!r}: pass some of {', '.join(get_args(MemberName))}.")
     used = members if method == "ensemble" else (method,)
-    given = {"width": width, "batch_key": batch_key, "autoencoder": autoencoder, "save_model": save_model}
-    given |= {
-        "loss": loss != "multinomial" or None,
-        "n_seeds": n_seeds != 1 or None,
-        "device": device != "auto" or None,
+    given = {
+        "width": width is not None,
+        "loss": loss != "multinomial",
+        "n_seeds": n_seeds != 1,
+        "batch_key": batch_key is not None,
+        "device": device != "auto",
+        "autoencoder": autoencoder is not None,
+        "save_model": save_model is not None,
     }
-    for name, value in given.items():
-        if value is not None and "autoencoder" not in used:
+    for name, is_given in given.items():
+        if is_given and "autoencoder" not in used:
             raise ValueError(f"{name} was given, but no autoencoder is used: pass method='autoencoder' or 'ensemble'.")
+    if tuple(members) != get_args(MemberName) and method != "ensemble":
+        raise ValueError(f"members was given with method={method!r}: it belongs to method='ensemble'.")
+    if unknown := set(autoencoder or {}) - set(FURTHER):
+        raise ValueError(f"autoencoder has {', '.join(sorted(unknown))}: it takes {', '.join(FURTHER)}.")
     if transform != "auto" and "pca" not in used:
         raise ValueError(f"transform={transform!r} was given with method={method!r}: it belongs to PCA.")
     if save_model is not None:

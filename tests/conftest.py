@@ -30,6 +30,16 @@ def array_type(request):
 
 
 @pytest.fixture(scope="session")
+def truth():
+    return low_rank_profiles(400, 150, 4, seed=3)
+
+
+@pytest.fixture(scope="session")
+def counts(truth):
+    return poisson_counts(truth, 400, seed=4)
+
+
+@pytest.fixture(scope="session")
 def simulated() -> sp.csr_matrix:
     return poisson_counts(low_rank_profiles(300, 120, 5, seed=0), depth=600, seed=1)
 

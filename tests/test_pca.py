@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from helpers import divergence, low_rank_profiles, poisson_counts
+from helpers import divergence
 
 from sc_noise2self.denoisers.members import component_weights
 from sc_noise2self.denoisers.pca import PCADenoiser, shrinkage
@@ -11,16 +11,6 @@ from sc_noise2self.split import split_matrix
 
 TRANSFORMS = ["log1p", "sqrt", "none"]
 ONE_FOLD = np.zeros(400, int)
-
-
-@pytest.fixture(scope="module")
-def truth():
-    return low_rank_profiles(400, 150, 4, seed=3)
-
-
-@pytest.fixture(scope="module")
-def counts(truth):
-    return poisson_counts(truth, 400, seed=4)
 
 
 @pytest.mark.parametrize("transform", ["log1p", "none"])

@@ -11,16 +11,6 @@ from sc_noise2self.denoisers.profiles import LowRankProfiles, MixedProfiles, Wei
 from sc_noise2self.selection import combine, mixture_weights, select
 
 
-@pytest.fixture(scope="module")
-def truth():
-    return low_rank_profiles(400, 150, 4, seed=3)
-
-
-@pytest.fixture(scope="module")
-def counts(truth):
-    return poisson_counts(truth, 400, seed=4)
-
-
 def members(*transforms, n_components=20):
     return [PCAMember(transform, n_components) for transform in transforms]
 

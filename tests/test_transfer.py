@@ -85,6 +85,21 @@ def test_the_width_is_chosen_and_recorded():
     assert list(ax.lines[0].get_xdata()) == [1, 16]
 
 
+def test_of_very_many_cells_some_choose_and_all_are_fitted(monkeypatch):
+    """The limit is lowered, so that a few hundred cells are very many."""
+    from sc_noise2self.denoisers import members
+
+    monkeypatch.setattr(members, "_LEARNED_CELLS", 150)
+    adata = cells(300, 0, batch_effect=1)
+    n2s.denoise(adata, **{**OPTIONS, "width": [16, 1]}, batch_key="batch")
+    record = adata.uns["denoised"]
+    assert list(record["learned"]["autoencoder"]["widths"]) == [16, 1]
+    assert len(record["learned"]["autoencoder"]["epoch_losses"]) == 40
+    assert record["gain_molecules"] < 0.6 * adata.X.sum()
+    assert adata.layers["denoised"].shape == adata.shape
+    assert np.allclose(adata.layers["denoised"].sum(axis=1), dense(adata.X).sum(axis=1), rtol=1e-4)
+
+
 def test_several_seeds_are_averaged():
     adata = cells(300, 0)
     n2s.denoise(adata, **OPTIONS, n_seeds=2)

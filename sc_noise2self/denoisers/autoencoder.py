@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -41,6 +42,9 @@ LossName = Literal[
 WIDTHS = (128, 32, 8, 2)
 """Widths that are compared unless others are given."""
 
+FURTHER = ("n_hidden", "dropout", "learning_rate", "invariance", "prior_scale", "n_epochs", "batch_size")
+"""Parameters that can be left as they are."""
+
 _ASIDE = 0.1  # share of the molecules set aside, in the cells that have some set aside
 _ASIDE_ENTRIES = 20_000_000  # dense entries of those cells
 _CHECKED_ENTRIES = 5_000_000  # and of those predicted while training goes on
@@ -51,18 +55,7 @@ _PREDICTED = 1024  # cells predicted at a time
 _SEEDS_DIFFER = 0.01  # of the gain
 _SCALED_CELLS = 20_000  # that the scales of genes are learned from, at most
 _FORMAT = 1  # of saved files
-_PARAMETERS = (
-    "loss",
-    "n_hidden",
-    "n_components",
-    "dropout",
-    "learning_rate",
-    "invariance",
-    "prior_scale",
-    "n_batches",
-    "n_epochs",
-    "batch_size",
-)
+_PARAMETERS = ("loss", "n_components", "n_batches", *FURTHER)
 _OF_GENES = ("gene_share_", "gene_scale_")
 _NAMES = ("feature_names_in_", "batch_names_")  # known to whoever has names
 
@@ -179,6 +172,8 @@ class Autoencoder:
 
         Raises
         ------
+        ValueError
+            If a parameter is out of range.
         FloatingPointError
             If the loss is not finite before there is a state to keep.
         MemoryError
@@ -195,6 +190,7 @@ class Autoencoder:
         from .network_losses import make_loss
         from .training import choose_device, train
 
+        self._check_parameters()
         rng = as_generator(self.random_state)
         device = choose_device(self.device)
         seen, aside, cells = _set_aside(counts, rng)
@@ -380,6 +376,20 @@ class Autoencoder:
         return PrincipalScores(
             components, pca.gene_weights_, pca.mean_ @ components, pca.transform_.target, max(first.std(), 1e-6)
         )
+
+    def _check_parameters(self) -> None:
+        for name in ("n_hidden", "n_epochs", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+                raise ValueError(f"{name} is {value!r}: pass a whole number, 1 or more, or None.")
+        for name in ("learning_rate", "prior_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: pass a number above 0.")
+        if not 0 <= self.dropout < 1 or not self.invariance >= 0:
+            raise ValueError(
+                f"dropout is {self.dropout!r} and invariance {self.invariance!r}: dropout is from 0 to below 1, "
+                "invariance 0 or more."
+            )
 
     def _n_hidden(self, width: int) -> int:
         return max(64, 2 * width) if self.n_hidden is None else self.n_hidden

@@ -195,7 +195,9 @@ class AutoencoderMember:
     on_check
         Called with a line that says how training goes.
     fitted
-        The autoencoder fitted to all molecules, and how its width was chosen.
+        The autoencoder fitted to all molecules of all cells, or of as many as are enough until `refit`.
+    choice
+        The autoencoder whose widths were compared; None for a model that was loaded.
     """
 
     genes: np.ndarray | None = None
@@ -206,7 +208,7 @@ class AutoencoderMember:
     number: int = 1
     on_check: Callable[[str], object] = lambda line: None
     fitted: Autoencoder | None = None
-    enough_cells: int | None = _LEARNED_CELLS
+    choice: Autoencoder | None = None
     _fits: list[tuple[Autoencoder, Half]] = field(default_factory=list)
 
     @property
@@ -219,10 +221,15 @@ class AutoencoderMember:
         """The width chosen."""
         return (f"width {self.fitted.width_}",) if self.fitted else ()
 
+    @property
+    def enough_cells(self) -> int | None:
+        """See `Member`."""
+        return _LEARNED_CELLS
+
     def prepare(self, counts: sp.csr_matrix, rng: np.random.Generator) -> None:
         """See `Member`."""
         widths = self.widths if self.like is None else self._chosen(self.like)
-        self.fitted = self._fit(counts, self.batch, widths, rng)
+        self.fitted = self.choice = self._fit(counts, self.batch, widths, rng)
 
     def learn(self, half: Half, rng: np.random.Generator) -> None:
         """See `Member`."""
@@ -237,23 +244,20 @@ class AutoencoderMember:
         """See `Member`."""
         assert self.fitted is not None  # prepared before anything was learned
         if counts.shape[0] > _LEARNED_CELLS:
-            of_some = self.fitted
             self.fitted = self._new(self._chosen(self), rng).fit(counts, self.genes, self.batch)
-            self.fitted.tried_, self.fitted.gains_ = of_some.tried_, of_some.gains_
-            self.fitted.histories_ *= len(of_some.tried_)
         return self.fitted.predict(counts, self.batch, n_rounds=1)
 
     def record(self, setting: str) -> dict[str, object]:
         """See `Member`."""
         assert self.fitted is not None
-        if not hasattr(self.fitted, "gains_"):  # loaded from a file, which does not keep them
+        if self.choice is None:
             return {"rank": self.fitted.width_}
-        gains = self.fitted.gains_
+        gains = self.choice.gains_
         best = max(gains, key=lambda gain: gain.mean)
         history = self.fitted.histories_[self.fitted.tried_.index(self.fitted.width_)]
         return {
             "rank": self.fitted.width_,
-            "widths": np.array(self.fitted.tried_),
+            "widths": np.array(self.choice.tried_),
             "gains": np.array([gain.mean for gain in gains]),
             "errors": np.array([gain.error_of_difference(best) for gain in gains]),
             "epoch_losses": np.array(history.losses),
