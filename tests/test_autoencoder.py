@@ -324,6 +324,8 @@ def test_a_file_from_elsewhere_runs_no_code(tmp_path):
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(_RunsCode()))
     (tmp_path / "text.pt").write_text("not a model")
     torch.save({"other": 1}, tmp_path / "other.pt")
+    with pytest.raises(FileNotFoundError, match=r"none\.pt is not a file: pass one that denoise"):
+        Autoencoder.load(tmp_path / "none.pt")
     for name in ("evil.pt", "evil.pkl", "text.pt", "other.pt"):
         with pytest.raises(ValueError, match="is not a model that sc_noise2self saved"):
             Autoencoder.load(tmp_path / name)

@@ -291,6 +291,8 @@ class Autoencoder:
 
         Raises
         ------
+        FileNotFoundError
+            If there is no file.
         ValueError
             If it is not such a file.
         """
@@ -299,6 +301,8 @@ class Autoencoder:
         from .network import Network, PrincipalScores
         from .training import choose_device
 
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} is not a file: pass one that denoise(..., save_model=) wrote.")
         not_a_model = f"{path} is not a model that sc_noise2self saved"
         try:
             with warnings.catch_warnings():
