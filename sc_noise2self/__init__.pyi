@@ -1,6 +1,18 @@
-__all__ = ["datasets", "denoise", "denoise_with", "get", "pl", "select_rank", "split_molecules"]
+__all__ = [
+    "calibrate",
+    "datasets",
+    "denoise",
+    "denoise_with",
+    "get",
+    "partitions",
+    "pl",
+    "select_rank",
+    "split_molecules",
+]
 
-from . import datasets, get, pl
+from . import datasets, get, partitions, pl
 from .annotated import split_molecules
-from .denoising import denoise, select_rank
+from .calibration import calibrate
+from .denoising import denoise
+from .ranking import select_rank
 from .transfer import denoise_with

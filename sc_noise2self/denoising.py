@@ -1,4 +1,4 @@
-"""AnnData in, a denoised layer or a rank out: the two functions that most people call.
+"""AnnData in, a denoised layer out: the one function that most people call.
 
 Everything is computed before anything is written, so a refusal or an interrupt leaves `adata` as it was.
 """
@@ -8,34 +8,31 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 from anndata import AnnData
 from scanpy import logging as logg
-from scanpy import settings
-from tqdm.auto import tqdm
 
 from .annotated import read_batches, read_csr
+from .arguments import bounded, check_positive, describe_counts, progress_bar, read_mask, seed_of
 from .counts import row_sums
 from .denoisers.autoencoder import FURTHER, WIDTHS, LossName, require_torch
 from .denoisers.members import AutoencoderMember, MeanMember, Member, PCAMember
+from .denoisers.neighbor_member import GRIDS, Kind, NeighborsMember
 from .denoisers.profiles import MixedProfiles
 from .random import RandomState, as_generator
-from .rank import Protocol, RankCurve, rank_curve
 from .scale import Scale, check_scale, sample_depth, to_scale
 from .selection import Choice, Selection, combine, select
 from .transform import TransformName
 from .written import check_key, compared, summary, write
 
-Method = Literal["pca", "autoencoder", "ensemble"]
-MemberName = Literal["pca", "autoencoder"]
+Method = Literal["pca", "autoencoder", "diffusion", "knn", "ensemble"]
+MemberName = Literal["pca", "autoencoder", "diffusion", "knn"]
+_MEMBERS: tuple[MemberName, ...] = ("pca", "autoencoder")  # the others add less than .001 nats to these
 _MAX_COMPONENTS = 100
-_MAX_RANK = 50
 
 
 def denoise(
@@ -52,13 +49,14 @@ def denoise(
     n_components: int | None = None,
     n_splits: int = 1,
     mask_var: str | np.ndarray | Sequence[bool] | None = None,
-    members: Sequence[MemberName] = ("pca", "autoencoder"),
+    members: Sequence[MemberName] = _MEMBERS,
     width: int | Sequence[int] | None = None,
     loss: LossName = "multinomial",
     n_seeds: int = 1,
     batch_key: str | None = None,
     device: str = "auto",
     autoencoder: Mapping[str, Any] | None = None,
+    neighbors: Mapping[str, int | Sequence[int]] | None = None,
     save_model: str | os.PathLike[str] | None = None,
     copy: bool = False,
     random_state: RandomState = 0,
@@ -76,9 +74,10 @@ def denoise(
         halves share them, so they count as signal.
     method
         `"pca"`: PCA regression with shrunken components, in the one transform that gains most. `"autoencoder"`: a
-        network trained on fresh splits at every step, its width chosen (PyTorch is needed). `"ensemble"`: the mean of
-        the mean profile, PCA in every transform and the autoencoder, with the weights under which held-out molecules
-        are likeliest.
+        network trained on fresh splits at every step, its width chosen (PyTorch is needed). `"diffusion"`: a random
+        walk among neighbouring cells, as in MAGIC; `"knn"`: the mean of the nearest neighbours; components,
+        neighbours and steps chosen. `"ensemble"`: the mean of the mean profile and `members`, with the weights under
+        which held-out molecules are likeliest.
     layer
         The layer that holds raw counts; None takes `X`.
     key_added
@@ -109,7 +108,8 @@ def denoise(
         genes are predicted from them. None uses all genes, highly variable or not. Genes chosen on these counts
         have seen both halves, so the reported gain is then a little too high.
     members
-        Of the ensemble, besides the mean profile: `("pca",)` needs no PyTorch.
+        Of the ensemble, besides the mean profile: PCA in every transform (`"pca"`), `"autoencoder"`, `"diffusion"`,
+        `"knn"`. Without `"autoencoder"` it needs no PyTorch.
     width
         Of the autoencoder's bottleneck, or several to try. None tries 128, 32, 8 and 2 down to the first that predicts
         molecules set aside worse than the best does, and takes the narrowest that does not.
@@ -126,6 +126,9 @@ def denoise(
     autoencoder
         Further arguments of `sc_noise2self.denoisers.autoencoder.Autoencoder`: `n_hidden`, `dropout`, `learning_rate`,
         `invariance`, `prior_scale`, `n_epochs`, `batch_size`.
+    neighbors
+        Values of `n_pcs`, `n_neighbors` and, for `"diffusion"`, the steps `t` to choose from, one or several each; see
+        `sc_noise2self.denoisers.neighbors`. The usual ones are tried for what is not given.
     save_model
         File to write the fitted autoencoder to, for `sc_noise2self.denoise_with`; it must not exist.
     copy
@@ -206,10 +209,15 @@ def denoise(
     for name, is_given in given.items():
         if is_given and "autoencoder" not in used:
             raise ValueError(f"{name} was given, but no autoencoder is used: pass method='autoencoder' or 'ensemble'.")
-    if tuple(members) != get_args(MemberName) and method != "ensemble":
+    if tuple(members) != _MEMBERS and method != "ensemble":
         raise ValueError(f"members was given with method={method!r}: it belongs to method='ensemble'.")
     if unknown := set(autoencoder or {}) - set(FURTHER):
         raise ValueError(f"autoencoder has {', '.join(sorted(unknown))}: it takes {', '.join(FURTHER)}.")
+    of_neighbors: list[Kind] = [kind for kind in get_args(Kind) if kind in used]
+    if neighbors is not None and not of_neighbors:
+        raise ValueError(
+            "neighbors was given, but neither diffusion nor knn is used: pass method='diffusion' or 'knn'."
+        )
     if transform != "auto" and "pca" not in used:
         raise ValueError(f"transform={transform!r} was given with method={method!r}: it belongs to PCA.")
     if save_model is not None:
@@ -223,12 +231,13 @@ def denoise(
             raise FileNotFoundError(f"{Path(save_model).parent} is not a folder: make it first.")
     check_scale(scale, scale_depth)
     rng = as_generator(random_state)
-    _check_positive("n_splits", n_splits)
-    _check_positive("n_seeds", n_seeds)
+    check_positive("n_splits", n_splits)
+    check_positive("n_seeds", n_seeds)
     counts = read_csr(adata, layer)
     check_key(adata, key_added, layer)
-    genes = _read_mask(adata, mask_var)
-    n_components = _bounded("n_components", n_components, _MAX_COMPONENTS, counts, genes)
+    genes = read_mask(adata, mask_var)
+    n_used = counts.shape[1] if genes is None else int(genes.sum())
+    n_components = bounded("n_components", n_components, _MAX_COMPONENTS, counts.shape[0], n_used)
     candidates: list[Member] = []
     if "pca" in used:
         transforms = get_args(TransformName) if transform == "auto" else (transform,)
@@ -244,12 +253,17 @@ def denoise(
             like = networks[0] if networks else None
             networks.append(AutoencoderMember(genes, codes, widths, options, like, number))
         candidates += networks
+    for kind in of_neighbors:
+        grid = _check_grid(neighbors or {}, of_neighbors, n_components, counts.shape[0])
+        candidates.append(
+            NeighborsMember(kind, n_components, genes, {k: v for k, v in grid.items() if k in GRIDS[kind]})
+        )
     average = method == "ensemble" or n_seeds > 1
     if method == "ensemble":
         candidates.insert(0, MeanMember())
-    start = logg.info(f"denoising {_describe(adata, layer)}")
+    start = logg.info(f"denoising {describe_counts(adata, layer)}")
 
-    with _progress("denoise", (2 * n_splits + 1) * len(candidates) + 1) as bar:
+    with progress_bar("denoise", (2 * n_splits + 1) * len(candidates) + 1) as bar:
         for network in networks:
             network.on_check = bar.set_postfix_str
         selection = select(candidates, counts, rng, average=average, mix=mix, n_splits=n_splits, on_step=bar.update)
@@ -277,10 +291,12 @@ def denoise(
         "n_splits": n_splits,
         "mix": mix,
         "mask_var": mask_var if isinstance(mask_var, str) else ("none" if mask_var is None else "array"),
-        "random_state": "generator" if isinstance(random_state, np.random.Generator) else int(random_state),
+        "random_state": seed_of(random_state),
         **({"transform": transform} if "pca" in used else {}),
         **({} if scale_depth is None else {"scale_depth": float(scale_depth)}),
     }
+    if neighbors is not None:
+        params["neighbors"] = {name: np.array(values) for name, values in neighbors.items()}
     if networks:
         params |= {"loss": loss, "n_seeds": n_seeds, "device": device, "autoencoder": dict(autoencoder or {})}
         params |= {
@@ -309,146 +325,6 @@ def denoise(
     return target if copy else None
 
 
-def select_rank(
-    adata: AnnData,
-    *,
-    protocol: Protocol = "loo",
-    layer: str | None = None,
-    key_added: str = "select_rank",
-    max_rank: int | None = None,
-    transform: TransformName | None = None,
-    center: bool | None = None,
-    n_splits: int = 1,
-    mask_var: str | np.ndarray | Sequence[bool] | None = None,
-    random_state: RandomState = 0,
-) -> int:
-    """Return the number of principal components that the counts support: "how many PCs?".
-
-    Principal components learned from one half of the molecules must predict the other half; every rank's loss comes
-    from one factorisation per half. The answer is for `sc.pp.pca` on the same genes, normalised to the median depth
-    and log-transformed.
-
-    Parameters
-    ----------
-    adata, layer, mask_var, n_splits, random_state
-        As in `denoise`; here `mask_var` leaves the other genes out.
-    protocol
-        `"loo"`: each cell is predicted by the regression of all other cells, exactly; the rank is corrected to the
-        depth of the full data. `"noise2self"`: as published (Noise2Self, Figure 3), square roots, uncentred,
-        learned on three quarters of the cells and scored on the rest, no depth correction. `"mcv"`: molecular
-        cross-validation, one half truncated to rank k against the other, square roots, uncentred, depth-corrected.
-    key_added
-        Name in `uns`.
-    max_rank
-        Largest rank tried, at most min(cells, genes) - 1. None takes 50, or as many as there are.
-    transform, center
-        `"log1p"`, `"sqrt"` or `"none"`, and whether genes are centred as in `sc.pp.pca`; None takes the protocol's own.
-
-    Returns
-    -------
-    The rank. `.uns[key_added]` holds `rank`, `split_rank` (of least loss, at half depth), `within_one_error` (ranks
-    as good within one paired standard error), the curve (`ranks`, `loss`, `error`, `splits`, and `full_depth_loss`
-    where it is corrected; squared error per entry on the transformed scale), and `params`.
-
-    Raises
-    ------
-    ValueError, TypeError
-        As `denoise`.
-
-    Warns
-    -----
-    UserWarning
-        If the loss still falls at `max_rank`, or if no rank beats rank 0 by more than the error.
-
-    Notes
-    -----
-    See `sc_noise2self.rank` for the formulas.
-
-    Examples
-    --------
-    >>> import sc_noise2self as n2s
-    >>> adata = n2s.datasets.pbmc68k_reduced()
-    >>> rank = n2s.select_rank(adata)
-    """
-    rng = as_generator(random_state)
-    _check_positive("n_splits", n_splits)
-    counts = read_csr(adata, layer)
-    genes = _read_mask(adata, mask_var)
-    max_rank = _bounded("max_rank", max_rank, _MAX_RANK, counts, genes)
-    start = logg.info(f"selecting the rank of {_describe(adata, layer)}")
-    with _progress("select_rank", n_splits * (1 if protocol == "noise2self" else 2)) as bar:
-        curve = rank_curve(
-            counts if genes is None else counts[:, genes],
-            max_rank,
-            rng,
-            protocol=protocol,
-            transform=transform,
-            center=center,
-            n_splits=n_splits,
-            on_step=bar.update,
-        )
-    _warn_of_rank(curve)
-    within = curve.within_one_error
-    adata.uns[key_added] = {
-        "rank": curve.rank,
-        "split_rank": curve.split_rank,
-        "within_one_error": within,
-        "ranks": curve.ranks,
-        "loss": curve.loss,
-        "error": curve.error,
-        "splits": curve.splits,
-        **({} if curve.full_depth_loss is None else {"full_depth_loss": curve.full_depth_loss}),
-        "params": {
-            "protocol": protocol,
-            "layer": "X" if layer is None else layer,
-            "transform": curve.transform,
-            "center": curve.center,
-            "max_rank": max_rank,
-            "n_splits": n_splits,
-            "mask_var": mask_var if isinstance(mask_var, str) else ("none" if mask_var is None else "array"),
-            "random_state": "generator" if isinstance(random_state, np.random.Generator) else int(random_state),
-        },
-    }
-    logg.info(
-        f"    rank {curve.rank} (least loss on a half at {curve.split_rank}, as good within one error: "
-        f"{within.min()} to {within.max()})",
-        time=start,
-        deep=f"added\n    {key_added!r}, the loss of every rank (adata.uns)",
-    )
-    return curve.rank
-
-
-def _read_mask(adata: AnnData, mask_var: str | np.ndarray | Sequence[bool] | None) -> np.ndarray | None:
-    if mask_var is None:
-        return None
-    if isinstance(mask_var, str) and mask_var not in adata.var:
-        raise ValueError(f"mask_var {mask_var!r} is missing: adata.var has {list(adata.var.columns)}.")
-    mask = np.asarray(adata.var[mask_var] if isinstance(mask_var, str) else mask_var)
-    if mask.dtype != bool or mask.shape != (adata.n_vars,):
-        raise ValueError(
-            f"mask_var holds {mask.dtype} of shape {mask.shape}: pass booleans, one for each of {adata.n_vars} genes."
-        )
-    if mask.sum() < 2:
-        raise ValueError(f"mask_var keeps {mask.sum()} gene(s): keep at least 2.")
-    return mask
-
-
-def _bounded(name: str, value: int | None, default: int, counts: sp.csr_matrix, genes: np.ndarray | None) -> int:
-    """Return the number of components: as asked, or the default cut to what there is."""
-    n_cells, n_genes = counts.shape
-    if genes is not None:
-        n_genes = int(genes.sum())
-    bound = min(n_cells, n_genes) - 1
-    if value is None:
-        return min(default, bound)
-    _check_positive(name, value)
-    if value > bound:
-        raise ValueError(
-            f"{name} is {value}: {n_cells} cells x {n_genes} genes have at most {bound} components beyond the mean."
-        )
-    return int(value)
-
-
 def _read_several_batches(adata: AnnData, key: str) -> pd.Series:
     batches = read_batches(adata, key)
     if len(batches.cat.categories) < 2:
@@ -459,35 +335,10 @@ def _read_several_batches(adata: AnnData, key: str) -> pd.Series:
 def _check_widths(width: int | Sequence[int], n_genes: int) -> tuple[int, ...]:
     widths = tuple(width) if isinstance(width, Sequence) else (width,)
     for each in widths or (0,):
-        _check_positive("width", each)
+        check_positive("width", each)
         if each > n_genes:
             raise ValueError(f"width is {each}: a bottleneck is no wider than the {n_genes} genes.")
     return tuple(int(each) for each in widths)
-
-
-def _check_positive(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} is {value!r}: pass a whole number, 1 or more.")
-
-
-def _warn_of_rank(curve: RankCurve) -> None:
-    if not curve.beats_none:
-        warnings.warn(
-            "no rank predicts held-out molecules better than rank 0 by more than the error: the counts show no "
-            "structure that principal components could use.",
-            UserWarning,
-            stacklevel=3,
-        )
-    elif curve.at_edge:
-        warnings.warn(
-            f"the loss still falls at the largest rank tried, {curve.ranks[-1]}: pass a larger max_rank.",
-            UserWarning,
-            stacklevel=3,
-        )
-
-
-def _describe(adata: AnnData, layer: str | None) -> str:
-    return f"{'X' if layer is None else f'layer {layer!r}'} ({adata.n_obs} cells x {adata.n_vars} genes)"
 
 
 def _describe_choice(choice: Choice) -> str:
@@ -500,6 +351,19 @@ def _gain(selection: Selection) -> str:
     return f"{selection.gain.mean:.4f} +- {selection.gain.error:.4f} nats per held-out molecule"
 
 
-def _progress(name: str, total: int) -> tqdm:
-    """Return a bar for what lasts over two seconds, silent below verbosity 2 (info)."""
-    return tqdm(total=total, desc=name, delay=2, disable=int(settings.verbosity) < 2, leave=False)
+def _check_grid(
+    given: Mapping[str, int | Sequence[int]], kinds: Sequence[Kind], n_components: int, n_cells: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the values of each parameter of an average over neighbours."""
+    known = {name for kind in kinds for name, values in GRIDS[kind].items() if len(values) > 1}
+    if unknown := set(given) - known:
+        raise ValueError(f"neighbors has {', '.join(sorted(unknown))}: it takes {', '.join(sorted(known))}.")
+    grid = {}
+    for name, values in given.items():
+        grid[name] = tuple(values) if isinstance(values, Sequence) else (values,)
+        for value in grid[name] or (0,):
+            check_positive(name, value)
+            for parameter, bound in (("n_pcs", n_components), ("n_neighbors", n_cells - 1)):
+                if name == parameter and value > bound:
+                    raise ValueError(f"{name} is {value}: {bound} is the most that these counts allow.")
+    return grid

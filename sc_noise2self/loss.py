@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import scipy.sparse as sp
@@ -26,44 +26,48 @@ class Profiles(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Gain:
-    """Nats per held-out molecule above the mean profile, with what is needed to pair it with another.
+class Score:
+    """A ratio of sums over cells, with what is needed to pair it with another on the same cells.
 
     Attributes
     ----------
-    nats
-        Sum over each cell's held-out molecules of log(P / mean profile), shape (cells,).
-    molecules
-        Held-out molecules of each cell, shape (cells,).
+    sums
+        What each cell adds to the numerator, shape (cells,).
+    weights
+        What each cell adds to the denominator, shape (cells,).
     """
 
-    nats: np.ndarray
-    molecules: np.ndarray
+    sums: np.ndarray
+    weights: np.ndarray
 
     @property
     def mean(self) -> float:
-        """Return nats per molecule."""
-        return float(self.nats.sum() / self.molecules.sum())
+        """Return the ratio."""
+        return float(self.sums.sum() / self.weights.sum())
 
     @property
     def error(self) -> float:
-        """Standard error of the mean over cells (that of a ratio of sums)."""
-        return self._error(self.nats, self.mean)
+        """Standard error of the ratio over cells."""
+        return self._error(self.sums, self.mean)
 
-    def error_of_difference(self, other: Gain) -> float:
-        """Return the standard error of this gain less another's on the same cells, paired by cell."""
-        return self._error(self.nats - other.nats, self.mean - other.mean)
+    def error_of_difference(self, other: Score) -> float:
+        """Return the standard error of this less another on the same cells, paired by cell."""
+        return self._error(self.sums - other.sums, self.mean - other.mean)
 
-    def __add__(self, other: Gain) -> Gain:
+    def __add__(self, other: Self) -> Self:
         """Pool two measurements on the same cells, e.g. of both directions of a split."""
-        return Gain(self.nats + other.nats, self.molecules + other.molecules)
+        return type(self)(self.sums + other.sums, self.weights + other.weights)
 
-    def _error(self, nats: np.ndarray, mean: float) -> float:
-        n = len(nats)
+    def _error(self, sums: np.ndarray, mean: float) -> float:
+        n = len(sums)
         if n < 2:
             return float("nan")
-        residual = nats - mean * self.molecules
-        return float(np.sqrt(n / (n - 1) * (residual**2).sum()) / self.molecules.sum())
+        residual = sums - mean * self.weights
+        return float(np.sqrt(n / (n - 1) * (residual**2).sum()) / self.weights.sum())
+
+
+class Gain(Score):
+    """Nats (`sums`) per held-out molecule (`weights`) above the mean profile."""
 
 
 def held_out_probabilities(profiles: Profiles, held_out: sp.csr_matrix) -> np.ndarray:

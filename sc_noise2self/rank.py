@@ -8,6 +8,9 @@ in what predicts:
   (Without it cell i's own X2 is in its prediction, and the loss falls for ever.)
 * ``"noise2self"``: the protocol of Noise2Self (Batson & Royer 2019), Figure 3: square roots, uncentred; the
   regression is learned on three quarters of the cells and scored on the rest, one direction.
+* ``"bcv"``: genes are split, not molecules (bi-cross-validation, Owen & Perry 2009): one half of the genes in a quarter
+  of the cells is predicted from the other half of the genes, by the regression learned from the other cells, B D_k^+ C.
+  Square roots, uncentred; cells are brought to one depth by the genes that predict.
 * ``"mcv"``: X1 truncated to rank k is itself the prediction of X2 (molecular cross-validation, Batson, Royer & Webber
   2019); square roots, uncentred.
 
@@ -20,9 +23,9 @@ a component whose weight 1 / (1 + p (1/c - 1)) exceeds 1/2, with c its least-squ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import scipy.sparse as sp
@@ -33,7 +36,8 @@ from .loss import cumulative_residuals, paired_errors
 from .split import split_matrix
 from .transform import Transform, TransformName
 
-Protocol = Literal["loo", "noise2self", "mcv"]
+Protocol = Literal["loo", "noise2self", "mcv", "bcv"]
+_CELL_GROUPS = 4  # of "bcv"
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +55,7 @@ class RankCurve:
     splits
         The loss of each split and direction, shape (splits, ranks).
     full_depth_loss
-        The loss corrected to the depth of the full data, shape (ranks,); None for ``"noise2self"``.
+        The loss corrected to the depth of the full data, shape (ranks,); None for ``"noise2self"`` and ``"bcv"``.
     transform, center
         What the loss was measured on.
     """
@@ -71,7 +75,7 @@ class RankCurve:
 
     @property
     def rank(self) -> int:
-        """The rank for the full data: of least loss at full depth, or as published for ``"noise2self"``."""
+        """The rank for the full data: of least loss at full depth, or as it is where it is not corrected."""
         if self.full_depth_loss is None:
             return self.split_rank
         return int(self.ranks[np.argmin(self.full_depth_loss)])
@@ -110,44 +114,39 @@ def rank_curve(
     counts
         CSR, cells x genes.
     max_rank
-        Largest rank tried, at most min(cells, genes) - 1.
+        Largest rank tried, at most min(cells, genes) - 1 of `learned_shape`.
     protocol, transform, center
         See the module; None takes the protocol's own: log1p and centred for ``"loo"``, sqrt and uncentred else.
     n_splits
         Independent splits averaged; each is used in both directions but by ``"noise2self"``.
     on_step
-        Called after each split and direction.
+        Called `n_steps(protocol)` times a split.
     """
-    if protocol not in get_args(Protocol):
-        raise ValueError(f"protocol is {protocol!r}: pass one of {', '.join(get_args(Protocol))}.")
     transform = transform or ("log1p" if protocol == "loo" else "sqrt")
     center = protocol == "loo" if center is None else center
-    n_cells, n_genes = counts.shape
+    n_cells = counts.shape[0]
     total = np.zeros((n_cells, max_rank + 1))
     in_sample = np.zeros(max_rank + 1)
     scored = np.zeros(n_cells)
     splits = []
     for _ in range(n_splits):
-        parts = list(split_matrix(counts, random_state=rng))
-        transformed = [_transformed(parts.pop(0), transform) for _ in range(2)]  # let go of each half in turn
-        for z1, z2 in _directions(transformed, protocol):
-            losses = _PREDICTORS[protocol](z1, z2, max_rank, center, rng)
-            total[losses.cells] += losses.held_out / n_genes
+        for losses in _losses(counts, protocol, transform, max_rank, center, rng):
+            total[losses.cells] += losses.held_out
             scored[losses.cells] += 1
-            splits.append(losses.held_out.mean(axis=0) / n_genes)
+            splits.append(losses.held_out.mean(axis=0))
             if losses.in_sample is not None:
-                in_sample += losses.in_sample / n_genes
+                in_sample += losses.in_sample
             on_step()
     per_cell = total[scored > 0] / scored[scored > 0, None]
     loss = per_cell.mean(axis=0)
-    full = None if protocol == "noise2self" else (in_sample / len(splits) + 3 * loss) / 4
+    full = None if protocol in ("noise2self", "bcv") else (in_sample / len(splits) + 3 * loss) / 4
     error = paired_errors(per_cell, int(np.argmin(loss)))
     return RankCurve(np.arange(max_rank + 1), loss, error, np.array(splits), full, transform, center)
 
 
 @dataclass(frozen=True, eq=False)
 class _Losses:
-    """Squared errors of every rank: of the cells scored, and, on the molecules learned from, the mean over cells."""
+    """Squared errors per entry of every rank: of the cells scored, and, where learned from, the mean over cells."""
 
     cells: np.ndarray | slice
     held_out: np.ndarray
@@ -165,15 +164,20 @@ def _leave_one_out(
     held_out = residual.copy()
     held_out[:, 1:] /= (1 - leverage) ** 2
     first = 0 if offset is None else 1
-    return _Losses(slice(None), held_out[:, first:], residual[:, first:].mean(axis=0))
+    n_genes = z2.shape[1]
+    return _Losses(slice(None), held_out[:, first:] / n_genes, residual[:, first:].mean(axis=0) / n_genes)
+
+
+def _quarter(z1: sp.csr_matrix, z2: sp.csr_matrix, max_rank: int, center: bool, rng: np.random.Generator) -> _Losses:
+    scored = np.sort(rng.permutation(z1.shape[0])[: max(1, z1.shape[0] // 4)])
+    return _held_out_cells(z1, z2, scored, max_rank, center, rng)
 
 
 def _held_out_cells(
-    z1: sp.csr_matrix, z2: sp.csr_matrix, max_rank: int, center: bool, rng: np.random.Generator
+    z1: sp.csr_matrix, z2: sp.csr_matrix, scored: np.ndarray, max_rank: int, center: bool, rng: np.random.Generator
 ) -> _Losses:
-    cells = rng.permutation(z1.shape[0])
-    n_scored = max(1, z1.shape[0] // 4)
-    scored, learned = np.sort(cells[:n_scored]), np.sort(cells[n_scored:])
+    """Predict z2 of some cells from their z1 by the regression of the others."""
+    learned = np.setdiff1d(np.arange(z1.shape[0]), scored)
     train, valid = z1[learned], z1[scored]
     offset = _offset(train, center)
     u, s, v = truncated_svd(train, max_rank, rng, offset=offset)
@@ -182,9 +186,9 @@ def _held_out_cells(
         predictor -= (train.T @ offset @ v) * offset[0]  # the mean cell's coordinates
     scores, basis = predictor / np.where(s > 0, s, 1), u
     if offset is not None:
-        scores, basis = np.column_stack([np.full(n_scored, offset[0]), scores]), np.column_stack([offset, u])
+        scores, basis = np.column_stack([np.full(len(scored), offset[0]), scores]), np.column_stack([offset, u])
     residual = cumulative_residuals(z2[scored], scores, (z2[learned].T @ basis).T)
-    return _Losses(scored, residual[:, 0 if offset is None else 1 :], None)
+    return _Losses(scored, residual[:, 0 if offset is None else 1 :] / z2.shape[1], None)
 
 
 def _truncation(z1: sp.csr_matrix, z2: sp.csr_matrix, max_rank: int, center: bool, rng: np.random.Generator) -> _Losses:
@@ -194,20 +198,50 @@ def _truncation(z1: sp.csr_matrix, z2: sp.csr_matrix, max_rank: int, center: boo
     if offset is not None:
         scores, loadings = np.column_stack([offset, scores]), np.vstack([z1.T @ offset, loadings])
     first = 0 if offset is None else 1
-    in_sample, held_out = (cumulative_residuals(z, scores, loadings)[:, first:] for z in (z1, z2))
+    in_sample, held_out = (cumulative_residuals(z, scores, loadings)[:, first:] / z2.shape[1] for z in (z1, z2))
     return _Losses(slice(None), held_out, in_sample.mean(axis=0))
 
 
-_PREDICTORS = {"loo": _leave_one_out, "noise2self": _held_out_cells, "mcv": _truncation}
+_PREDICTORS = {"loo": _leave_one_out, "noise2self": _quarter, "mcv": _truncation}
 
 
-def _directions(transformed: list[sp.csr_matrix], protocol: Protocol) -> list[tuple[sp.csr_matrix, sp.csr_matrix]]:
-    first, second = transformed
-    return [(first, second)] if protocol == "noise2self" else [(first, second), (second, first)]
+def n_steps(protocol: Protocol) -> int:
+    """Return how many times something is predicted in a split."""
+    return {"loo": 2, "noise2self": 1, "mcv": 2, "bcv": 2 * _CELL_GROUPS}[protocol]
 
 
-def _transformed(part: sp.csr_matrix, transform: TransformName) -> sp.csr_matrix:
-    size = row_sums(part)
+def learned_shape(protocol: Protocol, n_cells: int, n_genes: int) -> tuple[int, int]:
+    """Return how many cells and genes components are learned from."""
+    if protocol == "bcv":
+        return n_cells - -(-n_cells // _CELL_GROUPS), n_genes // 2
+    return n_cells - max(1, n_cells // 4) if protocol == "noise2self" else n_cells, n_genes
+
+
+def _losses(
+    counts: sp.csr_matrix,
+    protocol: Protocol,
+    transform: TransformName,
+    max_rank: int,
+    center: bool,
+    rng: np.random.Generator,
+) -> Iterator[_Losses]:
+    """Yield what every prediction of a split loses."""
+    if protocol == "bcv":
+        genes, groups = rng.permutation(counts.shape[1]) % 2 == 0, rng.permutation(counts.shape[0]) % _CELL_GROUPS
+        for hidden in (genes, ~genes):
+            z = _transformed(counts, transform, row_sums(counts[:, ~hidden]))
+            for group in range(_CELL_GROUPS):
+                scored = np.flatnonzero(groups == group)
+                yield _held_out_cells(z[:, ~hidden], z[:, hidden], scored, max_rank, center, rng)
+        return
+    parts = list(split_matrix(counts, random_state=rng))
+    first, second = (_transformed(parts.pop(0), transform) for _ in range(2))  # let go of each half in turn
+    for z1, z2 in [(first, second), (second, first)][: n_steps(protocol)]:
+        yield _PREDICTORS[protocol](z1, z2, max_rank, center, rng)
+
+
+def _transformed(part: sp.csr_matrix, transform: TransformName, size: np.ndarray | None = None) -> sp.csr_matrix:
+    size = row_sums(part) if size is None else size
     return Transform(transform, float(np.median(size[size > 0]))).apply(part, size)
 
 

@@ -14,6 +14,7 @@ from anndata import AnnData
 from scanpy import logging as logg
 
 from .annotated import read_batches, read_csr
+from .arguments import seed_of
 from .counts import column_sums, row_sums
 from .denoisers.autoencoder import Autoencoder, require_torch
 from .denoisers.members import AutoencoderMember
@@ -109,7 +110,7 @@ def denoise_with(
         "model": os.fspath(model),
         "mix": False,
         "device": device,
-        "random_state": "generator" if isinstance(random_state, np.random.Generator) else int(random_state),
+        "random_state": seed_of(random_state),
         **({} if batch_key is None else {"batch_key": batch_key}),
         **({} if scale_depth is None else {"scale_depth": float(scale_depth)}),
     }

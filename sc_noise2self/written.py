@@ -45,7 +45,7 @@ def summary(
         },
         "gain": gain.mean,
         "gain_error": gain.error,
-        "gain_molecules": int(gain.molecules.sum()),
+        "gain_molecules": int(gain.weights.sum()),
     }
 
 

@@ -46,8 +46,8 @@ def test_held_out_gain_is_its_definition():
     nats = (x * np.log(p / g)).sum(axis=1)
     for rows in (1, 7, 40):
         gain = held_out_gain(held_out_probabilities(_profiles(expected, rows), held_out), held_out, g)
-        np.testing.assert_allclose(gain.nats, nats, rtol=1e-5, atol=1e-5)
-        np.testing.assert_array_equal(gain.molecules, x.sum(axis=1))
+        np.testing.assert_allclose(gain.sums, nats, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(gain.weights, x.sum(axis=1))
         assert gain.mean == pytest.approx(nats.sum() / x.sum(), rel=1e-5)
 
 
@@ -55,8 +55,8 @@ def test_the_mean_profile_gains_nothing_and_unseen_genes_do_not_count():
     held_out = sp.csr_matrix(np.array([[2, 1, 3], [0, 1, 1]], dtype=np.float32))
     g = np.array([0.4, 0.6, 0.0])
     gain = held_out_gain(held_out_probabilities(_profiles(np.tile(g, (2, 1)), 2), held_out), held_out, g)
-    np.testing.assert_allclose(gain.nats, 0, atol=1e-12)
-    np.testing.assert_array_equal(gain.molecules, [3, 1])
+    np.testing.assert_allclose(gain.sums, 0, atol=1e-12)
+    np.testing.assert_array_equal(gain.weights, [3, 1])
 
 
 def test_gain_is_a_proper_score():
@@ -78,7 +78,7 @@ def test_errors_are_the_spread_of_repeated_measurements():
     gains = [Gain(n, m) for n, m in zip(nats, molecules, strict=True)]
     spread = np.std([gain.mean for gain in gains])
     assert np.mean([gain.error for gain in gains]) == pytest.approx(spread, rel=0.15)  # 4 errors of a spread of 400
-    shifted = [Gain(gain.nats + 0.5, gain.molecules) for gain in gains[:3]]
+    shifted = [Gain(gain.sums + 0.5, gain.weights) for gain in gains[:3]]
     assert all(s.error_of_difference(g) < 0.1 * g.error for s, g in zip(shifted, gains, strict=False))
 
 

@@ -7,6 +7,7 @@ then a choice of weights between 0 and 1 on the same factors (Noise2Self, Batson
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Self
 
 import numpy as np
@@ -131,7 +132,14 @@ class PCADenoiser:
         ]
         return np.array([p / np.where(s > 0, s, 1) for p, s in sums])
 
-    def predict(self, counts: sp.csr_matrix, weights: np.ndarray, *, n_rounds: int = 3) -> LowRankProfiles:
+    def predict(
+        self,
+        counts: sp.csr_matrix,
+        weights: np.ndarray | None = None,
+        *,
+        rank: int | None = None,
+        n_rounds: int = 3,
+    ) -> LowRankProfiles:
         """Return the denoised profiles of cells, each component's part multiplied by its weight.
 
         Parameters
@@ -140,17 +148,51 @@ class PCADenoiser:
             CSR of shape (cells, genes), the genes in the order of `fit`.
         weights
             Between 0 and 1, shape (k,), or (cells, k) where they differ between cells; 0 everywhere leaves the mean.
+        rank
+            Instead of weights: the first components as they are, the others left out. With neither, all are kept.
         n_rounds
             Of `LowRankProfiles.with_totals`.
+
+        Raises
+        ------
+        ValueError
+            If `rank` is out of range, or both were given.
         """
-        size = row_sums(counts)
-        depth = self._cell_weights(size)
+        if weights is None:
+            rank = self.n_components_ if rank is None else rank
+            if isinstance(rank, bool) or not isinstance(rank, Integral) or not 0 <= rank <= self.n_components_:
+                raise ValueError(f"rank is {rank!r}: pass a whole number from 0 to n_components, {self.n_components_}.")
+            weights = (np.arange(self.n_components_) < rank).astype(np.float64)
+        elif rank is not None:
+            raise ValueError("weights and rank were both given: a rank is weights of 1 and 0, so pass one.")
         weights = np.atleast_2d(weights)
-        kept = (weights > 0).any(axis=0)
-        scores = self.scores(counts)[:, kept] * weights[:, kept] / np.where(depth > 0, depth, 1)[:, None]
+        kept = np.asarray((weights > 0).any(axis=0))
+        return self.rebuild(self.coordinates(counts)[:, kept] * weights[:, kept], row_sums(counts), n_rounds, kept)
+
+    def coordinates(self, counts: sp.csr_matrix) -> np.ndarray:
+        """Return the coordinates of cells beyond the mean, as if all were of one depth, shape (cells, k)."""
+        depth = self._cell_weights(row_sums(counts))
+        return self.scores(counts) / np.where(depth > 0, depth, 1)[:, None]
+
+    def rebuild(
+        self, coordinates: np.ndarray, size: np.ndarray, n_rounds: int = 3, kept: np.ndarray | slice = slice(None)
+    ) -> LowRankProfiles:
+        """Return the profiles that have these coordinates.
+
+        Parameters
+        ----------
+        coordinates
+            As from `coordinates`, shape (cells, components kept).
+        size
+            Molecules of each cell, shape (cells,).
+        n_rounds
+            Of `LowRankProfiles.with_totals`.
+        kept
+            Which components they are of.
+        """
         scale = np.where(self.gene_weights_ > 0, self.gene_weights_, 1)
         loadings = np.column_stack([self.mean_, self.components_[:, kept]]) / scale[:, None]
-        scores = np.column_stack([np.ones(len(size)), scores]) * self.transform_.own_depth(size)[:, None]
+        scores = np.column_stack([np.ones(len(size)), coordinates]) * self.transform_.own_depth(size)[:, None]
         return LowRankProfiles.with_totals(
             self.transform_.name,
             scores.astype(np.float32),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.sparse as sp
@@ -123,6 +123,11 @@ class LowRankProfiles(Profiles):
     def shape(self) -> tuple[int, int]:
         """(cells, genes)."""
         return len(self.scores), len(self.loadings)
+
+    def of_cells(self, cells: Index) -> LowRankProfiles:
+        """Return the profiles of some cells, scaled as they are here."""
+        of_cells = {name: getattr(self, name)[cells] for name in ("scores", "cell_scale", "row_scale", "size")}
+        return replace(self, **of_cells)
 
     def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
         """Return expected counts, dense float32 of shape (cells asked, genes asked)."""

@@ -1,0 +1,265 @@
+"""Choose any denoiser's hyperparameter by the loss on data that were hidden from it: `calibrate`.
+
+Noise2Self (Batson & Royer 2019), section 3: whatever the denoiser, its loss on hidden data is its error against the
+truth plus a constant, so the parameter of least loss is the one of least error.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from numbers import Number
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata import AnnData
+from scanpy import logging as logg
+
+from .annotated import read_csr
+from .arguments import check_positive, describe_counts, seed_of
+from .candidates import ArrayDenoiser, Denoiser, Parameters, describe, expand_grid
+from .comparison import Comparison, Rule, compare
+from .counts import check_counts
+from .partitions import Loss, Masks, as_partition, check_loss
+from .random import RandomState, as_generator
+from .transform import TransformName
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What `calibrate` found.
+
+    Attributes
+    ----------
+    best
+        The parameters chosen.
+    table
+        One row a candidate, in the order of the grid: its parameters, `loss`, `error` (standard error of loss less
+        the least one, paired by cell), `gain` (minus the Poisson loss, nats per held-out molecule above the mean
+        profile), `seconds`, `failure` (what went wrong, or nothing) and `chosen`.
+    split_losses
+        The loss of each candidate in each split, shape (candidates, splits).
+    denoised
+        With `refit=True`, what the best denoiser returns for all of the data.
+    """
+
+    best: Parameters
+    table: pd.DataFrame
+    split_losses: np.ndarray
+    denoised: Any = field(repr=False, default=None)
+
+
+def calibrate(
+    data: AnnData | np.ndarray | sp.csr_matrix,
+    denoiser: Any,
+    grid: Mapping[str, Iterable[Any]] | Sequence[Mapping[str, Iterable[Any]]],
+    *,
+    partition: Any = "molecules",
+    n_splits: int = 1,
+    loss: Loss | None = None,
+    rule: Rule = "least",
+    transform: TransformName = "none",
+    layer: str | None = None,
+    key_added: str = "calibrate",
+    refit: bool = False,
+    n_jobs: int = 1,
+    prefer: Literal["processes", "threads"] = "processes",
+    random_state: RandomState = 0,
+) -> Calibration:
+    """Choose a denoiser's parameters by its loss on data that it has not seen. Any denoiser, over any partition.
+
+    Parameters
+    ----------
+    data
+        AnnData or a matrix with raw counts, cells x genes; with `partitions.Masks` any array, such as an image.
+    denoiser
+        `denoiser(counts, **parameters)` returns denoised counts: a function of a CSR matrix; a function of an
+        AnnData object, recognised by its first parameter's name, `adata`, that writes to `X` or returns; or an
+        object with `fit(counts)` and `predict(counts)`, whose parameters are set before it is fitted, or are given
+        to `predict` where it names them: one fit then serves all their values. Each cell may be on a scale of its
+        own; negative values count as 0.
+    grid
+        Values of each parameter, `{"t": range(9)}`, or a list of such dicts.
+    partition
+        What is hidden: `"molecules"` (halves, each predicted from the other), `"genes"` (ten random sets, each
+        hidden in a tenth of the cells at a time), a dict of gene lists (pathways), `"blocks"` (of cells x genes),
+        or an object of `sc_noise2self.partitions`, which says what each assumes and when that fails, or your own.
+    n_splits
+        Independent partitions to average over.
+    loss
+        `"poisson"` (the default), nats per held-out molecule; `"mse"`, `"mse_sqrt"`, `"mse_log1p"`; or a function
+        of (expected counts, held-out counts), dense arrays, that returns each cell's loss. Of arrays: the squared
+        error, or a function of (predicted, observed) values that returns each value's loss.
+    rule
+        `"least"`: the candidate of least loss. `"one_standard_error"`: the first of the grid that is within one
+        standard error of it; so put the simplest candidates first.
+    transform
+        The scale on which a function works. `"log1p"` and `"sqrt"`: it is given cells at the median depth,
+        transformed, and what it returns is taken back (`sc_noise2self.transform.rates`). `"none"`: counts.
+    layer
+        The layer with raw counts; None takes `X`.
+    key_added
+        Name in `uns`, and of the layer with `refit=True`.
+    refit
+        Also denoise all of the data with the best parameters.
+    n_jobs
+        Candidates that run at a time; -1 for as many as there are cores.
+    prefer
+        Whether they run in processes or in threads.
+    random_state
+        Seed or generator of the partition. A denoiser's own randomness is its own affair.
+
+    Returns
+    -------
+    The parameters chosen and a table of all candidates. Written to AnnData: `.uns[key_added]` with `best`, `table`,
+    `split_losses`, `denoiser`, `partition`, `loss`, `rule` and `params`; with `refit=True` `.layers[key_added]`:
+    expected counts at each cell's own depth, float32, dense. `X` and the input layer are not modified.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the data are no counts, a parameter is out of range, or every candidate failed.
+
+    Warns
+    -----
+    UserWarning
+        If a candidate failed, if the least loss is at an end of the grid, if no candidate beats the mean profile,
+        or if one predicts even what it has seen worse than the mean profile does, as when cells or genes are in
+        another order.
+
+    Examples
+    --------
+    >>> import sc_noise2self as n2s
+    >>> from sc_noise2self.denoisers.neighbors import DiffusionDenoiser
+    >>> adata = n2s.datasets.pbmc68k_reduced()
+    >>> n2s.calibrate(adata, DiffusionDenoiser(), {"t": range(5)}).best
+    {'t': 1}
+    """
+    if rule not in get_args(Rule):
+        raise ValueError(f"rule is {rule!r}: pass one of {', '.join(get_args(Rule))}.")
+    if prefer not in ("processes", "threads"):
+        raise ValueError(f"prefer is {prefer!r}: pass 'processes' or 'threads'.")
+    if transform not in get_args(TransformName):
+        raise ValueError(f"transform is {transform!r}: pass one of {', '.join(get_args(TransformName))}.")
+    check_positive("n_splits", n_splits)
+    candidates = expand_grid(grid)
+    rng = as_generator(random_state)
+    adata = data if isinstance(data, AnnData) else None
+    if adata is None and (layer is not None or key_added != "calibrate"):
+        raise ValueError("layer and key_added belong to an AnnData object: they were given with an array.")
+    partition = as_partition(partition, None if adata is None else adata.var_names)
+    start = logg.info("calibrating" if adata is None else f"calibrating on {describe_counts(adata, layer)}")
+    called: Denoiser | ArrayDenoiser
+    values: Any
+    if isinstance(partition, Masks):
+        if adata is not None or transform != "none":
+            raise ValueError(
+                "partitions.Masks hides entries of an array: pass one, without transform, for instance an image."
+            )
+        values, called = np.asarray(data), ArrayDenoiser(denoiser)
+    elif adata is not None:
+        _check_key(adata, key_added, layer, refit)
+        values, called = read_csr(adata, layer), Denoiser(denoiser, transform, adata.obs_names, adata.var_names)
+    else:
+        values = sp.csr_matrix(check_counts(data), dtype=np.float32)
+        called = Denoiser(denoiser, transform, *(pd.RangeIndex(n).astype(str) for n in values.shape))
+    loss = check_loss(loss, partition)
+
+    splits = [partition.folds(values, rng) for _ in range(n_splits)]
+    compared = compare(called, candidates, splits, loss, n_jobs, prefer)
+    table = compared.table(rule, loss)
+    best = candidates[int(np.argmax(table["chosen"]))]
+    _warn(table, candidates, compared)
+    denoised = called.refit(values, best) if refit else None
+    found = Calibration(best, table, compared.split_losses(), denoised)
+    if adata is not None:
+        adata.uns[key_added] = {
+            "best": {name: _plain(value) for name, value in best.items()},
+            "table": table.map(_plain),
+            "split_losses": found.split_losses,
+            "denoiser": called.name,
+            "partition": repr(partition),
+            "loss": loss if isinstance(loss, str) else getattr(loss, "__qualname__", repr(loss)),
+            "rule": rule,
+            "version": version("sc-noise2self"),
+            "params": {
+                "layer": "X" if layer is None else layer,
+                "transform": transform,
+                "n_splits": n_splits,
+                "random_state": seed_of(random_state),
+            },
+        }
+        if refit:
+            adata.layers[key_added] = denoised
+    logg.info(
+        f"    {describe(best)}: loss {table['loss'][table['chosen']].iloc[0]:.4f}",
+        time=start,
+        deep=None if adata is None else f"added\n    {key_added!r}, the loss of every candidate (adata.uns)",
+    )
+    return found
+
+
+def _warn(table: pd.DataFrame, candidates: Sequence[Parameters], compared: Comparison) -> None:
+    """Say what a user should know before trusting the choice."""
+    failed = table.index[table["failure"] != ""]
+    if len(failed):
+        what = "; ".join(f"{describe(candidates[i])}: {table['failure'][i]}" for i in failed[:3])
+        warnings.warn(
+            f"{len(failed)} of {len(table)} candidates failed and were left out: {what}", UserWarning, stacklevel=3
+        )
+    blind = [i for i in range(len(table)) if compared.blind(i)]
+    if blind:
+        warnings.warn(
+            f"{describe(candidates[blind[0]])} predicts even the molecules that it was given worse than one mean "
+            "profile: check that cells and genes are returned in the order given, and on the scale given (a denoiser "
+            "of logarithms needs transform='log1p').",
+            UserWarning,
+            stacklevel=3,
+        )
+    elif "gain" in table and table["gain"].max() <= 0:
+        warnings.warn(
+            "no candidate predicts hidden molecules better than one mean profile: none of them is worth using.",
+            UserWarning,
+            stacklevel=3,
+        )
+    ends = _ends_of_grid(table, candidates)
+    if ends:
+        warnings.warn(
+            f"the loss is least at the largest value tried, {ends}: let the grid go further.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _ends_of_grid(table: pd.DataFrame, candidates: Sequence[Parameters]) -> str:
+    """Return the numbers chosen that are the largest of three or more tried, e.g. ``"t=8"``."""
+    best = candidates[int(np.argmax(table["chosen"]))]
+    ends = {}
+    for name, value in best.items():
+        tried = {other.get(name) for other in candidates if isinstance(other.get(name), Number)}
+        if isinstance(value, Number) and not isinstance(value, bool) and len(tried) > 2 and value == max(tried):  # type: ignore[type-var]
+            ends[name] = value
+    return describe(ends)
+
+
+def _check_key(adata: AnnData, key: str, layer: str | None, refit: bool) -> None:
+    """Refuse a key under which something stands that `calibrate` did not write."""
+    if not isinstance(key, str) or not key or "/" in key:
+        raise ValueError(f"key_added is {key!r}: pass a name without '/'.")
+    if key == layer:
+        raise ValueError(f"key_added is {key!r}, the layer that holds the counts: choose another name.")
+    old = adata.uns.get(key)
+    if isinstance(old, Mapping) and "split_losses" in old:
+        return
+    if old is not None or (refit and key in adata.layers):
+        slot = "uns" if old is not None else "layers"
+        raise ValueError(f"adata.{slot}[{key!r}] exists and is not an earlier calibration: choose another key_added.")
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as `h5ad` and `zarr` keep it: a number or a truth value as it is, anything else as text."""
+    return value if isinstance(value, Number | np.bool_) else str(value)

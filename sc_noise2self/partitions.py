@@ -1,0 +1,445 @@
+"""Partitions J: what is hidden from a denoiser and then predicted (Noise2Self, Batson & Royer 2019, sections 2 and 6).
+
+A loss on hidden data ranks denoisers as the truth would if, given the truth, the noise in what is hidden is
+independent of the noise in what is seen (Proposition 1). Each partition says which independence it assumes:
+
+* `Molecules`: molecules of one cell were caught independently. It fails for copies of one molecule (UMI errors, PCR).
+* `Genes`: given the cell's true expression, the noise of a set of genes is independent of the other genes' noise. It
+  fails where genes share their noise, as in a pathway that bursts together: then hide pathways whole. What only one
+  gene knows cannot be predicted from the others, so it judges the shared part of expression alone.
+* `Blocks`: the same, and a denoiser never sees these genes in these cells, but in others.
+* `Masks`: the noise of the entries of each mask is independent of all others', as that of pixels.
+
+Any object with a method `folds(data, rng)` that returns a list of `Fold` is a partition too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+import scipy.sparse as sp
+
+from .counts import column_sums, row_sums
+from .loss import Score
+from .split import split_matrix
+from .transform import PoissonExpectation
+
+LossName = Literal["poisson", "mse", "mse_sqrt", "mse_log1p"]
+Loss = LossName | Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+_BLOCK = 1 << 20  # dense entries at a time
+_CHECKED_CELLS = 500  # on which a denoiser must predict what it has seen
+_BLEND = 0.005  # share of the mean profile in a prediction, so that one exact zero costs 5.3 nats, not infinity
+
+
+class Rows(Protocol):
+    """An array, or what gives rows of one on request."""
+
+    def __getitem__(self, cells: np.ndarray) -> np.ndarray:
+        """Return some rows, dense."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """Counts of which some are hidden.
+
+    Attributes
+    ----------
+    seen
+        What the denoiser is given, CSR of shape (cells, genes).
+    held_out
+        The counts that it must predict, CSR of the same shape.
+    size
+        Molecules that the prediction is scaled to, shape (cells,): those held out, or, where genes are hidden,
+        those of the genes that are not.
+    share
+        The mean profile of what was seen, shape (genes,), summing to 1.
+    groups, hidden
+        Group of each cell, shape (cells,), and which genes are hidden in each group, boolean of shape (groups, genes).
+        None where molecules of all genes are held out.
+    """
+
+    seen: sp.csr_matrix
+    held_out: sp.csr_matrix
+    size: np.ndarray
+    share: np.ndarray
+    groups: np.ndarray | None = None
+    hidden: np.ndarray | None = None
+
+    def score(self, predicted: Rows, loss: Loss) -> Score:
+        """Return the loss of a prediction, by cell.
+
+        Parameters
+        ----------
+        predicted
+            Denoised counts, each cell's on a scale of its own: `predicted[cells]` is dense of shape (cells, genes).
+        loss
+            `"poisson"`: nats per held-out molecule below the mean profile, sum of -x log(m / m0) + m - m0 with m the
+            expected count and m0 that of the mean profile; where molecules are split, minus the held-out gain.
+            `"mse"`, `"mse_sqrt"`, `"mse_log1p"`: (T(x) - E[T(Poisson(m))])^2 per entry. Or a function of (m, x), both
+            dense of shape (cells, genes hidden), that returns the loss of each cell.
+        """
+        sums, weights = np.zeros((2, len(self.size)))
+        for cells, genes in self._blocks():
+            expected = np.maximum(predicted[cells], 0).astype(np.float64)
+            basis = expected if genes is None else expected[:, ~genes]
+            total, share = basis.sum(axis=1), self.share
+            if genes is not None:
+                expected, share = expected[:, genes], share[genes] / max(share[~genes].sum(), 1e-12)
+            mean = np.multiply.outer(self.size[cells], share)
+            known = total > 0
+            expected = np.where(known[:, None], expected, mean)
+            expected *= np.where(known, self.size[cells] / np.where(known, total, 1), 1)[:, None]
+            held_out = self.held_out[cells] if genes is None else self.held_out[cells][:, genes]
+            block_sums, block_weights = _block_loss(expected, held_out, mean, loss)
+            sums[cells] += block_sums
+            weights[cells] += block_weights
+        return Score(sums, weights)
+
+    def is_blind(self, predicted: Rows) -> bool:
+        """Whether a prediction is worse than the mean profile on the very molecules that it was made from."""
+        cells = np.arange(0, len(self.size), max(1, len(self.size) // _CHECKED_CELLS))
+        seen = self.seen[cells]
+        score = Fold(seen, seen, row_sums(seen), self.share).score(_Some(predicted, cells), "poisson")
+        return score.mean > 2 * score.error
+
+    def _blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Yield cells with the genes that are hidden in them; None for all."""
+        step = max(1, _BLOCK // self.seen.shape[1])
+        if self.groups is None or self.hidden is None:
+            parts: list[tuple[np.ndarray, np.ndarray | None]] = [(np.arange(len(self.size)), None)]
+        else:
+            parts = [(np.flatnonzero(self.groups == i), genes) for i, genes in enumerate(self.hidden) if genes.any()]
+        for cells, genes in parts:
+            for start in range(0, len(cells), step):
+                yield cells[start : start + step], genes
+
+
+class Partition(Protocol):
+    """What `sc_noise2self.calibrate` takes as a partition."""
+
+    def folds(self, data: Any, rng: np.random.Generator) -> Sequence[Any]:
+        """Return the ways to hide a part of the data, such that all have been hidden once."""
+        ...
+
+
+@dataclass(frozen=True)
+class Molecules:
+    """Every cell's molecules dealt at random to what is seen and what is held out.
+
+    It assumes that molecules were caught independently of each other given the cell's expression; copies of one
+    molecule (UMI errors, PCR) break it, and look like expression that a less smoothed result predicts better.
+
+    Parameters
+    ----------
+    n_folds
+        Equal parts; each is held out once and predicted from the others. 2: halves, in both directions.
+    fraction
+        Instead: the share that is seen, in one direction.
+    """
+
+    n_folds: int = 2
+    fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.fraction is not None and self.n_folds != 2:
+            raise ValueError("n_folds and fraction were both given: folds are equal parts, so pass one.")
+        _check_folds("n_folds", self.n_folds)
+
+    def folds(self, data: sp.csr_matrix, rng: np.random.Generator) -> list[Fold]:
+        """See `Partition`; `data` are counts, CSR of shape (cells, genes)."""
+        if self.fraction is not None:
+            seen, held_out = split_matrix(data, self.fraction, random_state=rng)
+            return [_fold(seen, held_out)]
+        parts = split_matrix(data, folds=self.n_folds, random_state=rng)
+        if self.n_folds == 2:
+            return [_fold(*parts), _fold(*parts[::-1])]
+        return [_fold((data - part).tocsr(), part) for part in parts]
+
+
+@dataclass(frozen=True)
+class Genes:
+    """Sets of genes hidden whole in a cell and predicted from the cell's other genes.
+
+    It assumes that, given the cell's true expression, the noise in a set is independent of that in the other genes.
+    Genes that are noisy together belong in one set: name pathways. In every fold each set is hidden in other cells,
+    so a denoiser can learn a gene from the cells that show it.
+
+    Parameters
+    ----------
+    sets
+        Number of random sets, or gene indices (boolean or whole numbers) by name: pathways. Genes in no pathway are
+        always seen and never scored; pathways may share genes.
+    n_folds
+        Groups of cells, and ways to hide; at least the number of sets. Each call of the denoiser hides one set in each
+        group, and each cell has one set hidden at a time.
+    """
+
+    sets: int | Mapping[str, Sequence[int] | np.ndarray] = 10
+    n_folds: int = 10
+
+    def __post_init__(self) -> None:
+        _check_folds("n_folds", self.n_folds)
+        if not isinstance(self.sets, Mapping):
+            _check_folds("sets", self.sets)
+
+    def folds(self, data: sp.csr_matrix, rng: np.random.Generator) -> list[Fold]:
+        """See `Partition`; `data` are counts, CSR of shape (cells, genes)."""
+        n_cells, n_genes = data.shape
+        if isinstance(self.sets, Mapping):
+            sets = np.zeros((len(self.sets), n_genes), bool)
+            for row, genes in zip(sets, self.sets.values(), strict=True):
+                row[np.asarray(genes)] = True
+        else:
+            sets = _random_groups(n_genes, self.sets, rng) == np.arange(self.sets)[:, None]
+        n_groups = max(self.n_folds, len(sets))
+        groups = _random_groups(n_cells, n_groups, rng)
+        none = np.zeros((n_groups - len(sets), n_genes), bool)
+        turns = np.vstack([sets, none])
+        return [_hide(data, groups, np.roll(turns, shift, axis=0), rng) for shift in range(n_groups)]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of cells x genes, one hidden at a time (bi-cross-validation, Owen & Perry 2009).
+
+    It assumes what `Genes` does, and suits regressions, such as that on principal components, for which
+    `select_rank(adata, protocol="bcv")` is the published form. It fails for averages over neighbours: the cells in
+    which the same genes are hidden are nearest to each other, so they are averaged with what took their genes' place.
+
+    Parameters
+    ----------
+    cells, genes
+        Groups of each; their product is the number of folds.
+    """
+
+    cells: int = 5
+    genes: int = 5
+
+    def __post_init__(self) -> None:
+        _check_folds("cells", self.cells)
+        _check_folds("genes", self.genes)
+
+    def folds(self, data: sp.csr_matrix, rng: np.random.Generator) -> list[Fold]:
+        """See `Partition`; `data` are counts, CSR of shape (cells, genes)."""
+        groups = _random_groups(data.shape[0], self.cells, rng)
+        sets = _random_groups(data.shape[1], self.genes, rng)
+        folds = []
+        for group in range(self.cells):
+            for which in range(self.genes):
+                hidden = np.zeros((self.cells, data.shape[1]), bool)
+                hidden[group] = sets == which
+                folds.append(_hide(data, groups, hidden, rng))
+        return folds
+
+
+@dataclass(frozen=True, eq=False)
+class Masks:
+    """Entries of any array, such as the pixels of an image, hidden mask by mask (Noise2Self, equation 3).
+
+    It assumes that the noise of the entries in a mask is independent of that outside, given the truth. Noise that
+    neighbouring pixels share breaks it, unless they lie in one mask.
+
+    Parameters
+    ----------
+    masks
+        Boolean arrays of the data's shape.
+    fill
+        Returns an array of the same shape whose masked entries take the place of the hidden ones, s(x) in the paper;
+        what it returns at a masked entry must not depend on the masked entries. It is given the data.
+    """
+
+    masks: Sequence[np.ndarray]
+    fill: Callable[[np.ndarray], np.ndarray]
+
+    def folds(self, data: np.ndarray, rng: np.random.Generator) -> list[_MaskedFold]:
+        """See `Partition`; `data` is an array."""
+        masks = [np.asarray(mask) for mask in self.masks]
+        for mask in masks:
+            if mask.dtype != bool or mask.shape != data.shape:
+                raise ValueError(
+                    f"a mask holds {mask.dtype} of shape {mask.shape}: the data need booleans of shape {data.shape}."
+                )
+        filled = np.asarray(self.fill(data))
+        if filled.shape != data.shape:
+            raise ValueError(f"fill returned shape {filled.shape} for data of shape {data.shape}.")
+        return [_MaskedFold(np.where(mask, filled, data), data, mask) for mask in masks]
+
+    def invariant(self, denoiser: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+        """Return the J-invariant version of a denoiser: every entry as it is predicted without it.
+
+        f(x)_J = g(1_J s(x) + 1_{J^c} x)_J (Noise2Self, equation 3). Entries in no mask are those of g(x).
+        """
+
+        def f(x: np.ndarray, **parameters: Any) -> np.ndarray:
+            folds = self.folds(np.asarray(x), np.random.default_rng(0))
+            everywhere = np.logical_or.reduce([fold.mask for fold in folds])
+            out = np.zeros(np.shape(x)) if everywhere.all() else np.array(denoiser(x, **parameters), dtype=float)
+            for fold in folds:
+                out[fold.mask] = np.asarray(denoiser(fold.seen, **parameters))[fold.mask]
+            return out
+
+        return f
+
+
+@dataclass(frozen=True, eq=False)
+class _Some:
+    """Some of the rows."""
+
+    rows: Rows
+    cells: np.ndarray
+
+    def __getitem__(self, cells: np.ndarray) -> np.ndarray:
+        return self.rows[self.cells[cells]]
+
+
+@dataclass(frozen=True, eq=False)
+class _MaskedFold:
+    """An array of which the entries in a mask are hidden."""
+
+    seen: np.ndarray
+    data: np.ndarray
+    mask: np.ndarray
+
+    def score(self, predicted: np.ndarray, loss: Loss) -> Score:
+        """Return the squared error, or what a function of (predicted, data) says, by entry."""
+        p, x = np.asarray(predicted, dtype=np.float64)[self.mask], self.data[self.mask]
+        sums = np.zeros(self.data.size)
+        sums[self.mask.ravel()] = loss(p, x) if callable(loss) else (p - x) ** 2
+        return Score(sums, self.mask.ravel().astype(np.float64))
+
+    def is_blind(self, predicted: np.ndarray) -> bool:
+        """Arrays have no mean profile to compare with."""
+        return False
+
+
+def _fold(seen: sp.csr_matrix, held_out: sp.csr_matrix) -> Fold:
+    return Fold(seen, held_out, row_sums(held_out), column_sums(seen) / max(seen.sum(), 1))
+
+
+def _hide(counts: sp.csr_matrix, groups: np.ndarray, hidden: np.ndarray, rng: np.random.Generator) -> Fold:
+    """Return a fold in which each group of cells hides its genes.
+
+    A hidden count is replaced by a Poisson draw from the mean profile at the depth of the cell's other genes, so that
+    what is seen are whole counts, as sparse as before, of cells that are complete.
+    """
+    n_cells, n_genes = counts.shape
+    cells = np.repeat(np.arange(n_cells), np.diff(counts.indptr))
+    is_hidden = hidden[groups[cells], counts.indices]
+
+    def part(keep: np.ndarray) -> sp.csr_matrix:
+        out = counts.copy()
+        out.data *= keep
+        out.eliminate_zeros()
+        return out
+
+    visible, held_out = part(~is_hidden), part(is_hidden)
+    size, totals = row_sums(visible), column_sums(visible)
+    share = totals / totals.sum()
+    per_group = np.bincount(groups, weights=size, minlength=len(hidden))
+    for _ in range(5):  # a gene's share among the molecules of the cells that show it
+        depth = per_group / np.maximum(1 - hidden @ share, 1e-12)
+        shown = depth @ ~hidden
+        share = np.where(shown > 0, totals / np.where(shown > 0, shown, 1), 0)
+        share /= share.sum()
+    fill = [sp.csr_matrix((n_cells, n_genes), dtype=counts.dtype)]
+    for group, genes in enumerate(hidden):
+        weight = share[genes].sum()
+        own = np.flatnonzero(groups == group)
+        if weight == 0 or not len(own):
+            continue
+        drawn = rng.poisson(size[own] * weight / max(share[~genes].sum(), 1e-12))
+        which = rng.choice(np.flatnonzero(genes), drawn.sum(), p=share[genes] / weight)
+        ones = np.ones(len(which), counts.dtype)
+        fill.append(sp.csr_matrix((ones, (np.repeat(own, drawn), which)), shape=counts.shape))
+    return Fold(sum(fill[1:], fill[0] + visible).tocsr(), held_out, size, share, groups, hidden)
+
+
+def _block_loss(
+    expected: np.ndarray, held_out: sp.csr_matrix, mean: np.ndarray, loss: Loss
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return sums and weights of each cell of a block."""
+    if callable(loss):
+        return np.asarray(loss(expected, held_out.toarray()), dtype=np.float64), np.ones(len(expected))
+    if loss == "poisson":
+        x = held_out.tocoo()
+        m, m0 = expected[x.row, x.col], mean[x.row, x.col]
+        known = m0 > 0  # molecules of a gene that was not seen: no method could tell them apart
+        ratio = np.where(known, (1 - _BLEND) * m / np.where(known, m0, 1) + _BLEND, 1)
+        nats = np.bincount(x.row, weights=x.data * np.log(ratio), minlength=len(expected))
+        molecules = np.bincount(x.row, weights=x.data * known, minlength=len(expected))
+        return (1 - _BLEND) * (expected - mean).sum(axis=1) - nats, molecules
+    x = held_out.toarray().astype(np.float64)
+    if loss != "mse":
+        name: Literal["sqrt", "log1p"] = "sqrt" if loss == "mse_sqrt" else "log1p"
+        x, expected = (np.sqrt if name == "sqrt" else np.log1p)(x), PoissonExpectation(name)(expected)
+    return np.square(x - expected).sum(axis=1), np.full(len(x), float(x.shape[1]))
+
+
+def as_partition(partition: Any, gene_names: Sequence[str] | None) -> Partition:
+    """Return the partition that a name, a mapping of pathways or an object stands for.
+
+    Raises
+    ------
+    ValueError
+        If a pathway has a gene that is not there, or none.
+    TypeError
+        If it is no partition.
+    """
+    named: dict[str, Callable[[], Partition]] = {"molecules": Molecules, "genes": Genes, "blocks": Blocks}
+    if isinstance(partition, str):
+        if partition not in named:
+            raise ValueError(
+                f"partition is {partition!r}: pass one of {', '.join(named)}, or an object of `partitions`."
+            )
+        return named[partition]()
+    if isinstance(partition, Mapping):
+        return Genes(_pathways(partition, gene_names))
+    if isinstance(partition, type) or not hasattr(partition, "folds"):
+        raise TypeError(
+            f"partition is {partition!r}: pass 'molecules', 'genes', 'blocks', a dict of gene lists, or an object with "
+            "a method `folds`, such as those of sc_noise2self.partitions."
+        )
+    return partition
+
+
+def check_loss(loss: Loss | None, partition: Partition) -> Loss:
+    """Return the loss, or the partition's usual one for None; raise if there is no such loss for it."""
+    names = ("mse",) if isinstance(partition, Masks) else get_args(LossName)
+    loss = names[0] if loss is None else loss
+    if not callable(loss) and loss not in names:
+        raise ValueError(f"loss is {loss!r}: pass one of {', '.join(names)}, or a function.")
+    return loss
+
+
+def _pathways(pathways: Mapping[str, Sequence[str]], gene_names: Sequence[str] | None) -> dict[str, np.ndarray]:
+    if gene_names is None:
+        raise ValueError("pathways name genes, and a matrix has no names: pass an AnnData object.")
+    position = {name: i for i, name in enumerate(gene_names)}
+    out = {}
+    for pathway, genes in pathways.items():
+        if isinstance(genes, str) or not len(genes):
+            raise ValueError(f"pathway {pathway!r} is {genes!r}: pass a list of gene names.")
+        if missing := [gene for gene in genes if gene not in position]:
+            raise ValueError(f"pathway {pathway!r} has genes that adata lacks: {', '.join(map(str, missing[:5]))}.")
+        out[pathway] = np.array([position[gene] for gene in genes])
+    if not out:
+        raise ValueError("partition is an empty dict: pass at least one pathway.")
+    return out
+
+
+def _random_groups(n: int, n_groups: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the group of each of n, as even as can be."""
+    if n_groups > n:
+        raise ValueError(f"{n} cells or genes cannot be dealt to {n_groups} groups: ask for fewer.")
+    return rng.permutation(n) % n_groups
+
+
+def _check_folds(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 2:
+        raise ValueError(f"{name} is {value!r}: pass a whole number, 2 or more.")
