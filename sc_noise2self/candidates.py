@@ -294,7 +294,8 @@ class ArrayDenoiser:
 
 def describe(parameters: Parameters) -> str:
     """Return e.g. ``"t=3, knn=5"``."""
-    return ", ".join(f"{name}={value!r}" for name, value in parameters.items())
+    values = {name: value.item() if isinstance(value, np.generic) else value for name, value in parameters.items()}
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
 
 def _name(function: Any) -> str:

@@ -33,6 +33,7 @@ Loss = LossName | Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 _BLOCK = 1 << 20  # dense entries at a time
 _CHECKED_CELLS = 500  # on which a denoiser must predict what it has seen
+_ROUNDING = 1e-3  # nats, which the mean profile itself may be from the mean profile of some cells
 _BLEND = 0.005  # share of the mean profile in a prediction, so that one exact zero costs 5.3 nats, not infinity
 
 
@@ -106,7 +107,7 @@ class Fold:
         cells = np.arange(0, len(self.size), max(1, len(self.size) // _CHECKED_CELLS))
         seen = self.seen[cells]
         score = Fold(seen, seen, row_sums(seen), self.share).score(_Some(predicted, cells), "poisson")
-        return score.mean > 2 * score.error
+        return score.mean > 2 * score.error + _ROUNDING
 
     def _blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """Yield cells with the genes that are hidden in them; None for all."""

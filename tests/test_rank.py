@@ -1,12 +1,16 @@
 """Every rank's loss: exact against refits, least where the true error is least, and as published."""
 
+import warnings
+
+import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
 from helpers import low_rank_profiles, poisson_counts
 
+import sc_noise2self as n2s
 from sc_noise2self.denoisers.svd import truncated_svd
-from sc_noise2self.rank import _PREDICTORS, rank_curve
+from sc_noise2self.rank import _PREDICTORS, _losses, rank_curve
 from sc_noise2self.split import split_matrix
 
 
@@ -50,7 +54,7 @@ def test_leave_one_out_is_the_refit_without_the_cell(center):
         for i in range(n):
             others = np.arange(n) != i
             coefficients = np.linalg.lstsq(u[others, :k], target[others], rcond=None)[0]
-            expected = np.square(target[i] - u[i, :k] @ coefficients).sum()
+            expected = np.square(target[i] - u[i, :k] @ coefficients).mean()
             assert found[i, column] == pytest.approx(expected, rel=1e-8)
 
 
@@ -63,7 +67,7 @@ def test_truncation_and_held_out_cells_are_their_definitions(center):
     u, s, vt = np.linalg.svd(a - mean, full_matrices=False)
     for k in (0, 2, 5):
         prediction = (u[:, :k] * s[:k]) @ vt[:k] + mean
-        np.testing.assert_allclose(found.held_out[:, k], np.square(b - prediction).sum(axis=1), rtol=1e-3)
+        np.testing.assert_allclose(found.held_out[:, k], np.square(b - prediction).mean(axis=1), rtol=1e-3)
 
     found = _PREDICTORS["noise2self"](x1, x2, 5, center, np.random.default_rng(0))
     train = np.setdiff1d(np.arange(40), found.cells)
@@ -74,7 +78,60 @@ def test_truncation_and_held_out_cells_are_their_definitions(center):
     for k in (0, 1, 4):
         regression = vt[:k].T / s[:k] @ u[:, :k].T @ (b[train] - mean2)
         prediction = (a[found.cells] - mean1) @ regression + mean2
-        np.testing.assert_allclose(found.held_out[:, k], np.square(b[found.cells] - prediction).sum(axis=1), rtol=1e-3)
+        np.testing.assert_allclose(found.held_out[:, k], np.square(b[found.cells] - prediction).mean(axis=1), rtol=1e-3)
+
+
+def test_bi_cross_validation_is_the_published_formula():
+    x = poisson_counts(low_rank_profiles(40, 24, 3, seed=0), depth=200, seed=1).astype(np.float64)
+    rng = np.random.default_rng(7)
+    hidden, groups = rng.permutation(24) % 2 == 0, rng.permutation(40) % 4
+    found = next(_losses(x, "bcv", "none", 8, False, np.random.default_rng(7)))
+    scored = groups == 0
+    size = x[:, np.flatnonzero(~hidden)].sum(axis=1).A1
+    z = x.toarray() * (np.median(size[size > 0]) / size)[:, None]
+    a, b = z[np.ix_(scored, hidden)], z[np.ix_(scored, ~hidden)]
+    c, d = z[np.ix_(~scored, hidden)], z[np.ix_(~scored, ~hidden)]
+    u, s, vt = np.linalg.svd(d, full_matrices=False)
+    for k in (0, 1, 3, 8):
+        residual = a - b @ (vt[:k].T / s[:k]) @ (u[:, :k].T @ c)
+        np.testing.assert_allclose(found.held_out[:, k], np.square(residual).mean(axis=1), rtol=1e-3)
+
+
+def test_bi_cross_validation_finds_the_rank_and_does_not_see_what_is_hidden():
+    x = poisson_counts(low_rank_profiles(300, 120, 4, seed=0), depth=5000, seed=1)
+    curve = rank_curve(x, 15, np.random.default_rng(0), protocol="bcv", transform="none")
+    # Rank 3 misses a programme; from 4 on the basin is flat, and all that is left is noise.
+    assert curve.loss[3] > 2 * curve.loss[4]
+    assert curve.loss[4] < 1.02 * curve.loss.min()
+    assert curve.rank >= 4
+    assert curve.full_depth_loss is None
+    assert curve.splits.shape == (8, 16)
+    # Other hidden counts change the loss, but not by way of the prediction: a constant offset of the target shows it.
+    rng = np.random.default_rng(3)
+    hidden, groups = rng.permutation(120) % 2 == 0, rng.permutation(300) % 4
+    other = x.toarray()
+    block = np.ix_(groups == 0, hidden)
+    other[block] = 0
+    first, second = (
+        next(_losses(each, "bcv", "none", 3, False, np.random.default_rng(3))) for each in (x, sp.csr_matrix(other))
+    )
+    size = x.toarray()[:, ~hidden].sum(axis=1)
+    a = (x.toarray() * (np.median(size) / size)[:, None])[block]
+    # |a - p|^2 and |0 - p|^2 for the same p: at rank 0, where p = 0, their difference is |a|^2
+    np.testing.assert_allclose(first.held_out[:, 0] - second.held_out[:, 0], np.square(a).mean(axis=1), rtol=1e-4)
+    np.testing.assert_array_equal(first.cells, second.cells)
+
+
+@pytest.mark.parametrize("protocol", ["loo", "mcv", "noise2self", "bcv"])
+def test_the_default_rank_fits_what_components_are_learned_from(protocol):
+    adata = ad.AnnData(poisson_counts(low_rank_profiles(20, 16, 2, seed=0), depth=60, seed=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the edge: so few genes have few ranks
+        n2s.select_rank(adata, protocol=protocol)
+    largest = {"loo": 15, "mcv": 15, "noise2self": 14, "bcv": 7}[protocol]
+    assert adata.uns["select_rank"]["ranks"][-1] == largest
+    with pytest.raises(ValueError, match=f"max_rank is 19: .* have at most {largest} components"):
+        n2s.select_rank(adata, protocol=protocol, max_rank=19)
 
 
 def losses_and_truth(rank, depth, max_rank=30):
@@ -92,9 +149,9 @@ def losses_and_truth(rank, depth, max_rank=30):
         fitted = u[:, :k] @ (u[:, :k].T @ target)
         h = np.square(u[:, :k]).sum(axis=1, keepdims=True)
         without_cell = (fitted - h * target) / (1 - h)
-        true_error[:, k] = np.square(without_cell - y).sum(axis=1)
-        in_sample[:, k] = np.square(fitted - target).sum(axis=1)
-    return loss.held_out, true_error, in_sample, np.square(target - y).sum(axis=1)
+        true_error[:, k] = np.square(without_cell - y).mean(axis=1)
+        in_sample[:, k] = np.square(fitted - target).mean(axis=1)
+    return loss.held_out, true_error, in_sample, np.square(target - y).mean(axis=1)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8, 20])

@@ -1,0 +1,219 @@
+"""Partitions: every count hidden once, nothing hidden seen, losses as defined."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from helpers import low_rank_profiles, poisson_counts
+
+from sc_noise2self.loss import held_out_gain, held_out_probabilities
+from sc_noise2self.partitions import Blocks, Genes, Masks, Molecules, as_partition
+from sc_noise2self.transform import PoissonExpectation
+
+PATHWAYS = {"a": [0, 1, 2, 3], "b": [3, 4, 5]}
+
+
+@pytest.fixture(scope="module")
+def x():
+    return poisson_counts(low_rank_profiles(60, 40, 3, seed=0), 800, seed=1)
+
+
+def folds_of(partition, x, seed=0):
+    return partition.folds(x, np.random.default_rng(seed))
+
+
+def hidden_entries(fold, shape):
+    return np.ones(shape, bool) if fold.hidden is None else fold.hidden[fold.groups]
+
+
+@pytest.mark.parametrize("partition", [Molecules(), Molecules(5), Molecules(fraction=0.8)])
+def test_molecules_add_up_and_each_is_held_out_once(x, partition):
+    before = x.copy()
+    folds = folds_of(partition, x)
+    for fold in folds:
+        assert (fold.seen + fold.held_out != x).nnz == 0
+        np.testing.assert_allclose(fold.size, fold.held_out.sum(axis=1).A1)
+        np.testing.assert_allclose(fold.share.sum(), 1)
+    if partition.fraction is None:
+        assert (sum(fold.held_out for fold in folds) != x).nnz == 0
+        assert len(folds) == partition.n_folds
+    else:
+        assert folds[0].seen.sum() / x.sum() == pytest.approx(0.8, abs=0.02)
+    assert (x != before).nnz == 0
+
+
+@pytest.mark.parametrize("partition", [Genes(4, 5), Genes(10), Blocks(3, 4)])
+def test_every_entry_is_hidden_once_and_what_is_visible_is_as_it_was(x, partition):
+    before = x.copy()
+    times = np.zeros(x.shape)
+    for fold in folds_of(partition, x):
+        hidden = hidden_entries(fold, x.shape)
+        times += hidden
+        np.testing.assert_array_equal(fold.held_out.toarray(), np.where(hidden, x.toarray(), 0))
+        np.testing.assert_array_equal(fold.seen.toarray()[~hidden], x.toarray()[~hidden])
+        np.testing.assert_allclose(fold.size, np.where(hidden, 0, x.toarray()).sum(axis=1))
+    np.testing.assert_array_equal(times, 1)
+    assert (x != before).nnz == 0
+
+
+def test_what_is_hidden_does_not_show_in_what_is_seen(x):
+    other = x.toarray()
+    hidden = hidden_entries(folds_of(Genes(4), x)[0], x.shape)
+    other[hidden] = 7
+    first, second = folds_of(Genes(4), x)[0], folds_of(Genes(4), sp.csr_matrix(other))[0]
+    assert (first.seen != second.seen).nnz == 0
+    np.testing.assert_array_equal(first.share, second.share)
+    np.testing.assert_array_equal(first.size, second.size)
+
+
+def test_hidden_counts_are_replaced_by_whole_counts_at_the_cells_depth():
+    x = poisson_counts(low_rank_profiles(2000, 30, 1, seed=0), 3000, seed=1)
+    fold = folds_of(Genes(5), x)[0]
+    hidden = hidden_entries(fold, x.shape)
+    seen = fold.seen.toarray()
+    np.testing.assert_array_equal(seen, np.rint(seen))
+    # one programme: the true profile is the same everywhere, and so must be the means of what fills the gaps
+    filled = [seen[hidden[:, gene], gene].sum() for gene in range(30)]
+    expected = [x.toarray()[hidden[:, gene], gene].sum() for gene in range(30)]
+    # both are Poisson sums, and cells' visible depths are known to some 2 %
+    np.testing.assert_allclose(filled, expected, atol=6 * np.sqrt(max(expected)), rtol=0.03)
+    np.testing.assert_allclose(fold.share, x.sum(axis=0).A1 / x.sum(), rtol=0.05)
+
+
+def test_pathways_are_hidden_whole_and_other_genes_never(x):
+    times = np.zeros(x.shape, int)
+    for fold in folds_of(Genes(PATHWAYS), x):
+        hidden = hidden_entries(fold, x.shape)
+        times += hidden
+        for row in hidden:
+            assert set(np.flatnonzero(row)) in (set(), {0, 1, 2, 3}, {3, 4, 5})
+    np.testing.assert_array_equal(times[:, 3], 2)
+    np.testing.assert_array_equal(times[:, [0, 4]], 1)
+    assert not times[:, 6:].any()
+
+
+def test_poisson_loss_of_halves_is_the_held_out_gain(x):
+    fold = folds_of(Molecules(), x)[0]
+    predicted = np.random.default_rng(0).gamma(2, size=x.shape)
+    found = fold.score(predicted, "poisson")
+
+    class Dense:
+        def blocks(self):
+            yield slice(0, x.shape[0]), predicted
+
+    gain = held_out_gain(held_out_probabilities(Dense(), fold.held_out), fold.held_out, fold.share)
+    np.testing.assert_allclose(-found.sums, gain.sums, rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(found.weights, gain.weights)
+
+
+@pytest.mark.parametrize("partition", [Molecules(), Genes(4), Blocks(2, 2)])
+@pytest.mark.parametrize("loss", ["poisson", "mse", "mse_sqrt", "mse_log1p"])
+def test_losses_are_their_definitions(x, partition, loss):
+    fold = folds_of(partition, x)[1]
+    hidden = hidden_entries(fold, x.shape)
+    predicted = np.random.default_rng(0).gamma(2, size=x.shape)
+    found = fold.score(predicted, loss)
+    held_out, sums, weights = fold.held_out.toarray(), np.zeros(60), np.zeros(60)
+    for i in range(60):
+        basis = np.ones(40, bool) if fold.hidden is None else ~hidden[i]
+        m = (predicted[i] * fold.size[i] / predicted[i, basis].sum())[hidden[i]]
+        m0 = (fold.share * fold.size[i] / fold.share[basis].sum())[hidden[i]]
+        observed = held_out[i, hidden[i]]
+        if loss == "poisson":
+            blend = 0.995 * m + 0.005 * m0
+            log = np.log(np.where(observed > 0, blend / np.where(m0 > 0, m0, 1), 1))
+            sums[i], weights[i] = (blend - m0 - observed * log).sum(), observed.sum()
+        else:
+            transform = {"mse": lambda y: y, "mse_sqrt": np.sqrt, "mse_log1p": np.log1p}[loss]
+            expected = m if loss == "mse" else PoissonExpectation(loss.removeprefix("mse_"))(m)
+            sums[i], weights[i] = np.square(transform(observed) - expected).sum(), hidden[i].sum()
+    np.testing.assert_allclose(found.sums, sums, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found.weights, weights)
+
+
+def test_a_loss_may_be_a_function_and_the_scale_of_a_cell_does_not_matter(x):
+    fold = folds_of(Genes(4), x)[0]
+    predicted = np.random.default_rng(0).gamma(2, size=x.shape)
+
+    def absolute(expected, observed):
+        assert expected.shape == observed.shape
+        return np.abs(expected - observed).sum(axis=1)
+
+    first = fold.score(predicted, absolute)
+    scaled = fold.score(predicted * np.arange(1, 61)[:, None], absolute)
+    np.testing.assert_allclose(first.sums, scaled.sums)
+    assert first.mean > 0
+
+
+def test_the_truth_loses_least(x):
+    """The Poisson loss is proper: no other profile expects less, over molecules and over genes."""
+    profiles = low_rank_profiles(2000, 40, 3, seed=0)
+    counts = poisson_counts(profiles, 800, seed=1)
+    rng = np.random.default_rng(0)
+    for partition in (Molecules(), Genes(4)):
+        folds = folds_of(partition, counts)
+        best = sum(fold.score(profiles, "poisson").sums.sum() for fold in folds)
+        for wrong in (
+            np.tile(profiles.mean(axis=0), (2000, 1)),
+            profiles**1.1,
+            profiles * rng.gamma(50, 1 / 50, profiles.shape),
+        ):
+            assert sum(fold.score(wrong, "poisson").sums.sum() for fold in folds) > best
+
+
+def test_masks_hide_what_they_say_and_make_any_function_invariant():
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(8, 9))
+    masks = [(np.add.outer(np.arange(8), 2 * np.arange(9)) % 4) == i for i in range(4)]
+    partition = Masks(masks, lambda y: np.full(y.shape, 0.5))
+    for fold, mask in zip(partition.folds(image, rng), masks, strict=True):
+        np.testing.assert_array_equal(fold.seen, np.where(mask, 0.5, image))
+        score = fold.score(np.zeros((8, 9)), "mse")
+        assert score.mean == pytest.approx(np.square(image[mask]).mean())
+
+    def blur(y, weight):
+        return weight * y + (1 - weight) * (np.roll(y, 1, 0) + np.roll(y, -1, 0)) / 2
+
+    f = partition.invariant(blur)
+    out = f(image, weight=0.7)
+    other = image.copy()
+    other[masks[2]] += 10
+    np.testing.assert_array_equal(f(other, weight=0.7)[masks[2]], out[masks[2]])
+    assert not np.allclose(f(other, weight=0.7)[masks[1]], out[masks[1]])
+
+
+def test_entries_in_no_mask_are_denoised_as_they_are():
+    mask = np.zeros((4, 4), bool)
+    mask[0] = True
+    out = Masks([mask], np.zeros_like).invariant(lambda y: 2 * y)(np.ones((4, 4)))
+    np.testing.assert_array_equal(out[1:], 2)
+    np.testing.assert_array_equal(out[0], 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Molecules(1), "n_folds is 1: pass a whole number, 2 or more"),
+        (lambda: Molecules(5, 0.5), "n_folds and fraction were both given"),
+        (lambda: Genes(1), "sets is 1"),
+        (lambda: Blocks(2, 1.5), "genes is 1.5"),
+        (lambda: folds_of(Genes(41), np.eye(40)), "40 cells or genes cannot be dealt to 41 groups"),
+        (lambda: as_partition("molecule", None), "partition is 'molecule': pass one of molecules, genes, blocks"),
+        (lambda: as_partition({"a": ["x"]}, None), "pathways name genes, and a matrix has no names"),
+        (lambda: as_partition({"a": ["x", "q"]}, ["x", "y"]), "pathway 'a' has genes that adata lacks: q"),
+        (lambda: as_partition({"a": "x"}, ["x", "y"]), "pathway 'a' is 'x': pass a list of gene names"),
+        (lambda: as_partition({}, ["x"]), "partition is an empty dict"),
+        (lambda: Masks([np.ones(3)], np.zeros_like).folds(np.ones(3), None), "a mask holds float64 of shape"),
+        (lambda: Masks([np.ones(3, bool)], np.sum).folds(np.ones(3), None), "fill returned shape"),
+    ],
+)
+def test_impossible_partitions_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("partition", [Molecules, 3, None])
+def test_what_is_no_partition_is_refused(partition):
+    with pytest.raises(TypeError, match="pass 'molecules', 'genes', 'blocks'"):
+        as_partition(partition, None)
