@@ -114,8 +114,9 @@ def denoise(
         Of the autoencoder's bottleneck, or several to try. None tries 128, 32, 8 and 2 down to the first that predicts
         molecules set aside worse than the best does, and takes the narrowest that does not.
     loss
-        That the autoencoder is trained by: `"multinomial"`, `"poisson"`, `"negative_binomial"`, `"mse_log1p"`,
-        `"mse_sqrt"`, `"noise2same_log1p"` or `"noise2same_sqrt"`.
+        That the autoencoder is trained by: `"multinomial"`, `"poisson"`, `"negative_binomial"`,
+        `"masked_multinomial"` (genes hidden instead of molecules), `"mse_log1p"`, `"mse_sqrt"`,
+        `"noise2same_log1p"` or `"noise2same_sqrt"`.
     n_seeds
         Autoencoders to average, each from another random start.
     batch_key

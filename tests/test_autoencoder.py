@@ -89,11 +89,42 @@ def test_every_cell_draws_its_own_share():
     assert stats.kstest(shares, stats.uniform(0.3, 0.6).cdf).pvalue > 1e-3
 
 
-def test_principal_scores_are_those_of_the_pca(counts):
+def principal_scores(counts, scale):
     pca = PCADenoiser("log1p", n_components=6).fit(counts)
-    layer = PrincipalScores(
-        pca.components_, pca.gene_weights_, pca.mean_ @ pca.components_, pca.transform_.target, scale=2.0
-    )
+    center, depth = pca.mean_ @ pca.components_, pca.transform_.target
+    layer = PrincipalScores(pca.components_, pca.gene_weights_, center, depth, pca.mean_, pca.gene_share_, scale)
+    return pca, layer
+
+
+def test_hidden_genes_are_hidden_and_the_rest_is_seen(counts):
+    torch.manual_seed(0)
+    seen, held_out = Counts(counts, None, CPU)[np.arange(300)].hide(0.1, 0.7)
+    hidden = seen.hidden.numpy()
+    x = counts.toarray()
+    np.testing.assert_array_equal(seen.dense().numpy(), np.where(hidden, 0, x))
+    np.testing.assert_array_equal(held_out.dense().numpy(), np.where(hidden, x, 0))
+    # a share of 120 genes is known to .046 at most, so uniform shares spread to a standard deviation of .173 to .18
+    shares = hidden.mean(axis=1)
+    assert shares.mean() == pytest.approx(0.4, abs=4 * 0.18 / np.sqrt(300))
+    assert 0.15 < shares.std() < 0.2
+
+
+def test_scores_do_not_depend_on_what_is_hidden_and_are_those_of_the_mean_where_all_is(counts):
+    _, layer = principal_scores(counts, scale=1.0)
+    torch.manual_seed(0)
+    seen, _ = Counts(counts, None, CPU)[np.arange(300)].hide(0.1, 0.7)
+    other = counts.toarray()
+    other[seen.hidden.numpy()] += 5
+    hidden = seen.hidden
+    changed = Counts(sp.csr_matrix(other), None, CPU)[np.arange(300)]
+    values = changed.values.masked_fill(hidden[changed.rows, changed.genes], 0)
+    assert torch.allclose(layer(seen), layer(changed._with(values, hidden)), atol=1e-4)
+    nothing = seen._with(torch.zeros_like(seen.values), torch.ones_like(hidden))
+    assert torch.allclose(layer(nothing), torch.zeros(300, 6), atol=1e-4)
+
+
+def test_principal_scores_are_those_of_the_pca(counts):
+    pca, layer = principal_scores(counts, scale=2.0)
     size = np.asarray(counts.sum(axis=1)).ravel()
     expected = pca.scores(counts) / np.sqrt(size / pca.transform_.target)[:, None] / 2
     assert np.allclose(layer(Counts(counts, None, CPU)[np.arange(300)]).numpy(), expected, atol=1e-4)
@@ -187,7 +218,7 @@ def test_learning_curves_are_kept_and_the_best_state_restored(counts):
 def test_training_stops_when_the_gain_falls_and_restores_the_best(counts):
     gains = iter([0.1, 0.3, 0.2, 0.25, 0.29, 0.4])
     loss = network_losses.make_loss("multinomial", counts, 0.5)
-    scores = PrincipalScores(np.ones((120, 2)), np.ones(120), np.zeros(2), 100, 1)
+    scores = PrincipalScores(np.ones((120, 2)), np.ones(120), np.zeros(2), 100, np.ones(120), np.ones(120) / 120, 1)
     network, states = Network(scores, 4, 8, loss.start, 0, 0.0), []
 
     def check():

@@ -37,7 +37,14 @@ if TYPE_CHECKING:
     from .training import History
 
 LossName = Literal[
-    "multinomial", "poisson", "negative_binomial", "mse_log1p", "mse_sqrt", "noise2same_log1p", "noise2same_sqrt"
+    "multinomial",
+    "poisson",
+    "negative_binomial",
+    "masked_multinomial",
+    "mse_log1p",
+    "mse_sqrt",
+    "noise2same_log1p",
+    "noise2same_sqrt",
 ]
 WIDTHS = (128, 32, 8, 2)
 """Widths that are compared unless others are given."""
@@ -54,7 +61,7 @@ _LEAST_EPOCHS, _MOST_EPOCHS = 12, 100
 _PREDICTED = 1024  # cells predicted at a time
 _SEEDS_DIFFER = 0.01  # of the gain
 _SCALED_CELLS = 20_000  # that the scales of genes are learned from, at most
-_FORMAT = 1  # of saved files
+_FORMAT = 2  # of saved files
 _PARAMETERS = ("loss", "n_components", "n_batches", *FURTHER)
 _OF_GENES = ("gene_share_", "gene_scale_")
 _NAMES = ("feature_names_in_", "batch_names_")  # known to whoever has names
@@ -70,6 +77,7 @@ class Autoencoder:
         more than one paired standard error and more than 1 %; the narrowest that is not is kept.
     loss
         `"multinomial"`, nats per held-out molecule; `"poisson"`; `"negative_binomial"`, with a dispersion per gene;
+        `"masked_multinomial"`, genes instead of molecules are hidden (Noise2Self, Noise2Void);
         `"mse_log1p"` and `"mse_sqrt"`, squared errors on that scale; `"noise2same_log1p"` and `"noise2same_sqrt"`,
         see `sc_noise2self.denoisers.network_losses`.
     n_hidden
@@ -378,7 +386,13 @@ class Autoencoder:
         components = pca.components_ * pca.genes_[:, None]
         first = pca.scores(some)[:, 0] / np.sqrt(row_sums(some) / pca.transform_.target)
         return PrincipalScores(
-            components, pca.gene_weights_, pca.mean_ @ components, pca.transform_.target, max(first.std(), 1e-6)
+            components,
+            pca.gene_weights_,
+            pca.mean_ @ components,
+            pca.transform_.target,
+            pca.mean_,
+            pca.gene_share_,
+            max(first.std(), 1e-6),
         )
 
     def _check_parameters(self) -> None:

@@ -34,6 +34,9 @@ class Entries:
         Code of each cell's batch, int64 of shape (cells,); None without a batch covariate.
     n_genes
         Genes, stored or not.
+    hidden
+        Which genes of each cell are hidden, boolean of shape (cells, genes); None for none. Their counts are not
+        stored.
     """
 
     rows: Tensor
@@ -42,6 +45,7 @@ class Entries:
     starts: Tensor
     batch: Tensor | None
     n_genes: int
+    hidden: Tensor | None = None
 
     def sizes(self) -> Tensor:
         """Return the molecules of each cell, shape (cells,)."""
@@ -65,8 +69,20 @@ class Entries:
         first[many] = torch.binomial(self.values[many], shares[many])
         return self._with(first), self._with(self.values - first)
 
-    def _with(self, values: Tensor) -> Entries:
-        return Entries(self.rows, self.genes, values, self.starts, self.batch, self.n_genes)
+    def hide(self, low: float, high: float) -> tuple[Entries, Entries]:
+        """Hide each gene of a cell with a probability that each cell draws between two bounds.
+
+        Returns the cells without their hidden genes, and their hidden genes alone; both know which are hidden.
+        """
+        device = self.values.device
+        shares = torch.empty(len(self.starts), 1, device=device).uniform_(low, high)
+        hidden = torch.rand(len(self.starts), self.n_genes, device=device) < shares
+        is_hidden = hidden[self.rows, self.genes]
+        seen, held_out = self.values.masked_fill(is_hidden, 0), self.values.masked_fill(~is_hidden, 0)
+        return self._with(seen, hidden), self._with(held_out, hidden)
+
+    def _with(self, values: Tensor, hidden: Tensor | None = None) -> Entries:
+        return Entries(self.rows, self.genes, values, self.starts, self.batch, self.n_genes, hidden)
 
 
 class Counts:
@@ -135,30 +151,49 @@ class PrincipalScores(nn.Module):
         Scores of the mean profile, shape (k,).
     depth
         Molecules that cells are brought to.
+    mean
+        The transformed, weighted mean profile, shape (genes,): what a hidden gene is taken to be.
+    share
+        Share of all molecules that each gene has, shape (genes,): what a cell's size is told by where genes are hidden.
     scale
         Divides all scores: they enter with the first one's standard deviation at 1 and the others' in proportion, so
         that a component of noise stays small.
     """
 
-    NAMES = ("components", "gene_weights", "center", "depth", "scale")
+    NAMES = ("components", "gene_weights", "center", "depth", "mean", "share", "scale")
     components: Tensor
     gene_weights: Tensor
     center: Tensor
     depth: Tensor
+    mean: Tensor
+    share: Tensor
     scale: Tensor
 
     def __init__(
-        self, components: np.ndarray, gene_weights: np.ndarray, center: np.ndarray, depth: float, scale: float
+        self,
+        components: np.ndarray,
+        gene_weights: np.ndarray,
+        center: np.ndarray,
+        depth: float,
+        mean: np.ndarray,
+        share: np.ndarray,
+        scale: float,
     ) -> None:
         super().__init__()
-        for name, value in zip(self.NAMES, (components, gene_weights, center, depth, scale), strict=True):
+        values = (components, gene_weights, center, depth, mean, share, scale)
+        for name, value in zip(self.NAMES, values, strict=True):
             self.register_buffer(name, torch.from_numpy(np.array(value, dtype=np.float32)))
 
     def forward(self, entries: Entries) -> Tensor:
         """Return the scores, shape (cells, k)."""
-        to_depth = self.depth / entries.sizes().clamp_min(1)
+        sizes = entries.sizes()
+        if entries.hidden is not None:
+            sizes = sizes / (1 - entries.hidden.float() @ self.share).clamp_min(1e-3)
+        to_depth = self.depth / sizes.clamp_min(1)
         values = torch.log1p(entries.values * to_depth[entries.rows]) * self.gene_weights[entries.genes]
         scores = F.embedding_bag(entries.genes, self.components, entries.starts, mode="sum", per_sample_weights=values)
+        if entries.hidden is not None:
+            scores = scores + entries.hidden.float() @ (self.mean[:, None] * self.components)
         return (scores - self.center) / self.scale
 
 

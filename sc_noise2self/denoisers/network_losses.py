@@ -17,6 +17,8 @@ from ..transform import Link, Transform, TransformName
 from .autoencoder import LossName
 from .network import Entries, Network
 
+_NEVER = -1e9  # a log probability
+
 
 class Loss(nn.Module):
     """A cell's molecules are dealt to two parts; the network sees one and is compared with the other.
@@ -59,6 +61,24 @@ class Multinomial(Loss):
     def compare(self, output: Tensor, counts: Tensor) -> Tensor:
         """See `Loss`."""
         return -(F.log_softmax(output, dim=1) * counts).sum() / counts.sum().clamp_min(1)
+
+
+class MaskedMultinomial(Multinomial):
+    """Genes are hidden instead of molecules (Noise2Self, section 5; Noise2Void, Krull et al. 2019).
+
+    Every cell hides a random share of its genes, anew at every step, and the network predicts how the molecules of
+    the hidden genes are shared out among them, in nats per molecule. In what it sees a hidden gene has the mean
+    profile's value (Eq. 3 of Noise2Self, where it is the mean of the neighbouring pixels). What one gene alone
+    knows of itself is never learned.
+    """
+
+    shares = (0.1, 0.7)
+
+    def forward(self, network: Network, entries: Entries) -> Tensor:
+        """See `Loss`."""
+        seen, held_out = entries.hide(*self.shares)
+        assert seen.hidden is not None
+        return self.compare(network(seen).float().masked_fill(~seen.hidden, _NEVER), held_out.dense())
 
 
 class Poisson(Loss):
@@ -142,6 +162,8 @@ def make_loss(name: LossName, counts: sp.csr_matrix, invariance: float) -> Loss:
     """Return the loss of this name, for counts (CSR, cells x genes) that are trained on."""
     if name == "multinomial":
         return Multinomial(counts)
+    if name == "masked_multinomial":
+        return MaskedMultinomial(counts)
     if name == "poisson":
         return Poisson(counts)
     if name == "negative_binomial":
