@@ -179,7 +179,7 @@ def calibrate(
     if adata is not None:
         adata.uns[key_added] = {
             "best": {name: _plain(value) for name, value in best.items()},
-            "table": table.map(_plain),
+            "table": table.apply(lambda column: column.map(_plain) if column.dtype == object else column),
             "split_losses": found.split_losses,
             "denoiser": called.name,
             "partition": repr(partition),

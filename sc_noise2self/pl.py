@@ -1,4 +1,4 @@
-"""Plots of what `select_rank` and `denoise` wrote. They take `ax` and `show` as scanpy's do, and return Axes."""
+"""Plots of what `select_rank`, `calibrate` and `denoise` wrote. They take `ax` and `show` as scanpy's do."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .counts import row_sums
 
 
 def loss(adata: AnnData, *, key: str = "select_rank", ax: Axes | None = None, show: bool | None = None) -> Axes:
-    """Plot the self-supervised loss of every rank, or the gain of every width of an autoencoder, with the choice.
+    """Plot the loss of every rank or of every candidate of a calibration, or the gain of every width of an autoencoder.
 
     Parameters
     ----------
     adata
-        Object that `sc_noise2self.select_rank` wrote to, or `denoise` with an autoencoder.
+        Object that `sc_noise2self.select_rank` or `calibrate` wrote to, or `denoise` with an autoencoder.
     key
-        Its `key_added`; `"denoised"` for `denoise`.
+        Its `key_added`; `"calibrate"` for `calibrate`, `"denoised"` for `denoise`.
     ax
         Axes to draw on.
     show
@@ -33,15 +33,21 @@ def loss(adata: AnnData, *, key: str = "select_rank", ax: Axes | None = None, sh
     -------
     The Axes. Ranks: loss above its least value, at the depth of a half and, where it was corrected, at full depth;
     ranks within one paired standard error of the least are shaded. Widths: gain on the molecules that were set aside,
-    with the paired standard error of its difference to the best.
+    with the paired standard error of its difference to the best. Calibrations: loss over the first parameter that has
+    several values, with that error, a line for every combination of the others; the choice is marked.
     """
     if key not in adata.uns:
         raise KeyError(f"there is no result {key!r}: run sc_noise2self.select_rank(adata, key_added={key!r}).")
     curve = adata.uns[key]
-    if "ranks" not in curve and "autoencoder" not in curve.get("learned", {}):
-        raise KeyError(f"result {key!r} has no curve: it is that of select_rank, or of denoise with an autoencoder.")
+    if not {"ranks", "table"} & set(curve) and "autoencoder" not in curve.get("learned", {}):
+        raise KeyError(
+            f"result {key!r} has no curve: it is that of select_rank, of calibrate, or of denoise with an autoencoder."
+        )
     own_axes = ax is None
     ax = plt.subplots(figsize=(5.2, 3.6), layout="constrained")[1] if ax is None else ax
+    if "table" in curve:
+        _candidates(ax, curve["table"], list(curve["best"]), curve["loss"])
+        return _finish(ax, own_axes, show)
     if "ranks" not in curve:
         chosen = curve["members"]["rank"][list(curve["members"]["name"]).index("autoencoder")]
         _widths(ax, curve["learned"]["autoencoder"], int(chosen))
@@ -148,6 +154,29 @@ def _widths(ax: Axes, learned: Mapping[str, np.ndarray], chosen: int) -> None:
         ylabel="gain (nats per molecule set aside)",
         title="Self-supervised gain",
     )
+    ax.legend(frameon=False, fontsize="small")
+
+
+def _candidates(ax: Axes, table: pd.DataFrame, parameters: Sequence[str], loss: str) -> None:
+    """Plot the loss of each candidate over the first parameter that has several values."""
+    several = [name for name in parameters if table[name].nunique() > 1] or list(parameters[:1])
+    if not several:
+        raise ValueError("the calibration had one candidate without parameters: there is no curve.")
+    x, *others = several
+    is_number = pd.api.types.is_numeric_dtype(table[x])
+    position = table[x] if is_number else pd.Series(pd.factorize(table[x])[0], index=table.index)
+    groups = table.groupby(others, sort=False) if others else [((), table)]
+    for i, (values, rows) in enumerate(groups):
+        label = ", ".join(f"{name} {value}" for name, value in zip(others, values, strict=True))
+        where = position[rows.index]
+        marker, color = "osD^v"[i % 5], f"C{i % 10}"
+        ax.errorbar(where, rows["loss"], rows["error"], marker=marker, color=color, capsize=3, label=label or None)
+    chosen = table[table["chosen"]].iloc[0]
+    ax.axvline(position[chosen.name], color="0.2", linewidth=1, linestyle=":", label=f"chosen: {x} {chosen[x]}")
+    if not is_number:
+        ax.set_xticks(range(table[x].nunique()), labels=pd.unique(table[x]))
+    unit = "nats per held-out molecule; the mean profile is 0" if loss == "poisson" else loss
+    ax.set(xlabel=x, ylabel=f"loss ({unit})", title="Self-supervised loss")
     ax.legend(frameon=False, fontsize="small")
 
 

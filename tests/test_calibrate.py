@@ -387,3 +387,23 @@ def test_a_layer_is_not_lost_and_options_of_anndata_need_one(adata, counts):
     n2s.calibrate(adata, toward_mean, {"share": [0.5]}, refit=True)
     n2s.calibrate(adata, toward_mean, {"share": [0.7]}, refit=True)
     assert adata.uns["calibrate"]["best"]["share"] == 0.7
+
+
+def test_the_curve_is_plotted(adata):
+    grid = {"share": [0.2, 0.6, 1.0], "name": ["a", "b"]}
+    n2s.calibrate(adata, lambda counts, share, name: toward_mean(counts, share), grid)
+    ax = n2s.pl.loss(adata, key="calibrate")
+    assert ax.get_xlabel() == "share"
+    labels = ax.get_legend_handles_labels()[1]
+    assert {"name a", "name b", "chosen: share 0.6"} == set(labels)
+    table = adata.uns["calibrate"]["table"]
+    np.testing.assert_allclose(ax.containers[0][0].get_ydata(orig=False), table["loss"][table["name"] == "a"])
+
+    n2s.calibrate(
+        adata, lambda counts, how: toward_mean(counts, {"no": 0.0, "some": 0.6}[how]), {"how": ["no", "some"]}
+    )
+    ax = n2s.pl.loss(adata, key="calibrate")
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["no", "some"]
+    n2s.calibrate(adata, lambda counts: toward_mean(counts, 0.5), {})
+    with pytest.raises(ValueError, match="one candidate without parameters"):
+        n2s.pl.loss(adata, key="calibrate")
