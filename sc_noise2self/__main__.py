@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     denoise = commands.add_parser("denoise", help="denoise the raw counts of an .h5ad file into another")
     denoise.add_argument("source", type=Path, metavar="IN.h5ad", help="file with raw counts; it is not changed")
     denoise.add_argument("target", type=Path, metavar="OUT.h5ad", help="file to write; it must not exist")
-    denoise.add_argument("--method", default="pca", help="pca, autoencoder or ensemble (default: %(default)s)")
+    denoise.add_argument("--method", default="pca", help="pca, autoencoder, diffusion, knn or ensemble (default: pca)")
     denoise.add_argument("--mix", action="store_true", help="mix each cell's own counts back in")
     denoise.add_argument("--layer", help="layer that holds raw counts (default: X)")
     denoise.add_argument("--key-added", default="denoised", help="name of the result (default: %(default)s)")

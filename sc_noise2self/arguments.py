@@ -42,6 +42,12 @@ def bounded(name: str, value: int | None, default: int, n_cells: int, n_genes: i
     return int(value)
 
 
+def check_one_of(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: pass one of {', '.join(choices)}.")
+
+
 def check_positive(name: str, value: int) -> None:
     """Raise unless the value is a whole number from 1."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:

@@ -20,7 +20,7 @@ from anndata import AnnData
 from scanpy import logging as logg
 
 from .annotated import read_csr
-from .arguments import check_positive, describe_counts, seed_of
+from .arguments import check_one_of, check_positive, describe_counts, seed_of
 from .candidates import ArrayDenoiser, Denoiser, Parameters, describe, expand_grid
 from .comparison import Comparison, Rule, compare
 from .counts import check_counts
@@ -38,9 +38,10 @@ class Calibration:
     best
         The parameters chosen.
     table
-        One row a candidate, in the order of the grid: its parameters, `loss`, `error` (standard error of loss less
-        the least one, paired by cell), `gain` (minus the Poisson loss, nats per held-out molecule above the mean
-        profile), `seconds`, `failure` (what went wrong, or nothing) and `chosen`.
+        One row a candidate, in the order of the grid: its parameters (`param_loss` for one called `loss`), `loss`,
+        `error` (standard error of loss less the least one, paired by cell), `gain` (minus the Poisson loss, nats
+        per held-out molecule above the mean profile), `seconds`, `failure` (what went wrong, or nothing) and
+        `chosen`.
     split_losses
         The loss of each candidate in each split, shape (candidates, splits).
     denoised
@@ -127,7 +128,7 @@ def calibrate(
     Warns
     -----
     UserWarning
-        If a candidate failed, if the least loss is at an end of the grid, if no candidate beats the mean profile,
+        If a candidate failed, if the least loss is at the largest number tried, if no candidate beats the mean profile,
         or if one predicts even what it has seen worse than the mean profile does, as when cells or genes are in
         another order.
 
@@ -139,12 +140,9 @@ def calibrate(
     >>> n2s.calibrate(adata, DiffusionDenoiser(), {"t": range(5)}).best
     {'t': 1}
     """
-    if rule not in get_args(Rule):
-        raise ValueError(f"rule is {rule!r}: pass one of {', '.join(get_args(Rule))}.")
-    if prefer not in ("processes", "threads"):
-        raise ValueError(f"prefer is {prefer!r}: pass 'processes' or 'threads'.")
-    if transform not in get_args(TransformName):
-        raise ValueError(f"transform is {transform!r}: pass one of {', '.join(get_args(TransformName))}.")
+    check_one_of("rule", rule, get_args(Rule))
+    check_one_of("prefer", prefer, ("processes", "threads"))
+    check_one_of("transform", transform, get_args(TransformName))
     check_positive("n_splits", n_splits)
     candidates = expand_grid(grid)
     rng = as_generator(random_state)
@@ -177,6 +175,8 @@ def calibrate(
     denoised = called.refit(values, best) if refit else None
     found = Calibration(best, table, compared.split_losses(), denoised)
     if adata is not None:
+        if _was_refitted(adata, key_added):
+            del adata.layers[key_added]
         adata.uns[key_added] = {
             "best": {name: _plain(value) for name, value in best.items()},
             "table": table.apply(lambda column: column.map(_plain) if column.dtype == object else column),
@@ -190,6 +190,7 @@ def calibrate(
                 "layer": "X" if layer is None else layer,
                 "transform": transform,
                 "n_splits": n_splits,
+                "refit": refit,
                 "random_state": seed_of(random_state),
             },
         }
@@ -253,11 +254,17 @@ def _check_key(adata: AnnData, key: str, layer: str | None, refit: bool) -> None
     if key == layer:
         raise ValueError(f"key_added is {key!r}, the layer that holds the counts: choose another name.")
     old = adata.uns.get(key)
-    if isinstance(old, Mapping) and "split_losses" in old:
-        return
-    if old is not None or (refit and key in adata.layers):
-        slot = "uns" if old is not None else "layers"
+    is_ours = isinstance(old, Mapping) and "split_losses" in old
+    layer_is_ours = _was_refitted(adata, key)
+    if (old is not None and not is_ours) or (refit and key in adata.layers and not layer_is_ours):
+        slot = "layers" if old is None or is_ours else "uns"
         raise ValueError(f"adata.{slot}[{key!r}] exists and is not an earlier calibration: choose another key_added.")
+
+
+def _was_refitted(adata: AnnData, key: str) -> bool:
+    """Whether an earlier calibration wrote the layer of this name."""
+    old = adata.uns.get(key)
+    return isinstance(old, Mapping) and "split_losses" in old and bool(old["params"]["refit"]) and key in adata.layers
 
 
 def _plain(value: Any) -> Any:

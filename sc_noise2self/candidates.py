@@ -108,10 +108,11 @@ class Denoiser:
         """Return the candidates that one fit serves, as lists of their indices."""
         if not self.is_estimator:
             return [[i] for i in range(len(candidates))]
-        groups: dict[str, list[int]] = {}
+        groups: dict[tuple[tuple[str, int], ...], list[int]] = {}
         for i, parameters in enumerate(candidates):
             fitted, _ = self._divide(parameters)
-            groups.setdefault(repr(sorted(fitted.items())), []).append(i)
+            key = tuple((name, id(value)) for name, value in fitted.items())  # values of a grid are the same objects
+            groups.setdefault(key, []).append(i)
         return list(groups.values())
 
     def predictions(self, counts: sp.csr_matrix, candidates: Sequence[Parameters]) -> Iterator[Rows | Exception]:

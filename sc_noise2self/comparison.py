@@ -17,6 +17,8 @@ from .loss import Score
 from .partitions import Loss
 
 Rule = Literal["least", "one_standard_error"]
+COLUMNS = ("loss", "error", "gain", "seconds", "failure", "chosen")
+"""Of the table, after the parameters; a parameter of such a name has `param_` before it."""
 
 
 def compare(
@@ -123,7 +125,7 @@ class Comparison:
         losses = np.array([np.nan if score is None else score.mean for score in scores])
         errors = np.array([np.nan if score is None else score.error_of_difference(least) for score in scores])
         good = losses <= least.mean + (errors if rule == "one_standard_error" else 0)
-        table = pd.DataFrame(self.candidates)
+        table = pd.DataFrame(self.candidates).rename(columns={name: f"param_{name}" for name in COLUMNS})
         table["loss"], table["error"] = losses, errors
         if loss == "poisson":
             table["gain"] = -losses

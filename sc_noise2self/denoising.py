@@ -17,7 +17,7 @@ from anndata import AnnData
 from scanpy import logging as logg
 
 from .annotated import read_batches, read_csr
-from .arguments import bounded, check_positive, describe_counts, progress_bar, read_mask, seed_of
+from .arguments import bounded, check_one_of, check_positive, describe_counts, progress_bar, read_mask, seed_of
 from .counts import row_sums
 from .denoisers.autoencoder import FURTHER, WIDTHS, LossName, require_torch
 from .denoisers.members import AutoencoderMember, MeanMember, Member, PCAMember
@@ -153,10 +153,11 @@ def denoise(
         With `mix=True`: each gene's dispersion around the prediction, and the mean weight of a cell's own count.
     `.uns["denoised"]`
         `method`, `version`, `params`, `scale`; the `members` chosen with their settings, weights and ranks
-        (components that are more signal than noise, or the width); under `learned`, by member, what each component
-        is worth, or the gain of each width with its error and the learning curve; every candidate's `gain` with the
-        standard error of its difference to the best; and `gain`, `gain_error` (nats per held-out molecule above the
-        mean profile) and `gain_molecules`; with `mix=True` also `unmixed_gain`.
+        (components that are more signal than noise, the width, or the components that neighbours are found in);
+        under `learned`, by member, what each component is worth, or the gain of each width with its error and the
+        learning curve, or the gain of every number of components, neighbours and steps that was tried; every
+        candidate's `gain` with the standard error of its difference to the best; and `gain`, `gain_error` (nats per
+        held-out molecule above the mean profile) and `gain_molecules`; with `mix=True` also `unmixed_gain`.
 
     Raises
     ------
@@ -189,16 +190,13 @@ def denoise(
     >>> adata.layers["denoised"].shape
     (700, 765)
     """
-    if method not in get_args(Method):
-        raise ValueError(f"method is {method!r}: pass one of {', '.join(get_args(Method))}.")
-    if transform != "auto" and transform not in get_args(TransformName):
-        raise ValueError(f"transform is {transform!r}: pass one of auto, {', '.join(get_args(TransformName))}.")
-    if loss not in get_args(LossName):
-        raise ValueError(f"loss is {loss!r}: pass one of {', '.join(get_args(LossName))}.")
+    check_one_of("method", method, get_args(Method))
+    check_one_of("transform", transform, ("auto", *get_args(TransformName)))
+    check_one_of("loss", loss, get_args(LossName))
     if not members or not set(members) <= set(get_args(MemberName)):
         raise ValueError(f"members is {members!r}: pass some of {', '.join(get_args(MemberName))}.")
     used = members if method == "ensemble" else (method,)
-    given = {
+    of_autoencoder = {
         "width": width is not None,
         "loss": loss != "multinomial",
         "n_seeds": n_seeds != 1,
@@ -207,29 +205,22 @@ def denoise(
         "autoencoder": autoencoder is not None,
         "save_model": save_model is not None,
     }
-    for name, is_given in given.items():
-        if is_given and "autoencoder" not in used:
-            raise ValueError(f"{name} was given, but no autoencoder is used: pass method='autoencoder' or 'ensemble'.")
+    of_neighbors: list[Kind] = [kind for kind in get_args(Kind) if kind in used]
     if tuple(members) != _MEMBERS and method != "ensemble":
         raise ValueError(f"members was given with method={method!r}: it belongs to method='ensemble'.")
-    if unknown := set(autoencoder or {}) - set(FURTHER):
-        raise ValueError(f"autoencoder has {', '.join(sorted(unknown))}: it takes {', '.join(FURTHER)}.")
-    of_neighbors: list[Kind] = [kind for kind in get_args(Kind) if kind in used]
+    if transform != "auto" and "pca" not in used:
+        raise ValueError(f"transform={transform!r} was given with method={method!r}: it belongs to PCA.")
     if neighbors is not None and not of_neighbors:
         raise ValueError(
             "neighbors was given, but neither diffusion nor knn is used: pass method='diffusion' or 'knn'."
         )
-    if transform != "auto" and "pca" not in used:
-        raise ValueError(f"transform={transform!r} was given with method={method!r}: it belongs to PCA.")
+    if "autoencoder" not in used and any(of_autoencoder.values()):
+        name = next(name for name, is_given in of_autoencoder.items() if is_given)
+        raise ValueError(f"{name} was given, but no autoencoder is used: pass method='autoencoder' or 'ensemble'.")
+    if unknown := set(autoencoder or {}) - set(FURTHER):
+        raise ValueError(f"autoencoder has {', '.join(sorted(unknown))}: it takes {', '.join(FURTHER)}.")
     if save_model is not None:
-        if method != "autoencoder" or n_seeds != 1:
-            raise ValueError(
-                "save_model was given, but it is for one autoencoder: pass method='autoencoder', n_seeds=1."
-            )
-        if os.path.exists(save_model):
-            raise FileExistsError(f"{save_model} exists: nothing is overwritten, so choose another name.")
-        if not Path(save_model).parent.is_dir():
-            raise FileNotFoundError(f"{Path(save_model).parent} is not a folder: make it first.")
+        _check_model_file(save_model, one=method == "autoencoder" and n_seeds == 1)
     check_scale(scale, scale_depth)
     rng = as_generator(random_state)
     check_positive("n_splits", n_splits)
@@ -331,6 +322,15 @@ def _read_several_batches(adata: AnnData, key: str) -> pd.Series:
     if len(batches.cat.categories) < 2:
         raise ValueError(f"adata.obs[{key!r}] has one batch: leave batch_key out.")
     return batches
+
+
+def _check_model_file(path: str | os.PathLike[str], one: bool) -> None:
+    if not one:
+        raise ValueError("save_model was given, but it is for one autoencoder: pass method='autoencoder', n_seeds=1.")
+    if os.path.exists(path):
+        raise FileExistsError(f"{path} exists: nothing is overwritten, so choose another name.")
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"{Path(path).parent} is not a folder: make it first.")
 
 
 def _check_widths(width: int | Sequence[int], n_genes: int) -> tuple[int, ...]:

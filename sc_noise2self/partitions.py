@@ -311,7 +311,7 @@ class _MaskedFold:
         """Return the squared error, or what a function of (predicted, data) says, by entry."""
         p, x = np.asarray(predicted, dtype=np.float64)[self.mask], self.data[self.mask]
         sums = np.zeros(self.data.size)
-        sums[self.mask.ravel()] = loss(p, x) if callable(loss) else (p - x) ** 2
+        sums[self.mask.ravel()] = _of_each(loss(p, x), len(p), "value") if callable(loss) else (p - x) ** 2
         return Score(sums, self.mask.ravel().astype(np.float64))
 
     def is_blind(self, predicted: np.ndarray) -> bool:
@@ -366,7 +366,7 @@ def _block_loss(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return sums and weights of each cell of a block."""
     if callable(loss):
-        return np.asarray(loss(expected, held_out.toarray()), dtype=np.float64), np.ones(len(expected))
+        return _of_each(loss(expected, held_out.toarray()), len(expected), "cell"), np.ones(len(expected))
     if loss == "poisson":
         x = held_out.tocoo()
         m, m0 = expected[x.row, x.col], mean[x.row, x.col]
@@ -380,6 +380,13 @@ def _block_loss(
         name: Literal["sqrt", "log1p"] = "sqrt" if loss == "mse_sqrt" else "log1p"
         x, expected = (np.sqrt if name == "sqrt" else np.log1p)(x), PoissonExpectation(name)(expected)
     return np.square(x - expected).sum(axis=1), np.full(len(x), float(x.shape[1]))
+
+
+def _of_each(losses: Any, n: int, what: str) -> np.ndarray:
+    losses = np.asarray(losses, dtype=np.float64)
+    if losses.shape != (n,):
+        raise ValueError(f"the loss returned shape {losses.shape}: return one number for each {what}, shape ({n},).")
+    return losses
 
 
 def as_partition(partition: Any, gene_names: Sequence[str] | None) -> Partition:

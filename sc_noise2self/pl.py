@@ -46,7 +46,7 @@ def loss(adata: AnnData, *, key: str = "select_rank", ax: Axes | None = None, sh
     own_axes = ax is None
     ax = plt.subplots(figsize=(5.2, 3.6), layout="constrained")[1] if ax is None else ax
     if "table" in curve:
-        _candidates(ax, curve["table"], list(curve["best"]), curve["loss"])
+        _candidates(ax, curve["table"], curve["loss"])
         return _finish(ax, own_axes, show)
     if "ranks" not in curve:
         chosen = curve["members"]["rank"][list(curve["members"]["name"]).index("autoencoder")]
@@ -157,8 +157,9 @@ def _widths(ax: Axes, learned: Mapping[str, np.ndarray], chosen: int) -> None:
     ax.legend(frameon=False, fontsize="small")
 
 
-def _candidates(ax: Axes, table: pd.DataFrame, parameters: Sequence[str], loss: str) -> None:
+def _candidates(ax: Axes, table: pd.DataFrame, loss: str) -> None:
     """Plot the loss of each candidate over the first parameter that has several values."""
+    parameters = list(table.columns[: table.columns.get_loc("loss")])
     several = [name for name in parameters if table[name].nunique() > 1] or list(parameters[:1])
     if not several:
         raise ValueError("the calibration had one candidate without parameters: there is no curve.")

@@ -11,7 +11,7 @@ from anndata import AnnData
 from scanpy import logging as logg
 
 from .annotated import read_csr
-from .arguments import bounded, check_positive, describe_counts, progress_bar, read_mask, seed_of
+from .arguments import bounded, check_one_of, check_positive, describe_counts, progress_bar, read_mask, seed_of
 from .random import RandomState, as_generator
 from .rank import Protocol, RankCurve, learned_shape, n_steps, rank_curve
 from .transform import TransformName
@@ -88,8 +88,7 @@ def select_rank(
     genes = read_mask(adata, mask_var)
     if genes is not None:
         counts = counts[:, genes]
-    if protocol not in get_args(Protocol):
-        raise ValueError(f"protocol is {protocol!r}: pass one of {', '.join(get_args(Protocol))}.")
+    check_one_of("protocol", protocol, get_args(Protocol))
     max_rank = bounded("max_rank", max_rank, _MAX_RANK, *learned_shape(protocol, *counts.shape))
     start = logg.info(f"selecting the rank of {describe_counts(adata, layer)}")
     with progress_bar("select_rank", n_splits * n_steps(protocol)) as bar:

@@ -209,6 +209,18 @@ def test_a_loss_may_be_a_function(counts):
     assert found.best["rank"] in (2, 3, 4)
 
 
+def test_a_loss_that_is_no_loss_of_each_cell_is_refused(counts):
+    with pytest.raises(ValueError, match=r"the loss returned shape \(\): return one number for each cell"):
+        n2s.calibrate(counts, toward_mean, {"share": [0.5]}, loss=lambda m, x: np.square(m - x).mean())
+
+
+def test_a_parameter_may_be_called_loss(adata):
+    found = n2s.calibrate(adata, lambda counts, loss: toward_mean(counts, loss), {"loss": [0.2, 0.6, 1.0]})
+    assert found.best == {"loss": 0.6}
+    assert list(found.table["param_loss"]) == [0.2, 0.6, 1.0]
+    assert n2s.pl.loss(adata, key="calibrate").get_xlabel() == "param_loss"
+
+
 def test_one_fit_serves_what_predict_is_told(counts):
     fits = []
 
@@ -387,6 +399,13 @@ def test_a_layer_is_not_lost_and_options_of_anndata_need_one(adata, counts):
     n2s.calibrate(adata, toward_mean, {"share": [0.5]}, refit=True)
     n2s.calibrate(adata, toward_mean, {"share": [0.7]}, refit=True)
     assert adata.uns["calibrate"]["best"]["share"] == 0.7
+    n2s.calibrate(adata, toward_mean, {"share": [0.6]})
+    assert "calibrate" not in adata.layers  # the layer of an earlier choice would not be that of this one
+    adata.layers["calibrate"] = adata.X.copy()
+    with pytest.raises(ValueError, match=r"adata.layers\['calibrate'\] exists"):
+        n2s.calibrate(adata, toward_mean, {"share": [0.6]}, refit=True)
+    n2s.calibrate(adata, toward_mean, {"share": [0.6]})
+    assert "calibrate" in adata.layers
 
 
 def test_the_curve_is_plotted(adata):
