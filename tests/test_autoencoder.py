@@ -14,6 +14,7 @@ from scipy.special import gammaln, logsumexp
 
 torch = pytest.importorskip("torch")
 
+from sc_noise2self.calibration import calibrate  # noqa: E402
 from sc_noise2self.denoisers import network_losses, training  # noqa: E402
 from sc_noise2self.denoisers.autoencoder import Autoencoder, LossName, _set_aside  # noqa: E402
 from sc_noise2self.denoisers.network import Counts, Network, PrincipalScores  # noqa: E402
@@ -386,3 +387,10 @@ def test_cuda_denoises_as_well_as_the_processor(truth, counts):
     assert divergence(truth, on_cuda.predict(counts)) == pytest.approx(
         divergence(truth, on_cpu.predict(counts)), rel=0.2
     )
+
+
+def test_it_can_be_calibrated_like_any_other_denoiser(counts):
+    estimator = quick(n_epochs=4)
+    found = calibrate(counts, estimator, {"prior_scale": [0.001, 0.08]})
+    assert found.best == {"prior_scale": 0.08}  # a tight prior leaves every gene at its mean
+    assert not hasattr(estimator, "network_")

@@ -1,7 +1,7 @@
 """MAGIC's t chosen by `sc_noise2self.calibrate`, and MAGIC beside `denoise(method="diffusion")` at the same t.
 
-    python benchmarks/magic.py calibrate DATA/pbmc3k_10x.h5ad
-    python benchmarks/magic.py walks DATA/paul15_myeloid.h5ad DATA/pbmc3k_10x.h5ad
+    python benchmarks/walks.py calibrate DATA/pbmc3k_10x.h5ad
+    python benchmarks/walks.py walks DATA/paul15_myeloid.h5ad DATA/pbmc3k_10x.h5ad
 
 Tested with magic-impute 3.0.0, which must be installed beside this package. `calibrate` runs the README's snippet.
 `walks` splits the molecules 90 to 10 and reports nats per held-out molecule above the mean profile.
