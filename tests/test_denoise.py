@@ -512,14 +512,19 @@ def test_an_interrupt_writes_nothing(adata, monkeypatch):
 
 # Held-out gain on real counts with nine tenths of the molecules seen: at least this, in nats per molecule.
 @pytest.mark.parametrize(
-    ("name", "pca", "ensemble", "mixed", "autoencoder"),
-    [
-        ("paul15_myeloid", 0.103, 0.107, 0.112, 0.111),
-        ("pbmc3k_10x", 0.136, 0.148, 0.180, 0.150),
-        ("baron_human1_pancreas", 0.457, 0.470, 0.530, 0.466),
+    ("name", "options", "least"),
+    [  # each method on some of the counts; all of them on all are in benchmarks/README.md
+        ("paul15_myeloid", {}, 0.103),
+        ("paul15_myeloid", AUTOENCODER, 0.111),
+        ("pbmc3k_10x", {}, 0.136),
+        ("pbmc3k_10x", {"method": "diffusion"}, 0.124),
+        ("pbmc3k_10x", PCA_ENSEMBLE | {"mix": True}, 0.180),
+        ("baron_human1_pancreas", {}, 0.457),
+        ("baron_human1_pancreas", {"method": "knn"}, 0.433),
+        ("baron_human1_pancreas", PCA_ENSEMBLE, 0.470),
     ],
 )
-def test_held_out_gain_on_real_counts(real_data, name, pca, ensemble, mixed, autoencoder):
+def test_held_out_gain_on_real_counts(real_data, name, options, least):
     from sc_noise2self.loss import held_out_gain, held_out_probabilities
 
     x = real_data(name).X.tocsr()
@@ -527,13 +532,7 @@ def test_held_out_gain_on_real_counts(real_data, name, pca, ensemble, mixed, aut
     train, test = n2s.split_molecules(x, 0.9, random_state=1)
     mean = np.asarray(train.sum(axis=0)).ravel() / train.sum()
     adata = ad.AnnData(train)
-    for options, least in [
-        ({}, pca),
-        (PCA_ENSEMBLE, ensemble),
-        (PCA_ENSEMBLE | {"mix": True}, mixed),
-        (AUTOENCODER, autoencoder),
-    ]:
-        n2s.denoise(adata, write_layer=False, **options)
-        gain = held_out_gain(held_out_probabilities(n2s.get.profiles(adata), test), test, mean)
-        assert gain.mean > least
-        assert adata.uns["denoised"]["gain"] < gain.mean + 3 * gain.error  # what was promised is kept
+    n2s.denoise(adata, write_layer=False, **options)
+    gain = held_out_gain(held_out_probabilities(n2s.get.profiles(adata), test), test, mean)
+    assert gain.mean > least
+    assert adata.uns["denoised"]["gain"] < gain.mean + 3 * gain.error  # what was promised is kept
