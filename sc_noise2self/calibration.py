@@ -138,7 +138,7 @@ def calibrate(
     >>> from sc_noise2self.denoisers.neighbors import DiffusionDenoiser
     >>> adata = n2s.datasets.pbmc68k_reduced()
     >>> n2s.calibrate(adata, DiffusionDenoiser(), {"t": range(5)}).best
-    {'t': 1}
+    {'t': 2}
     """
     check_one_of("rule", rule, get_args(Rule))
     check_one_of("prefer", prefer, ("processes", "threads"))

@@ -1,5 +1,7 @@
 """The package as others meet it: `scanpy.external.n2s`, imports, the command line."""
 
+import doctest
+import importlib
 import importlib.metadata
 import subprocess
 import sys
@@ -34,6 +36,13 @@ for name in n2s.__all__: getattr(n2s, name)
 assert callable(n2s.denoise) and "torch" not in sys.modules
 """
     python(code)
+
+
+@pytest.mark.parametrize("module", ["annotated", "calibration", "denoising", "get", "ranking", "transfer"])
+def test_examples_in_docstrings_are_true(module):
+    tested = doctest.testmod(importlib.import_module(f"sc_noise2self.{module}"))
+    assert tested.attempted
+    assert not tested.failed
 
 
 ORDERS = [
