@@ -165,14 +165,14 @@ class Denoiser:
         if self.transform != "none":
             transform = Transform(self.transform, float(np.median(size[size > 0])))
             given = transform.apply(given, size)
+        before = given.copy()
         if self.takes_anndata:
             adata = AnnData(given, obs=pd.DataFrame(index=self.cells), var=pd.DataFrame(index=self.genes))
             returned = self.function(adata, **parameters)
             out = adata if returned is None else returned
-            if returned is None and adata.X is given:
+            if returned is None and adata.X is given and _same(before, given):
                 raise ValueError(f"{self.name} left adata.X as it was: write the denoised values to X, or return them.")
         else:
-            before = given.copy()
             out = self.function(given, **parameters)
             if out is given:
                 raise ValueError(
@@ -186,8 +186,7 @@ class Denoiser:
         return _Lazy(lambda cells: rates(transform.name, rows[cells] * own_depth[cells, None]))
 
     def _check_unchanged(self, before: sp.csr_matrix, after: sp.csr_matrix) -> None:
-        parts = ("data", "indices", "indptr")
-        if not all(np.array_equal(getattr(before, part), getattr(after, part)) for part in parts):
+        if not _same(before, after):
             raise ValueError(f"{self.name} changed the matrix that it was given: let it work on a copy, counts.copy().")
 
     def _rows(self, out: Any, shape: tuple[int, int]) -> Rows:
@@ -297,6 +296,10 @@ def describe(parameters: Parameters) -> str:
     """Return e.g. ``"t=3, knn=5"``."""
     values = {name: value.item() if isinstance(value, np.generic) else value for name, value in parameters.items()}
     return ", ".join(f"{name}={value!r}" for name, value in values.items())
+
+
+def _same(first: sp.csr_matrix, second: sp.csr_matrix) -> bool:
+    return all(np.array_equal(getattr(first, part), getattr(second, part)) for part in ("data", "indices", "indptr"))
 
 
 def _name(function: Any) -> str:

@@ -171,6 +171,16 @@ def test_scanpy_recipes_work_as_they_are(pbmc):
     assert pbmc.uns["neighbours"]["params"]["transform"] == "log1p"
 
 
+def test_a_function_of_anndata_may_change_x_in_place(counts):
+    def in_place(adata, power):
+        adata.X.data **= power
+
+    with pytest.warns(UserWarning, match="no candidate predicts|worse than one mean profile"):
+        found = n2s.calibrate(counts, in_place, {"power": [0.5, 2.0]})
+    assert found.best == {"power": 0.5}
+    assert np.isfinite(found.table["loss"]).all()
+
+
 def test_square_roots_go_back_by_the_poisson_expectation(counts):
     """A rank that is plenty on square roots: its gain is that of the exact way back, not that of squaring."""
 
