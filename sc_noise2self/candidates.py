@@ -250,7 +250,6 @@ class ArrayDenoiser:
     """A denoiser of arrays, such as images: a function of an array that returns one of the same shape."""
 
     function: Callable[..., Any]
-    is_estimator: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.function):

@@ -31,11 +31,13 @@ def compare(
 ) -> Comparison:
     """Return what each candidate lost in each fold of each split."""
     groups = denoiser.groups(candidates)
-    tasks = [(split, fold, group) for split, folds in enumerate(splits) for fold in folds for group in groups]
+    tasks = [(i, j, group) for i, folds in enumerate(splits) for j in range(len(folds)) for group in groups]
+    if not all(splits):
+        raise ValueError("the partition hides nothing: it has no fold.")
     comparison = Comparison(candidates, len(splits))
     with progress_bar("calibrate", len(tasks)) as bar:
         run = Parallel(n_jobs=n_jobs, prefer=prefer, return_as="generator_unordered")
-        work = (delayed(_evaluate)(denoiser, fold, candidates, group, loss, split) for split, fold, group in tasks)
+        work = (delayed(_evaluate)(denoiser, splits[i][j], candidates, group, loss, (i, j)) for i, j, group in tasks)
         for outcomes in run(work):
             comparison.add(outcomes)
             bar.update()
@@ -48,6 +50,7 @@ class _Outcome:
 
     candidate: int
     split: int
+    fold: int
     score: Score | None
     seconds: float
     failure: str = ""
@@ -60,9 +63,9 @@ def _evaluate(
     candidates: Sequence[Parameters],
     group: Sequence[int],
     loss: Loss,
-    split: int,
+    where: tuple[int, int],
 ) -> list[_Outcome]:
-    """Return what the candidates of a group do in a fold."""
+    """Return what the candidates of a group do in a fold; `where` is its split and its number there."""
     outcomes = []
     start = time.perf_counter()
     for candidate, rows in zip(group, denoiser.predictions(fold.seen, [candidates[i] for i in group]), strict=True):
@@ -71,9 +74,9 @@ def _evaluate(
             failure = f"{type(rows).__name__}: {str(rows).strip().splitlines()[0] if str(rows).strip() else ''}"
         else:
             score = fold.score(rows, loss)
-            blind = not denoiser.is_estimator and fold.is_blind(rows)
+            blind = fold.is_blind(rows)
         now = time.perf_counter()
-        outcomes.append(_Outcome(candidate, split, score, now - start, failure, blind))
+        outcomes.append(_Outcome(candidate, *where, score, now - start, failure, blind))
         start = now
     return outcomes
 
@@ -136,10 +139,9 @@ class Comparison:
 
 
 def _pooled(outcomes: Iterable[_Outcome]) -> Score:
-    """Return the sum of scores, in an order that does not depend on which came first."""
-    scores = [outcome.score for outcome in outcomes if outcome.score is not None]
-    scores.sort(key=lambda score: (float(score.sums.sum()), float(score.weights.sum())))
-    first, *others = scores
+    """Return the sum of scores, in the order of splits and folds: jobs may have ended in any other."""
+    ordered = sorted(outcomes, key=lambda outcome: (outcome.split, outcome.fold))
+    first, *others = (outcome.score for outcome in ordered if outcome.score is not None)
     for other in others:
         first += other
     return first

@@ -174,8 +174,8 @@ class Genes:
     Parameters
     ----------
     sets
-        Number of random sets, or gene indices (boolean or whole numbers) by name: pathways. Genes in no pathway are
-        always seen and never scored; pathways may share genes.
+        Number of random sets, or positions of genes (boolean or whole numbers) by name: pathways. Genes in no
+        pathway are always seen and never scored; pathways may share genes.
     n_folds
         Groups of cells, and ways to hide; at least the number of sets. Each call of the denoiser hides one set in each
         group, and each cell has one set hidden at a time.
@@ -195,7 +195,12 @@ class Genes:
         if isinstance(self.sets, Mapping):
             sets = np.zeros((len(self.sets), n_genes), bool)
             for row, genes in zip(sets, self.sets.values(), strict=True):
-                row[np.asarray(genes)] = True
+                index = np.asarray(genes)
+                if index.dtype.kind not in "biu":
+                    raise ValueError(
+                        f"Genes was given {index.dtype} in a set: pass positions, or name genes in partition={{...}}."
+                    )
+                row[index] = True
         else:
             sets = _random_groups(n_genes, self.sets, rng) == np.arange(self.sets)[:, None]
         n_groups = max(self.n_folds, len(sets))
@@ -329,8 +334,9 @@ def _hide(counts: sp.csr_matrix, groups: np.ndarray, hidden: np.ndarray, rng: np
     A hidden count is replaced by a Poisson draw from the mean profile at the depth of the cell's other genes, so that
     what is seen are whole counts, as sparse as before, of cells that are complete.
     """
-    n_cells, n_genes = counts.shape
-    cells = np.repeat(np.arange(n_cells), np.diff(counts.indptr))
+    if hidden.all(axis=1).any():
+        raise ValueError("a set holds every gene: nothing is left to predict it from, so hide fewer together.")
+    cells = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
     is_hidden = hidden[groups[cells], counts.indices]
 
     def part(keep: np.ndarray) -> sp.csr_matrix:
@@ -348,7 +354,7 @@ def _hide(counts: sp.csr_matrix, groups: np.ndarray, hidden: np.ndarray, rng: np
         shown = depth @ ~hidden
         share = np.where(shown > 0, totals / np.where(shown > 0, shown, 1), 0)
         share /= share.sum()
-    fill = [sp.csr_matrix((n_cells, n_genes), dtype=counts.dtype)]
+    fill = []
     for group, genes in enumerate(hidden):
         weight = share[genes].sum()
         own = np.flatnonzero(groups == group)
@@ -358,7 +364,7 @@ def _hide(counts: sp.csr_matrix, groups: np.ndarray, hidden: np.ndarray, rng: np
         which = rng.choice(np.flatnonzero(genes), drawn.sum(), p=share[genes] / weight)
         ones = np.ones(len(which), counts.dtype)
         fill.append(sp.csr_matrix((ones, (np.repeat(own, drawn), which)), shape=counts.shape))
-    return Fold(sum(fill[1:], fill[0] + visible).tocsr(), held_out, size, share, groups, hidden)
+    return Fold(sum(fill, visible).tocsr(), held_out, size, share, groups, hidden)
 
 
 def _block_loss(

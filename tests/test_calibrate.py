@@ -400,6 +400,12 @@ def test_bad_input_is_refused_and_nothing_written(adata, change, error, message)
     assert set(adata.uns) == {"taken"}
 
 
+def test_a_partition_that_hides_nothing_is_refused():
+    nothing = n2s.partitions.Masks([], np.zeros_like)
+    with pytest.raises(ValueError, match="the partition hides nothing"):
+        n2s.calibrate(np.ones((4, 4)), lambda x: x + 1, {}, partition=nothing)
+
+
 def test_a_layer_is_not_lost_and_options_of_anndata_need_one(adata, counts):
     adata.layers["mine"] = adata.X.copy()
     with pytest.raises(ValueError, match=r"adata.layers\['mine'\] exists and is not an earlier calibration"):

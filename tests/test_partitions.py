@@ -204,6 +204,11 @@ def test_entries_in_no_mask_are_denoised_as_they_are():
         (lambda: as_partition({"a": ["x", "q"]}, ["x", "y"]), "pathway 'a' has genes that adata lacks: q"),
         (lambda: as_partition({"a": "x"}, ["x", "y"]), "pathway 'a' is 'x': pass a list of gene names"),
         (lambda: as_partition({}, ["x"]), "partition is an empty dict"),
+        (
+            lambda: folds_of(Genes({"a": ["x"]}), sp.eye(20, format="csr")),
+            "pass positions, or name genes in partition=",
+        ),
+        (lambda: folds_of(Genes({"a": range(20)}), sp.eye(20, format="csr")), "a set holds every gene"),
         (lambda: Masks([np.ones(3)], np.zeros_like).folds(np.ones(3), None), "a mask holds float64 of shape"),
         (lambda: Masks([np.ones(3, bool)], np.sum).folds(np.ones(3), None), "fill returned shape"),
     ],
