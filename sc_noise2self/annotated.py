@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -11,9 +10,11 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
+from .caveats import caveat
 from .counts import CountMatrix, check_counts, row_sums
 from .random import RandomState
 from .split import split_matrix
+from .written import without_results
 
 _READS = 10  # a median non-zero count above this is not seen with UMIs
 _BARCODE = re.compile(r"[ACGT]{12,}(-\d+)?")
@@ -56,9 +57,9 @@ def split_molecules(
 
     Returns
     -------
-    Two parts, or as many as `folds`. A matrix gives matrices of its own type and dtype; an AnnData object gives AnnData
-    objects with the part in `X` and the same `obs` and `var`. Disjoint parts add up to the counts exactly. The
-    input is not modified.
+    Two parts, or as many as `folds`. A matrix gives matrices of its own type and dtype; an AnnData object gives
+    AnnData objects with the part in `X` and the same `obs` and `var` (what `denoise` wrote there left out).
+    Disjoint parts add up to the counts exactly. The input is not modified.
 
     Raises
     ------
@@ -91,7 +92,13 @@ def split_molecules(
             raise ValueError(f"layer={layer!r} was given with a matrix: it names a layer of an AnnData object.")
         return cast("tuple[Counts, ...]", split_matrix(counts, **options))
     parts = split_matrix(read_counts(counts, layer), **options)
-    return tuple(AnnData(part, obs=counts.obs.copy(), var=counts.var.copy()) for part in parts)
+    return tuple(with_counts(counts, part) for part in parts)
+
+
+def with_counts(adata: AnnData, counts: CountMatrix) -> AnnData:
+    """Return other counts in `X` with the same `obs` and `var`, without the columns of results of `denoise`."""
+    obs, var = without_results(adata)
+    return AnnData(counts, obs=obs, var=var)
 
 
 def read_counts(adata: AnnData, layer: str | None) -> CountMatrix:
@@ -139,10 +146,9 @@ def read_csr(adata: AnnData, layer: str | None) -> sp.csr_matrix:
         out.eliminate_zeros()
     empty = int((row_sums(out) == 0).sum())
     if empty:
-        warnings.warn(
+        caveat(
             f"{empty} cell(s) hold no molecule and stay zero: remove them with "
             "sc.pp.filter_cells(adata, min_counts=1).",
-            UserWarning,
             stacklevel=3,
         )
     return out
@@ -167,10 +173,9 @@ def read_batches(adata: AnnData, key: str) -> pd.Series:
 def _warn_if_transposed(adata: AnnData) -> None:
     genes, cells = adata.var_names[:50], adata.obs_names
     if all(_BARCODE.fullmatch(str(name)) for name in genes) or not _HOUSEKEEPING.isdisjoint(cells):
-        warnings.warn(
+        caveat(
             "adata looks transposed (cell barcodes in var_names, or genes in obs_names): counts are cells x genes, "
             "so pass adata.T.",
-            UserWarning,
             stacklevel=5,
         )
 
@@ -180,9 +185,8 @@ def _warn_if_reads(counts: CountMatrix, name: str) -> None:
     sample = values[:: max(1, values.size // 100_000)]
     median = float(np.median(sample[sample > 0])) if (sample > 0).any() else 0.0
     if median > _READS:
-        warnings.warn(
+        caveat(
             f"{name} looks like reads, not molecules (median non-zero count {median:.0f}): copies of one molecule fall "
             "into both halves, so the loss takes them for signal. Use UMI counts.",
-            UserWarning,
             stacklevel=5,
         )

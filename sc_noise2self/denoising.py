@@ -6,7 +6,6 @@ Everything is computed before anything is written, so a refusal or an interrupt 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,6 +17,7 @@ from scanpy import logging as logg
 
 from .annotated import read_batches, read_csr
 from .arguments import bounded, check_one_of, check_positive, describe_counts, progress_bar, read_mask, seed_of
+from .caveats import caveat, written_down
 from .counts import row_sums
 from .denoisers.autoencoder import FURTHER, WIDTHS, LossName, require_torch
 from .denoisers.members import AutoencoderMember, MeanMember, Member, PCAMember
@@ -149,15 +149,20 @@ def denoise(
         The factors: scores (cells, k), loadings (genes, k), the scales of cells (two columns a member) and of genes
         (one a member, then the mean profile), and the molecules of each cell. Their formula is that of
         `sc_noise2self.denoisers.profiles.LowRankProfiles`, for an ensemble the weighted mean.
+    `.var["denoised_gain"]`, `.var["denoised_gain_error"]`
+        What each gene gained, nats per held-out molecule of it above its mean, and its standard error over cells: see
+        `sc_noise2self.loss.GeneGains`. Where the gain is not clearly above 0, believe the mean, not the pattern.
     `.var["denoised_phi"]`, `.var["denoised_mixed"]`
         With `mix=True`: each gene's dispersion around the prediction, and the mean weight of a cell's own count.
     `.uns["denoised"]`
         `method`, `version`, `params`, `scale`; the `members` chosen with their settings, weights and ranks
         (components that are more signal than noise, the width, or the components that neighbours are found in);
-        under `learned`, by member, what each component is worth, or the gain of each width with its error and the
+        under `learned`, by member, what each component is worth, its singular value on a half and the largest that
+        noise alone has there, or the gain of each width with its error and the
         learning curve, or the gain of every number of components, neighbours and steps that was tried; every
-        candidate's `gain` with the standard error of its difference to the best; and `gain`, `gain_error` (nats per
-        held-out molecule above the mean profile) and `gain_molecules`; with `mix=True` also `unmixed_gain`.
+        candidate's `gain` with the standard error of its difference to the best; `gain`, `gain_error` (nats per
+        held-out molecule above the mean profile), `gain_molecules` and `gain_cells` that it was measured on; with
+        `mix=True` also `unmixed_gain`; and the `warnings`. `sc_noise2self.report` says the same in a paragraph.
 
     Raises
     ------
@@ -225,7 +230,9 @@ def denoise(
     rng = as_generator(random_state)
     check_positive("n_splits", n_splits)
     check_positive("n_seeds", n_seeds)
-    counts = read_csr(adata, layer)
+    warned: list[str] = []
+    with written_down(warned):
+        counts = read_csr(adata, layer)
     check_key(adata, key_added, layer)
     genes = read_mask(adata, mask_var)
     n_used = counts.shape[1] if genes is None else int(genes.sum())
@@ -255,16 +262,15 @@ def denoise(
         candidates.insert(0, MeanMember())
     start = logg.info(f"denoising {describe_counts(adata, layer)}")
 
-    with progress_bar("denoise", (2 * n_splits + 1) * len(candidates) + 1) as bar:
+    with written_down(warned), progress_bar("denoise", (2 * n_splits + 1) * len(candidates) + 1) as bar:
         for network in networks:
             network.on_check = bar.set_postfix_str
         selection = select(candidates, counts, rng, average=average, mix=mix, n_splits=n_splits, on_step=bar.update)
         if not selection.beats_mean:
-            warnings.warn(
+            caveat(
                 f"no candidate predicts held-out molecules better than one mean profile (best gain {_gain(selection)}):"
                 " the mean profile is written. These cells look alike, or hold too few molecules to tell them apart."
                 + (" No model is saved." if save_model else ""),
-                UserWarning,
                 stacklevel=2,
             )
         fitted = selection.refit(counts, rng)
@@ -296,13 +302,13 @@ def denoise(
             for name, value in (("width", width if width is None else np.array(width)), ("batch_key", batch_key))
             if value is not None
         }
-    record = summary(method, params, scale, fitted, selection.choices, selection.gain) | compared(selection)
+    record = summary(method, params, scale, fitted, selection.choices, selection.gain, warned) | compared(selection)
     target = adata.copy() if copy else adata
     if save_model is not None and networks[0].fitted is not None and selection.beats_mean:
         networks[0].fitted.feature_names_in_ = np.array(adata.var_names, dtype=str)
         networks[0].fitted.batch_names_ = np.array([] if batches is None else batches.cat.categories, dtype=str)
         networks[0].fitted.save(save_model)
-    write(target, key_added, fitted, size, dense)
+    write(target, key_added, fitted, size, selection.gene_gains.mean_and_error(), dense)
     if isinstance(profiles, MixedProfiles):
         target.obs[f"{key_added}_cell_scale"] = profiles.cell_scale
         target.var[f"{key_added}_phi"] = profiles.phi

@@ -8,7 +8,7 @@ held-out molecules are in its own prediction. (Without that, components of pure 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +18,11 @@ from .counts import column_sums, row_sums
 from .denoisers.members import Half, MeanMember, Member
 from .denoisers.mixing import dispersion_curves, dispersions
 from .denoisers.profiles import LowRankProfiles, MixedProfiles, Profiles, WeightedProfiles
-from .loss import Gain, held_out_gain, held_out_probabilities
+from .loss import Gain, GeneGains, held_out_gain, held_out_probabilities
 from .split import split_matrix
 
 _SCORED = 20_000_000  # dense entries scored per candidate: as many cells, drawn at random, as have so many
+_SCORED_BY_GENE = 40_000_000  # and for the gain of each gene
 _DISPERSION = 100_000_000  # and for the dispersions, where rare genes need cells
 _LEAST_WEIGHT = 0.01  # members of a smaller weight are left out of the mean
 
@@ -59,6 +60,8 @@ class Selection:
     beats_mean
         Whether the choice beats the mean profile, whose gain is 0, by more than two standard errors; the mean profile
         takes its place if not.
+    gene_gains
+        The gain of the choice in each gene.
     """
 
     gains: dict[str, Gain]
@@ -67,6 +70,7 @@ class Selection:
     unmixed_gain: Gain
     phi: np.ndarray | None
     beats_mean: bool
+    gene_gains: GeneGains
 
     def refit(self, counts: sp.csr_matrix, rng: np.random.Generator) -> tuple[LowRankProfiles, ...]:
         """Return the profiles of each choice, fitted to all molecules."""
@@ -115,9 +119,9 @@ def select(
         counts = counts[cells]
     n_cells, n_genes = counts.shape
     folds = rng.permutation(n_cells) % 2
-    scored, dispersed = (
+    scored, dispersed, scored_by_gene = (
         np.sort(rng.choice(n_cells, min(n_cells, max(2, entries // n_genes)), replace=False))
-        for entries in (_SCORED, _DISPERSION)
+        for entries in (_SCORED, _DISPERSION, _SCORED_BY_GENE)
     )
     halves: list[Half] = []
     for _ in range(n_splits):
@@ -148,8 +152,12 @@ def select(
         choices = (Choice(MeanMember(), "as it is", 1.0),)
         for half in halves:
             choices[0].member.learn(half, rng)
-    gain, phi = (unmixed, None) if not mix else _mixing(choices, halves, scores, dispersed)
-    return Selection(scores.gains, choices, gain, unmixed, phi, beats_mean)
+    predict = _Prediction(choices, halves)
+    gain, phi = unmixed, None
+    if mix:
+        phi = predict.learn_dispersions(dispersed)
+        gain = predict.gain(scores)
+    return Selection(scores.gains, choices, gain, unmixed, phi, beats_mean, predict.gene_gains(scored_by_gene))
 
 
 def mixture_weights(probabilities: np.ndarray, molecules: np.ndarray, n_iter: int = 200) -> np.ndarray:
@@ -217,30 +225,62 @@ def _weighted(best: list[Choice], scores: _Scores) -> tuple[Choice, ...]:
     )
 
 
-def _mixing(
-    choices: tuple[Choice, ...], halves: list[Half], scores: _Scores, cells: np.ndarray
-) -> tuple[Gain, np.ndarray]:
-    """Return the gain with the counts mixed in, and the dispersion of each gene."""
-    weights = [choice.weight for choice in choices]
+class _Prediction:
+    """What the choice predicts of each held-out half, the counts mixed in once their dispersions are learned."""
 
-    def predict(i: int, cells: np.ndarray) -> Profiles:
-        return combine([choice.member.predict(i, choice.setting, cells) for choice in choices], weights)
+    def __init__(self, choices: tuple[Choice, ...], halves: list[Half]) -> None:
+        self._choices = choices
+        self._halves = halves
+        self._folds = halves[0].folds
+        self._mean_profiles = [column_sums(half.seen) / half.seen.sum() for half in halves]
+        self._phi_for_fold: list[np.ndarray] | None = None
 
-    # The mean over halves, not the sum: the two directions of a split say nearly the same.
-    by_fold = [
-        np.mean([_curves(predict(i, own), half, own) for i, half in enumerate(halves)], axis=0)
-        for own in (cells[halves[0].folds[cells] == fold] for fold in (0, 1))
-    ]
-    phi_without = [dispersions(by_fold[1]), dispersions(by_fold[0])]
-    probabilities = [np.empty(held_out.nnz) for held_out in scores.held_out]
-    for fold, phi in enumerate(phi_without):
-        own = halves[0].folds[scores.cells] == fold
-        for i, half in enumerate(halves):
-            cells_of_fold = scores.cells[own]
-            mixed = MixedProfiles.with_totals(predict(i, cells_of_fold), half.seen[cells_of_fold], phi)
-            entries = np.repeat(own, np.diff(scores.held_out[i].indptr))
-            probabilities[i][entries] = held_out_probabilities(mixed, half.held_out[cells_of_fold])
-    return scores.gain(probabilities), dispersions(by_fold[0] + by_fold[1])
+    def __call__(self, i: int, cells: np.ndarray) -> Profiles:
+        """Return the profiles of cells predicted from a half; all of one fold once counts are mixed in."""
+        weights = [choice.weight for choice in self._choices]
+        profiles = combine([choice.member.predict(i, choice.setting, cells) for choice in self._choices], weights)
+        if self._phi_for_fold is None:
+            return profiles
+        return MixedProfiles.with_totals(
+            profiles, self._halves[i].seen[cells], self._phi_for_fold[self._folds[cells[0]]]
+        )
+
+    def learn_dispersions(self, cells: np.ndarray) -> np.ndarray:
+        """Return the dispersion of each gene; a fold's own are learned from the other fold."""
+        # The mean over halves, not the sum: the two directions of a split say nearly the same.
+        by_fold = [
+            np.mean([_curves(self(i, own), half, own) for i, half in enumerate(self._halves)], axis=0)
+            for own in (cells[self._folds[cells] == fold] for fold in (0, 1))
+        ]
+        self._phi_for_fold = [dispersions(by_fold[1]), dispersions(by_fold[0])]
+        return dispersions(by_fold[0] + by_fold[1])
+
+    def gain(self, scores: _Scores) -> Gain:
+        """Return the gain on the cells of `scores`."""
+        probabilities = [np.empty(held_out.nnz) for held_out in scores.held_out]
+        for own in self._together(scores.cells):
+            for i, half in enumerate(self._halves):
+                entries = np.repeat(own, np.diff(scores.held_out[i].indptr))
+                cells = scores.cells[own]
+                probabilities[i][entries] = held_out_probabilities(self(i, cells), half.held_out[cells])
+        return scores.gain(probabilities)
+
+    def gene_gains(self, cells: np.ndarray) -> GeneGains:
+        """Return the gain of each gene on these cells."""
+        out = GeneGains(self._halves[0].seen.shape[1])
+        for own in self._together(cells):
+            of_fold = cells[own]
+            held_out = [half.held_out[of_fold] for half in self._halves]
+            out.add([self(i, of_fold) for i in range(len(self._halves))], held_out, self._mean_profiles)
+        return out
+
+    def _together(self, cells: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield which of the cells are predicted together: all, or, once counts are mixed in, those of each fold."""
+        if self._phi_for_fold is None:
+            yield np.ones(len(cells), bool)
+            return
+        for fold in np.unique(self._folds[cells]):
+            yield self._folds[cells] == fold
 
 
 def _curves(profiles: Profiles, half: Half, cells: np.ndarray) -> np.ndarray:

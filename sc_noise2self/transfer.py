@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,10 +14,12 @@ from scanpy import logging as logg
 
 from .annotated import read_batches, read_csr
 from .arguments import seed_of
+from .caveats import caveat, written_down
 from .counts import column_sums, row_sums
 from .denoisers.autoencoder import Autoencoder, require_torch
 from .denoisers.members import AutoencoderMember
-from .loss import Gain, held_out_gain, held_out_probabilities
+from .denoisers.profiles import LowRankProfiles
+from .loss import Gain, GeneGains, held_out_gain, held_out_probabilities
 from .random import RandomState, as_generator
 from .scale import Scale, check_scale, sample_depth, to_scale
 from .selection import Choice
@@ -80,24 +81,27 @@ def denoise_with(
     require_torch()
     check_scale(scale, scale_depth)
     rng = as_generator(random_state)
-    counts = read_csr(adata, layer)
+    warned: list[str] = []
+    with written_down(warned):
+        counts = read_csr(adata, layer)
     check_key(adata, key_added, layer)
     fitted = Autoencoder.load(model, device=device)
     order = _order_of_genes(adata, fitted.feature_names_in_)
     batch = _codes_of_batches(adata, batch_key, fitted.batch_names_)
     start = logg.info(f"denoising {adata.n_obs} cells with {model}")
 
+    own_order = np.argsort(order)
     counts = counts[:, order]
     first, second = split_matrix(counts, random_state=rng)
-    gain = _gain(fitted, first, second, batch) + _gain(fitted, second, first, batch)
+    halves = ((first, second), (second, first))
+    gain, gene_gains = _gains([fitted.predict(seen, batch) for seen, _ in halves], halves)
     if gain.mean <= 2 * gain.error:
-        warnings.warn(
-            "the model predicts held-out molecules of these cells no better than their own mean profile (gain "
-            f"{gain.mean:.4f} +- {gain.error:.4f}): fit one to them with sc_noise2self.denoise.",
-            UserWarning,
-            stacklevel=2,
-        )
-    own_order = np.argsort(order)
+        with written_down(warned):
+            caveat(
+                "the model predicts held-out molecules of these cells no better than their own mean profile (gain "
+                f"{gain.mean:.4f} +- {gain.error:.4f}): fit one to them with sc_noise2self.denoise.",
+                stacklevel=2,
+            )
     profiles = fitted.predict(counts, batch)
     of_genes = {name: getattr(profiles, name)[own_order] for name in ("loadings", "gene_scale", "gene_share")}
     profiles = replace(profiles, **of_genes)
@@ -116,15 +120,25 @@ def denoise_with(
     }
     choice = Choice(AutoencoderMember(fitted=fitted), f"width {fitted.width_}", 1.0)
     target = adata.copy() if copy else adata
-    write(target, key_added, [profiles], size, dense)
-    target.uns[key_added] = summary("autoencoder", params, scale, [profiles], [choice], gain)
+    gain_of_genes, error_of_genes = gene_gains
+    write(target, key_added, [profiles], size, (gain_of_genes[own_order], error_of_genes[own_order]), dense)
+    target.uns[key_added] = summary("autoencoder", params, scale, [profiles], [choice], gain, warned)
     logg.info(f"    {gain.mean:.4f} +- {gain.error:.4f} nats per held-out molecule", time=start)
     return target if copy else None
 
 
-def _gain(fitted: Autoencoder, seen: sp.csr_matrix, held_out: sp.csr_matrix, batch: np.ndarray | None) -> Gain:
-    probabilities = held_out_probabilities(fitted.predict(seen, batch), held_out)
-    return held_out_gain(probabilities, held_out, column_sums(seen) / seen.sum())
+def _gains(
+    predictions: Sequence[LowRankProfiles], halves: Sequence[tuple[sp.csr_matrix, sp.csr_matrix]]
+) -> tuple[Gain, tuple[np.ndarray, np.ndarray]]:
+    """Return the gain, and that of each gene with its error, over (seen, held out) halves."""
+    gains = []
+    means = [column_sums(seen) / seen.sum() for seen, _ in halves]
+    held_out = [part for _, part in halves]
+    for prediction, part, mean in zip(predictions, held_out, means, strict=True):
+        gains.append(held_out_gain(held_out_probabilities(prediction, part), part, mean))
+    of_genes = GeneGains(held_out[0].shape[1])
+    of_genes.add(predictions, held_out, means)
+    return sum(gains[1:], gains[0]), of_genes.mean_and_error()
 
 
 def _order_of_genes(adata: AnnData, names: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 
 from .denoisers.profiles import LowRankProfiles
@@ -22,6 +23,7 @@ def summary(
     fitted: Sequence[LowRankProfiles],
     choices: Sequence[Choice],
     gain: Gain,
+    warned: Sequence[str],
 ) -> dict[str, Any]:
     """Return what goes to `.uns` of any result: strings, numbers and arrays that `h5ad` and `zarr` keep."""
     records = [choice.member.record(choice.setting) for choice in choices]
@@ -46,6 +48,8 @@ def summary(
         "gain": gain.mean,
         "gain_error": gain.error,
         "gain_molecules": int(gain.weights.sum()),
+        "gain_cells": int((gain.weights > 0).sum()),
+        "warnings": np.array(warned, dtype=str),
     }
 
 
@@ -68,9 +72,10 @@ def write(
     key: str,
     fitted: Sequence[LowRankProfiles],
     size: np.ndarray,
+    gene_gains: tuple[np.ndarray, np.ndarray],
     dense: np.ndarray | None,
 ) -> None:
-    """Write layer and factors under `key`, replacing an earlier result whole."""
+    """Write layer, factors and gains of genes under `key`, replacing an earlier result whole."""
     for slot, names in _slots(key).items():
         for name in names:
             if slot != "uns" and name in getattr(adata, slot):
@@ -83,6 +88,7 @@ def write(
     adata.obsm[f"{key}_scale"] = np.column_stack([column for pair in scales for column in pair])
     adata.varm[f"{key}_scale"] = np.column_stack([*(profiles.gene_scale for profiles in fitted), fitted[0].gene_share])
     adata.obs[f"{key}_size"] = size
+    adata.var[f"{key}_gain"], adata.var[f"{key}_gain_error"] = gene_gains
 
 
 def _slots(key: str) -> dict[str, list[str]]:
@@ -92,9 +98,19 @@ def _slots(key: str) -> dict[str, list[str]]:
         "obsm": [key, f"{key}_scale"],
         "varm": [key, f"{key}_scale"],
         "obs": [f"{key}_size", f"{key}_cell_scale"],
-        "var": [f"{key}_phi", f"{key}_mixed"],
+        "var": [f"{key}_gain", f"{key}_gain_error", f"{key}_phi", f"{key}_mixed"],
         "uns": [key],
     }
+
+
+def without_results(adata: AnnData) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return copies of `obs` and `var` without the columns of results, which would not hold for other counts."""
+    keys = [key for key, value in adata.uns.items() if isinstance(value, Mapping) and "scale_meaning" in value]
+    obs, var = (
+        frame.drop(columns=[name for key in keys for name in _slots(key)[slot]], errors="ignore")
+        for slot, frame in (("obs", adata.obs), ("var", adata.var))
+    )
+    return obs, var
 
 
 def check_key(adata: AnnData, key: str, layer: str | None) -> None:

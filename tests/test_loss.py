@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from scipy import stats
 
 from sc_noise2self.loss import (
     Gain,
+    GeneGains,
     cumulative_residuals,
     held_out_gain,
     held_out_probabilities,
@@ -57,6 +59,49 @@ def test_the_mean_profile_gains_nothing_and_unseen_genes_do_not_count():
     gain = held_out_gain(held_out_probabilities(_profiles(np.tile(g, (2, 1)), 2), held_out), held_out, g)
     np.testing.assert_allclose(gain.sums, 0, atol=1e-12)
     np.testing.assert_array_equal(gain.weights, [3, 1])
+
+
+def test_gains_of_genes_are_a_difference_of_poisson_likelihoods_and_add_up_to_the_gain():
+    rng = np.random.default_rng(1)
+    halves = [sp.csr_matrix(rng.poisson(0.7, size=(40, 9)).astype(np.float32)) for _ in range(2)]
+    expected = [rng.gamma(1.0, size=(40, 9)).astype(np.float32) for _ in range(2)]
+    means = [rng.dirichlet(np.ones(9)) for _ in range(2)]
+    nats, molecules = np.zeros((2, 40, 9))
+    total = 0.0
+    for x, m, g in zip(halves, expected, means, strict=True):
+        p = 0.995 * m / m.sum(axis=1, keepdims=True) + 0.005 * g
+        size = x.sum(axis=1).A
+        likelihood = [stats.poisson(q * size).logpmf(x.toarray()) for q in (p, np.tile(g, (40, 1)))]
+        nats += likelihood[0] - likelihood[1]
+        molecules += x.toarray()
+        total += held_out_gain(held_out_probabilities(_profiles(m, 7), x), x, g).sums.sum()
+    gains = GeneGains(9)
+    for cells in (slice(0, 15), slice(15, 40)):
+        gains.add([_profiles(m[cells], 4) for m in expected], [x[cells] for x in halves], means)
+    gain, error = gains.mean_and_error()
+    np.testing.assert_allclose(gain, nats.sum(axis=0) / molecules.sum(axis=0), rtol=1e-4)
+    assert (gain * molecules.sum(axis=0)).sum() == pytest.approx(total, rel=1e-4)
+    without = [np.delete(nats, i, 0).sum(axis=0) / np.delete(molecules, i, 0).sum(axis=0) for i in range(40)]
+    np.testing.assert_allclose(error, np.sqrt(np.square(without - gain).sum(axis=0)), rtol=1e-3)
+
+
+def test_genes_of_few_cells_have_no_error_and_genes_of_none_no_gain():
+    x = np.zeros((30, 3), np.float32)
+    x[:, 0], x[:9, 1] = 2, 1
+    gains = GeneGains(3)
+    gains.add([_profiles(np.ones((30, 3), np.float32), 30)], [sp.csr_matrix(x)], [np.array([0.5, 0.3, 0.2])])
+    gain, error = gains.mean_and_error()
+    np.testing.assert_array_equal(np.isnan(gain), [False, False, True])
+    np.testing.assert_array_equal(np.isnan(error), [False, True, True])
+
+
+def test_a_gene_predicted_too_high_everywhere_gains_nothing():
+    """Its own molecules alone would say that it does."""
+    x = sp.csr_matrix(np.random.default_rng(2).poisson([[1.0, 9.0]], size=(500, 2)).astype(np.float32))
+    gains = GeneGains(2)
+    gains.add([_profiles(np.tile(np.float32([0.3, 0.7]), (500, 1)), 100)], [x], [np.array([0.1, 0.9])])
+    gain, error = gains.mean_and_error()
+    assert (gain < -2 * error).all()
 
 
 def test_gain_is_a_proper_score():

@@ -48,6 +48,8 @@ class PCADenoiser:
     components_
         V, shape (genes, k): the components on the genes used, orthonormal there; the other genes are regressed on
         the scores.
+    singular_values_
+        Of the weighted counts, the mean removed, shape (k,), falling.
     gene_share_
         The share of all molecules that each gene has, shape (genes,).
 
@@ -95,6 +97,7 @@ class PCADenoiser:
         rng = as_generator(self.random_state)
         u, s, v = truncated_svd(used, self.n_components, rng, offset=offset, n_iter=self.n_iter)
         self.mean_ = np.asarray(z.T @ offset) / norm
+        self.singular_values_ = s
         if genes is None:
             self.components_ = v
         else:
@@ -131,6 +134,22 @@ class PCADenoiser:
             (product[folds == fold].sum(axis=0), square[folds == fold].sum(axis=0)) for fold in range(folds.max() + 1)
         ]
         return np.array([p / np.where(s > 0, s, 1) for p, s in sums])
+
+    def noise_edge(self, counts: sp.csr_matrix, held_out: sp.csr_matrix, rng: np.random.Generator) -> float:
+        """Return the largest singular value that noise alone reaches, in the units of `singular_values_`.
+
+        The two parts of an even split differ by nothing but noise, and (z1 - z2) / sqrt(2) has as much of it as z1:
+        its largest singular value is the noise edge, whatever the distribution of the noise over cells and genes.
+
+        Parameters
+        ----------
+        counts, held_out
+            As in `worth`.
+        rng
+            Source of the random start.
+        """
+        z1, z2 = (self._weighted(part, row_sums(part))[0][:, self.genes_] for part in (counts, held_out))
+        return float(truncated_svd(sp.csr_matrix(z1 - z2), 1, rng)[1][0]) / 2**0.5
 
     def predict(
         self,

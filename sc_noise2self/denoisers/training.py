@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..caveats import caveat
 from ..loss import Gain
 from .network import Counts, Network
 from .network_losses import Loss
@@ -102,9 +102,8 @@ def train(
             )
             if not best:
                 raise FloatingPointError(f"{message} Pass a smaller learning_rate.")
-            warnings.warn(
+            caveat(
                 f"{message} The state after epoch {history.checked[int(np.argmax(history.gains))]} is kept.",
-                UserWarning,
                 stacklevel=2,
             )
             break
