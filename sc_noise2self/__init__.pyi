@@ -4,8 +4,10 @@ __all__ = [
     "denoise",
     "denoise_with",
     "get",
+    "null_counts",
     "partitions",
     "pl",
+    "report",
     "select_rank",
     "split_molecules",
 ]
@@ -14,5 +16,7 @@ from . import datasets, get, partitions, pl
 from .annotated import split_molecules
 from .calibration import calibrate
 from .denoising import denoise
+from .null import null_counts
 from .ranking import select_rank
+from .reporting import report
 from .transfer import denoise_with

@@ -1,41 +1,50 @@
-"""Read what `denoise` wrote."""
+"""Read what `denoise` wrote: a DataFrame, an AnnData object, or a lazy matrix."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from .annotated import read_csr
-from .counts import row_sums
-from .denoisers.profiles import LowRankProfiles, MixedProfiles, Profiles
+from .arguments import check_one_of
+from .denoisers.profiles import Profiles
+from .results import Source, positions, profiles, sizes, values_of
 from .scale import Scale, check_scale, sample_depth, to_scale
-from .selection import combine
+
+if TYPE_CHECKING:
+    import dask.array
+
+_CHUNKS = (4096, 256)  # cells, genes of a lazy matrix: 4 MB
 
 
 def denoised(
     adata: AnnData,
-    genes: str | Sequence[str],
+    genes: str | Sequence[str] | None = None,
     *,
     cells: Sequence[str] | None = None,
     key: str = "denoised",
     scale: Scale = "counts",
     scale_depth: float | None = None,
+    source: Source = "factors",
 ) -> pd.DataFrame:
-    """Return denoised values of a few genes, rebuilt from the factors; no dense layer is needed or made.
+    """Return denoised values of some genes and cells.
 
     Parameters
     ----------
     adata
         Object that `sc_noise2self.denoise` wrote to.
     genes, cells
-        Names; None takes every cell.
+        Names; None takes every gene, every cell.
     key
         The `key_added` of `denoise`.
     scale, scale_depth
         As in `denoise`, whatever the scale of the layer.
+    source
+        `"factors"` rebuilds the values; no layer is needed or made. `"layer"` reads them from `.layers[key]`, for a
+        result whose factors, or whose counts that were mixed in, are gone.
 
     Returns
     -------
@@ -46,7 +55,8 @@ def denoised(
     KeyError
         If there is no such result, or a gene or a cell is not in `adata`.
     ValueError
-        If counts were mixed in and are no longer where they were.
+        If counts were mixed in and are no longer where they were, or if the layer was written on another scale than
+        `"counts"` and than the one asked for.
 
     Examples
     --------
@@ -57,62 +67,113 @@ def denoised(
     (700, 2)
     """
     check_scale(scale, scale_depth)
-    genes = [genes] if isinstance(genes, str) else list(genes)
-    rows = np.arange(adata.n_obs) if cells is None else _positions(adata.obs_names, cells, "cell")
-    columns = _positions(adata.var_names, genes, "gene")
-    counts = profiles(adata, key).counts(rows, columns)
-    size = adata.obs[f"{key}_size"].to_numpy()
-    values = to_scale(counts, size[rows], scale, sample_depth(scale, scale_depth, size))
-    return pd.DataFrame(values, index=adata.obs_names[rows], columns=genes)
+    check_one_of("source", source, get_args(Source))
+    genes = [genes] if isinstance(genes, str) else genes
+    columns = positions(adata.var_names, genes, "gene")
+    rows = positions(adata.obs_names, cells, "cell")
+    values = values_of(adata, key, rows, columns, scale, scale_depth, source)
+    return pd.DataFrame(values, index=adata.obs_names[rows], columns=list(adata.var_names[columns]))
 
 
-def profiles(adata: AnnData, key: str = "denoised") -> Profiles:
-    """Return the profiles that `sc_noise2self.denoise` wrote in factors under `key`.
+def adata(
+    adata: AnnData,
+    genes: str | Sequence[str] | None = None,
+    *,
+    cells: Sequence[str] | None = None,
+    key: str = "denoised",
+    scale: Scale = "counts",
+    scale_depth: float | None = None,
+    source: Source = "factors",
+) -> AnnData:
+    """Return denoised values of some genes and cells as an AnnData object of its own, for any function of scanpy.
+
+    Parameters
+    ----------
+    adata, genes, cells, key, scale, scale_depth, source
+        As in `denoised`.
+
+    Returns
+    -------
+    The values in `X`, float32, with the `obs`, `var`, `obsm` and `uns` that belong to these cells and genes; no layers.
+    Without `genes` it is dense, cells x all genes.
 
     Raises
     ------
-    KeyError
-        If there is no such result.
-    ValueError
-        If counts were mixed in and are no longer where they were.
+    KeyError, ValueError
+        As `denoised`.
+
+    Examples
+    --------
+    >>> import sc_noise2self as n2s
+    >>> adata = n2s.datasets.pbmc68k_reduced()
+    >>> n2s.denoise(adata, write_layer=False)
+    >>> n2s.get.adata(adata, ["CD79A", "NKG7"], scale="log1p_cp10k").shape
+    (700, 2)
     """
-    if key not in adata.uns or key not in adata.obsm or key not in adata.varm:
-        raise KeyError(f"there is no result {key!r}: run sc_noise2self.denoise(adata, key_added={key!r}).")
-    record = adata.uns[key]
-    members = record["members"]
-    ends = np.cumsum(members["n_factors"])
-    cell_scales, gene_scales = np.asarray(adata.obsm[f"{key}_scale"]), np.asarray(adata.varm[f"{key}_scale"])
-    fitted = [
-        LowRankProfiles(
-            str(link),  # type: ignore[arg-type]  # one of the links, as written
-            np.asarray(adata.obsm[key])[:, start:end],
-            np.asarray(adata.varm[key])[:, start:end],
-            gene_scales[:, i],
-            cell_scales[:, 2 * i],
-            cell_scales[:, 2 * i + 1],
-            gene_scales[:, -1],
-            adata.obs[f"{key}_size"].to_numpy().astype(np.float32),
-        )
-        for i, (link, start, end) in enumerate(zip(members["link"], [0, *ends[:-1]], ends, strict=True))
-    ]
-    combined = combine(fitted, [float(weight) for weight in members["weight"]])
-    if not record["params"]["mix"]:
-        return combined
-    layer = record["params"]["layer"]
-    counts = read_csr(adata, None if layer == "X" else layer)
-    if (row_sums(counts) > adata.obs[f"{key}_size"] * (1 + 1e-6)).any():
-        raise ValueError(f"the counts in {layer!r} have changed since they were mixed in: run denoise again.")
-    return MixedProfiles(
-        combined, counts, adata.var[f"{key}_phi"].to_numpy(), adata.obs[f"{key}_cell_scale"].to_numpy()
-    )
+    values = denoised(adata, genes, cells=cells, key=key, scale=scale, scale_depth=scale_depth, source=source)
+    own = adata[values.index, values.columns]
+    return AnnData(values.to_numpy(), obs=own.obs.copy(), var=own.var.copy(), obsm=dict(own.obsm), uns=dict(adata.uns))
 
 
-def _positions(names: pd.Index, wanted: Sequence[str], what: str) -> np.ndarray:
-    if not names.is_unique:
-        axis = "var" if what == "gene" else "obs"
-        raise KeyError(f"{what} names are not unique: call adata.{axis}_names_make_unique().")
-    positions = names.get_indexer(wanted)
-    if (positions < 0).any():
-        missing = [name for name, position in zip(wanted, positions, strict=True) if position < 0]
-        raise KeyError(f"{what}(s) not in adata: {', '.join(map(repr, missing[:5]))}.")
-    return positions
+def lazy(
+    adata: AnnData,
+    *,
+    key: str = "denoised",
+    scale: Scale = "counts",
+    scale_depth: float | None = None,
+) -> dask.array.Array:
+    """Return the denoised matrix as a dask array that is computed from factors where it is read.
+
+    As a layer it serves scanpy's own plots on a matrix that would not fit in memory: a plot of two genes computes
+    two genes.
+
+    Parameters
+    ----------
+    adata, key, scale, scale_depth
+        As in `denoised`.
+
+    Returns
+    -------
+    Cells x genes, float32, in chunks of a few cells and genes. It keeps the factors of `adata` as they are now.
+
+    Raises
+    ------
+    ImportError
+        Without dask: `pip install "sc-noise2self[lazy]"`.
+    KeyError, ValueError
+        As `denoised`.
+
+    Examples
+    --------
+    >>> import scanpy as sc, sc_noise2self as n2s
+    >>> adata = n2s.datasets.pbmc68k_reduced()
+    >>> n2s.denoise(adata, write_layer=False)
+    >>> adata.layers["denoised"] = n2s.get.lazy(adata)
+    >>> axes = sc.pl.dotplot(adata, ["CD79A", "NKG7"], "bulk_labels", layer="denoised", show=False)
+    """
+    try:
+        import dask.array as da
+    except ImportError as error:
+        raise ImportError('a lazy layer needs dask: pip install "sc-noise2self[lazy]".') from error
+    check_scale(scale, scale_depth)
+    size = sizes(adata, key)
+    rebuilt = _Rebuilt(profiles(adata, key), size, scale, sample_depth(scale, scale_depth, size))
+    return da.from_array(rebuilt, chunks=_CHUNKS, name=False, asarray=False, meta=np.empty((0, 0), np.float32))
+
+
+class _Rebuilt:
+    """An array whose parts are rebuilt as they are read; what dask needs of one."""
+
+    dtype = np.dtype(np.float32)
+    ndim = 2
+
+    def __init__(self, profiles: Profiles, size: np.ndarray, scale: Scale, depth: float | None) -> None:
+        self.shape = profiles.shape
+        self._profiles = profiles
+        self._size = size
+        self._scale: Scale = scale
+        self._depth = depth
+
+    def __getitem__(self, index: tuple[slice | np.ndarray, slice | np.ndarray]) -> np.ndarray:
+        cells, genes = index
+        return to_scale(self._profiles.counts(cells, genes), self._size[cells], self._scale, self._depth)

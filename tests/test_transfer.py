@@ -81,7 +81,7 @@ def test_the_width_is_chosen_and_recorded():
     assert learned["gains"][0] > learned["gains"][1] + learned["errors"][1]
     assert list(adata.uns["denoised"]["members"]["rank"]) == [16]
     ax = n2s.pl.loss(adata, key="denoised", show=False)
-    assert ax.get_xlabel() == "width of the bottleneck"
+    assert ax.get_xlabel() == "width"
     assert list(ax.lines[0].get_xdata()) == [1, 16]
 
 

@@ -1,0 +1,131 @@
+"""One paragraph that says what a denoised layer is worth: `report`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from anndata import AnnData
+
+from .results import clear_gains, record
+from .scale import MEANING
+
+_TRANSFORM = {"pca log1p": "log1p", "pca sqrt": "square roots", "pca none": "counts"}
+
+
+def report(adata: AnnData, *, key: str = "denoised") -> str:
+    """Return a paragraph on a result: what was done, what it gained, on how much, the warnings, what not to do with it.
+
+    Parameters
+    ----------
+    adata
+        Object that `sc_noise2self.denoise` or `denoise_with` wrote to.
+    key
+        Its `key_added`.
+
+    Returns
+    -------
+    Plain text without line breaks. `sc_noise2self.pl.caption` puts it under a figure.
+
+    Raises
+    ------
+    KeyError
+        If there is no such result.
+
+    Notes
+    -----
+    A gene gained, or lost, if its held-out gain is more than two standard errors from 0 (`.var["denoised_gain"]`).
+
+    Examples
+    --------
+    >>> import sc_noise2self as n2s
+    >>> adata = n2s.datasets.pbmc68k_reduced()
+    >>> n2s.denoise(adata)
+    >>> print(n2s.report(adata))  # doctest: +ELLIPSIS
+    PCA of log1p (18 components worth more than noise...
+    """
+    written = record(adata, key)
+    sentences = [
+        _what_was_done(written),
+        _what_it_gained(written),
+        _in_which_genes(adata, key),
+        *_what_to_mind(written),
+        "Denoised values are not data: differential expression, correlations and p-values computed on them are "
+        "circular, so use them to look, and test on the counts (Andrews & Hemberg 2018).",
+    ]
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _what_was_done(written: Mapping[str, Any]) -> str:
+    params, members = written["params"], written["members"]
+    parts = [
+        _member(str(name), int(rank), str(setting), None if len(members["name"]) == 1 else float(weight))
+        for name, rank, setting, weight in zip(
+            members["name"], members["rank"], members["setting"], members["weight"], strict=True
+        )
+    ]
+    source = "the counts in X" if params["layer"] == "X" else f"the counts in layer {params['layer']!r}"
+    how = f"{_listed(parts)} of {source}"
+    if "model" in params:
+        how = f"A model fitted to other cells, {parts[0]}, applied to {source}"
+    mixed = ", with each cell's own count of a gene mixed back in" if params["mix"] else ""
+    tried = len(written["candidates"]["label"]) if "candidates" in written else 0
+    chosen = f", the best of {tried} candidates by molecules held out" if tried > 1 and len(parts) == 1 else ""
+    if list(members["name"]) == ["mean"]:
+        chosen = f", which none of {tried} candidates beats by molecules held out"
+    version = f"sc_noise2self {written['version']}, seed {params['random_state']}"
+    return f"{how[0].upper()}{how[1:]}{mixed}{chosen} ({version}). Values are {MEANING[written['scale']]}."
+
+
+def _member(name: str, rank: int, setting: str, weight: float | None) -> str:
+    share = "" if weight is None else f"{weight:.0%} "
+    if name == "mean":
+        return f"{share}the mean profile"
+    if name in _TRANSFORM:
+        return f"{share}PCA of {_TRANSFORM[name]} ({rank} components worth more than noise, {setting})"
+    if name.startswith("autoencoder"):
+        return f"{share}an autoencoder ({setting})"
+    what = {"diffusion": "a diffusion among neighbouring cells", "knn": "the mean of neighbouring cells"}[name]
+    return f"{share}{what} ({setting})"
+
+
+def _what_it_gained(written: Mapping[str, Any]) -> str:
+    gain, error = written["gain"], written["gain_error"]
+    measured = f"over {written['gain_molecules']:,} held-out molecules of {written['gain_cells']:,} cells"
+    if gain <= 2 * error:
+        return f"Molecules held out were predicted no better than by one mean profile ({gain:.4f} +- {error:.4f} nats)."
+    gained = f"{gain:.3f} +- {error:.3f} nats per molecule better than one mean profile does, {measured}"
+    if "model" in written["params"]:
+        return f"From half of these cells' molecules it predicts the other half by {gained}."
+    mixed = f" ({written['unmixed_gain']:.3f} without mixing)" if "unmixed_gain" in written else ""
+    return (
+        f"Learned from half of the molecules, it predicts the other half by {gained}{mixed}; the result is fitted to "
+        "all molecules and does better."
+    )
+
+
+def _in_which_genes(adata: AnnData, key: str) -> str:
+    n = {name: int(genes.sum()) for name, genes in clear_gains(adata, key).items()}
+    if not n["gained"] + n["lost"]:
+        return "No gene is predicted better than its mean."
+    return (
+        f"Of {sum(n.values()):,} genes {n['gained']:,} are predicted better than by their mean; for {n['unclear']:,} "
+        f"the molecules do not tell, and {n['lost']:,} are predicted worse, so do not trust the pattern of those."
+    )
+
+
+def _what_to_mind(written: Mapping[str, Any]) -> list[str]:
+    out = []
+    if written["params"]["mix"]:
+        out.append(
+            "Copies of one molecule look like expression to what was mixed in: compare with mix=False before you "
+            "believe a gene that it changes."
+        )
+    warned = [str(message).rstrip(".") for message in written["warnings"]]
+    if warned:
+        out.append(f"Warnings: {'; '.join(warned)}.")
+    return out
+
+
+def _listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
