@@ -1,0 +1,94 @@
+"""The report as the text under a figure."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+
+import numpy as np
+from anndata import AnnData
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine, TightLayoutEngine
+
+from ..reporting import report
+
+_FONT_SIZE = 8.0  # points
+_LEAST_WIDTH = 5.0  # inches
+_LINE = 1.3 * _FONT_SIZE / 72  # inches
+_CHARACTER = 0.54 * _FONT_SIZE / 72  # inches, a generous mean
+
+
+def caption(
+    adata: AnnData, figure: Figure | Axes | Iterable[Axes], *, key: str = "denoised", text: str | None = None
+) -> Figure:
+    """Write the report of a result under a figure, which grows by as much as that needs.
+
+    Parameters
+    ----------
+    adata
+        Object that `sc_noise2self.denoise` wrote to.
+    figure
+        A figure, Axes of it, or what a plot of this package or of scanpy returned with `show=False`.
+    key
+        The `key_added` of `denoise`.
+    text
+        Something else to write instead of `sc_noise2self.report`.
+
+    Returns
+    -------
+    The figure.
+
+    Raises
+    ------
+    KeyError
+        If there is no such result.
+    TypeError
+        If `figure` is none.
+
+    Examples
+    --------
+    >>> import scanpy as sc, sc_noise2self as n2s
+    >>> adata = n2s.datasets.pbmc68k_reduced()
+    >>> n2s.denoise(adata)
+    >>> axes = sc.pl.dotplot(adata, ["CD79A", "NKG7"], "bulk_labels", layer="denoised", show=False)
+    >>> n2s.pl.caption(adata, axes).savefig("dotplot.png", bbox_inches="tight")  # doctest: +SKIP
+    """
+    fig = _figure(figure)
+    words = report(adata, key=key) if text is None else text
+    old_width, height = fig.get_size_inches()
+    width = max(old_width, _LEAST_WIDTH)
+    lines = textwrap.wrap(words, max(20, int((width - 0.3) / _CHARACTER)), break_long_words=False)
+    sticks_out = max(0.0, -float(fig.get_tightbbox().y0))  # scanpy leaves that to bbox_inches="tight"
+    below = len(lines) * _LINE + 0.25 + sticks_out
+    share = below / (height + below)
+    positions = [(ax, ax.get_position()) for ax in fig.axes]
+    fig.set_size_inches(width, height + below)
+    engine = fig.get_layout_engine()
+    if isinstance(engine, ConstrainedLayoutEngine | TightLayoutEngine):
+        engine.set(rect=(0, share, 1, 1 - share))
+    else:
+        for ax, box in positions:
+            x0, y0 = box.x0 * old_width / width, share + box.y0 * (1 - share)
+            ax.set_position((x0, y0, box.width * old_width / width, box.height * (1 - share)))
+    fig.text(
+        0.15 / width,
+        (below - sticks_out - 0.1) / (height + below),
+        "\n".join(lines),
+        va="top",
+        fontsize=_FONT_SIZE,
+        linespacing=1.3,
+    )
+    return fig
+
+
+def _figure(figure: Figure | Axes | Iterable[Axes]) -> Figure:
+    if isinstance(figure, dict):  # scanpy's dotplot and its like
+        figure = next(iter(figure.values()))
+    if isinstance(figure, (list, tuple, np.ndarray)):
+        figure = figure[0]
+    if isinstance(figure, Axes):
+        figure = figure.get_figure()  # type: ignore[assignment]
+    if not isinstance(figure, Figure):
+        raise TypeError(f"figure is of type {type(figure).__name__}: pass a figure, or the Axes that a plot returned.")
+    return figure

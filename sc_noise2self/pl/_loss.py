@@ -1,0 +1,254 @@
+"""The loss of every rank, width, number of steps, or whatever was calibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from ._style import COLORS, GREY, MARKERS, finish, new_axes
+
+_MANY_LINES = 6
+_RANKS = "principal components"
+_NATS = "loss (nats per held-out molecule)"
+
+
+def loss(
+    adata: AnnData,
+    *,
+    key: str | Sequence[str] = "select_rank",
+    member: str | None = None,
+    ax: Axes | None = None,
+    show: bool | None = None,
+) -> Axes:
+    """Plot the self-supervised loss of every rank, of every candidate of a calibration, or of a denoiser's settings.
+
+    Parameters
+    ----------
+    adata
+        Object that `sc_noise2self.select_rank` or `calibrate` wrote to, or `denoise` with an autoencoder or neighbours.
+    key
+        Its `key_added`; several are overlaid.
+    member
+        Of an ensemble: `"autoencoder"`, `"diffusion"` or `"knn"`; None takes the first that has a curve.
+    ax
+        Axes to draw on.
+    show
+        Whether to call `matplotlib.pyplot.show`; None does so where scanpy would (interactively, no `ax`).
+
+    Returns
+    -------
+    The Axes. The loss is relative to that of the mean profile (k = 0), whose line is drawn: in per cent of it for
+    ranks, whose loss is a squared error; in nats per held-out molecule, of which it is minus the gain, else. Bands
+    and bars are one standard error of the difference to the least loss, paired by cell; values within it are
+    shaded: they are as good as the one chosen. Ranks: the loss at the depth of a half and, where it was corrected,
+    at full depth. With several parameters there is a line for each combination of the others.
+
+    Raises
+    ------
+    KeyError
+        If there is no such result, or it has no curve.
+    ValueError
+        If the results are in different units.
+    """
+    keys = [key] if isinstance(key, str) else list(key)
+    runs = [_run(adata, each, member) for each in keys]
+    if len({(run.unit, run.x) for run in runs}) != 1:
+        raise ValueError(
+            "these results have different axes: "
+            + ", ".join(f"{k!r} {r.x}, {r.unit}" for k, r in zip(keys, runs, strict=True))
+        )
+    own, first = new_axes(ax), runs[0]
+    _scale_x(own, runs)
+    for i, (run, name) in enumerate(zip(runs, keys, strict=True)):
+        _draw(own, run, "" if len(runs) == 1 else name, COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)])
+    own.axhline(0, color="0.4", linewidth=1, linestyle=(0, (1, 1.5)), label=_limit_y(own, runs))
+    own.set(xlabel=first.x, ylabel=first.unit, title="Self-supervised loss")
+    own.legend(frameon=False, fontsize="small")
+    finish(ax, show)
+    return own
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """The losses of one result.
+
+    Attributes
+    ----------
+    table
+        A row for each candidate: `x` (where it stands on the axis), `line` (the values of the other parameters),
+        `loss`, `error`, `chosen`.
+    x, unit, zero
+        What the axes are called, and the line at 0.
+    choice
+        What was chosen, in words.
+    corrected
+        Loss at full depth by `x`, where there is one.
+    ticks
+        Names of the positions 0, 1, ..., where `x` is not a number.
+    """
+
+    table: pd.DataFrame
+    x: str
+    unit: str
+    zero: str
+    choice: str
+    corrected: np.ndarray | None = None
+    ticks: tuple[str, ...] | None = None
+
+    @property
+    def is_ranks(self) -> bool:
+        """Whether it is of `select_rank`."""
+        return self.x == _RANKS
+
+
+def _run(adata: AnnData, key: str, member: str | None) -> _Run:
+    if key not in adata.uns:
+        raise KeyError(f"there is no result {key!r}: run sc_noise2self.select_rank(adata, key_added={key!r}).")
+    written = adata.uns[key]
+    learned = written.get("learned", {})
+    if member is not None and member not in learned:
+        raise KeyError(f"result {key!r} has no member {member!r}: it has {', '.join(learned) or 'none'}.")
+    if "ranks" in written:
+        return _ranks(written)
+    if "table" in written:
+        return _calibration(written["table"], written["loss"])
+    for name in [member] if member else learned:
+        if "gains" in learned[name]:
+            return _settings(name, learned[name], written)
+    raise KeyError(
+        f"result {key!r} has no curve: it is that of select_rank, of calibrate, or of denoise with an autoencoder or "
+        "neighbours. sc_noise2self.pl.spectrum shows what the components of a PCA are worth."
+    )
+
+
+def _ranks(written: Mapping[str, Any]) -> _Run:
+    zero = written["loss"][0]
+    table = pd.DataFrame(
+        {
+            "x": written["ranks"],
+            "line": "",
+            "loss": 100 * (written["loss"] / zero - 1),
+            "error": 100 * written["error"] / zero,
+            "chosen": np.asarray(written["ranks"]) == written["rank"],
+        }
+    )
+    full = written.get("full_depth_loss")
+    corrected = None if full is None else 100 * (full / full[0] - 1)
+    choice = f"{written['rank']}"
+    return _Run(table, _RANKS, "loss relative to k = 0 (%)", "k = 0: one mean profile", choice, corrected)
+
+
+def _calibration(candidates: pd.DataFrame, measure: str) -> _Run:
+    parameters = list(candidates.columns[: candidates.columns.get_loc("loss")])
+    unit = _NATS if measure == "poisson" else f"loss ({measure})"
+    return _of_parameters(candidates, parameters, unit, "one mean profile")
+
+
+def _settings(name: str, learned: Mapping[str, Any], written: Mapping[str, Any]) -> _Run:
+    rank = written["members"]["rank"][[str(member) for member in written["members"]["name"]].index(name)]
+    columns = {"width": "widths"} if "widths" in learned else {each: each for each in ("n_pcs", "n_neighbors", "t")}
+    table = pd.DataFrame({column: np.asarray(learned[stored]) for column, stored in columns.items()})
+    table["loss"], table["error"] = -np.asarray(learned["gains"]), np.asarray(learned["errors"])
+    # A width is the narrowest that is good enough, everything else the best.
+    table["chosen"] = table["width"] == rank if "width" in table else table["loss"] == table["loss"].min()
+    return _of_parameters(table, list(columns), _NATS, "one mean profile")
+
+
+def _of_parameters(candidates: pd.DataFrame, parameters: list[str], unit: str, zero: str) -> _Run:
+    """Put the parameter of most values on the axis, and the others into lines."""
+    several = [name for name in parameters if candidates[name].nunique() > 1] or parameters[:1]
+    if not several:
+        raise ValueError("the calibration had one candidate without parameters: there is no curve.")
+    x = max(several, key=lambda name: candidates[name].nunique())
+    others = [name for name in several if name != x]
+    is_number = pd.api.types.is_numeric_dtype(candidates[x])
+    codes, names = pd.factorize(candidates[x])
+    table = pd.DataFrame(
+        {
+            "x": candidates[x] if is_number else codes,
+            "line": [", ".join(f"{name} {row[name]}" for name in others) for _, row in candidates.iterrows()],
+            **{name: candidates[name] for name in ("loss", "error", "chosen")},
+        }
+    )
+    chosen = candidates[candidates["chosen"]].iloc[0]
+    choice = ", ".join(f"{name} {chosen[name]}" for name in several)
+    return _Run(table, x, unit, zero, choice, ticks=None if is_number else tuple(map(str, names)))
+
+
+def _draw(ax: Axes, run: _Run, name: str, color: str, marker: str) -> None:
+    """Draw the lines of a run; `name` is empty where it is alone."""
+    table, chosen = run.table, run.table[run.table["chosen"]].iloc[0]
+    lines = list(table.groupby("line", sort=False))
+    for i, (line, unsorted) in enumerate(lines):
+        rows = unsorted.sort_values("x")
+        label = f"{name}: {run.choice}" if name else line or None
+        if len(lines) > 1 and not name and len(lines) <= _MANY_LINES:
+            color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+        elif line != chosen["line"]:
+            ax.plot(rows["x"], rows["loss"], color=GREY, linewidth=0.8, zorder=1)
+            continue
+        if run.is_ranks:
+            low, high = rows["loss"] - rows["error"], rows["loss"] + rows["error"]
+            ax.fill_between(rows["x"], low, high, color=color, alpha=0.25, linewidth=0)
+            ax.plot(rows["x"], rows["loss"], color=color, label=label or "on the other half")
+        else:
+            style: dict[str, Any] = {"markersize": 4, "capsize": 2.5, "linewidth": 1.2, "label": label}
+            ax.errorbar(rows["x"], rows["loss"], rows["error"], color=color, marker=marker, **style)
+    if len(lines) > _MANY_LINES:
+        ax.plot([], [], color=GREY, linewidth=0.8, label="other values")
+    if name:
+        ax.plot(chosen["x"], chosen["loss"], marker=marker, color=color, markersize=7, markeredgecolor="white")
+        return
+    if run.corrected is not None:
+        ax.plot(table["x"], run.corrected, color=COLORS[1], linestyle="--", label="corrected to full depth")
+    own = table[table["line"] == chosen["line"]]
+    within = own["x"][own["loss"] - table["loss"].min() <= own["error"]]
+    if len(within):
+        low, high = within.min(), within.max()
+        between = "" if run.ticks is not None else f": {low:g}" + (f" to {high:g}" if high > low else "")
+        span = ax.axvspan(*_widened(ax, own["x"], low, high), color="0.88", linewidth=0, zorder=0)
+        span.set_label(f"within one error{' on a half' if run.corrected is not None else ''}{between}")
+    ax.axvline(chosen["x"], color="0.2", linewidth=1, linestyle="--", label=f"chosen: {run.choice}")
+
+
+def _widened(ax: Axes, values: pd.Series, low: float, high: float) -> tuple[float, float]:
+    """Return ends of a span that reaches 0.4 of the way to the next values."""
+    there, back = (np.log2, np.exp2) if ax.get_xscale() == "log" else (np.asarray, float)
+    positions = there(np.unique(values))
+    step = 0.4 * float(np.diff(positions).min()) if len(positions) > 1 else 0.4
+    return float(back(there(low) - step)), float(back(there(high) + step))
+
+
+def _scale_x(ax: Axes, runs: Sequence[_Run]) -> None:
+    """Use a logarithm where values are doubled rather than counted, names where they are not numbers."""
+    values = np.unique(np.concatenate([run.table["x"] for run in runs]))
+    if runs[0].ticks is not None:
+        ax.set_xticks(range(len(runs[0].ticks)), labels=runs[0].ticks)
+    elif runs[0].is_ranks:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    else:
+        if values.min() > 0 and values.max() >= 8 * values.min():
+            ax.set_xscale("log", base=2)
+            ax.minorticks_off()
+        ax.set_xticks(values, labels=[f"{value:g}" for value in values])
+
+
+def _limit_y(ax: Axes, runs: Sequence[_Run]) -> str:
+    """Cut off what fails beyond the mean profile, and the mean profile where all candidates are far better."""
+    losses = np.concatenate([run.table["loss"] for run in runs])
+    least, most = float(losses.min()), float(losses.max())
+    if least >= 0:
+        return runs[0].zero
+    if -least > 3 * (most - least) > 0:
+        spread = most - least
+        ax.set_ylim(least - 0.25 * spread, most + 0.5 * spread)
+        return f"{runs[0].zero}: 0, above"
+    ax.set_ylim(1.08 * least, 0.08 * -least)
+    return runs[0].zero

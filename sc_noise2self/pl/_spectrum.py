@@ -1,0 +1,79 @@
+"""The singular values of a denoising PCA beside what noise alone reaches."""
+
+from __future__ import annotations
+
+import numpy as np
+from anndata import AnnData
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from ..results import record
+from ._style import CMAP, RED, finish, new_axes
+
+
+def spectrum(
+    adata: AnnData,
+    *,
+    key: str = "denoised",
+    member: str | None = None,
+    ax: Axes | None = None,
+    show: bool | None = None,
+) -> Axes:
+    """Plot the singular values of the components of a PCA, their weights, and the noise edge.
+
+    Parameters
+    ----------
+    adata
+        Object that `sc_noise2self.denoise` wrote to, with `method="pca"` or an ensemble that has one.
+    key
+        Its `key_added`.
+    member
+        Of an ensemble: `"pca log1p"`, `"pca sqrt"` or `"pca none"`; None takes the one of largest weight.
+    ax, show
+        As in `loss`.
+
+    Returns
+    -------
+    The Axes. Singular values are those of the weighted, transformed counts of a half, the mean removed. The noise
+    edge is the largest singular value of the difference of the two halves over sqrt(2), which holds noise alone. A
+    component's colour is its weight in the result: what the other half said it is worth, at the depth of all
+    molecules. The line marks the rank: components that are more signal than noise.
+
+    Raises
+    ------
+    KeyError
+        If there is no such result, or no PCA in it.
+    """
+    written = record(adata, key)
+    names = [str(name) for name in written["members"]["name"]]
+    pcas = {
+        name: (float(weight), int(rank))
+        for name, weight, rank in zip(names, written["members"]["weight"], written["members"]["rank"], strict=True)
+        if "singular_values" in written["learned"].get(name, {})
+    }
+    if not pcas or (member is not None and member not in pcas):
+        raise KeyError(f"result {key!r} has no {member or 'PCA'}: its members are {', '.join(names)}.")
+    member = member or max(pcas, key=lambda name: pcas[name][0])
+    learned, rank = written["learned"][member], pcas[member][1]
+    values = np.asarray(learned["singular_values"])
+    numbers = np.arange(1, len(values) + 1)
+    own = new_axes(ax)
+    own.plot(numbers, values, color="0.7", linewidth=1, zorder=1)
+    points = own.scatter(
+        numbers, values, c=learned["weights"], cmap=CMAP, vmin=0, vmax=1, s=22, edgecolor="0.3", linewidth=0.4, zorder=2
+    )
+    own.axhline(learned["noise_edge"], color=RED, linestyle="--", linewidth=1.2, label="noise edge")
+    own.axvline(rank, color="0.2", linestyle=":", linewidth=1, label=f"rank: {rank}")
+    own.figure.colorbar(points, ax=own, label="weight in the result")
+    own.set_yscale("log")
+    own.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    own.yaxis.set_major_formatter("{x:g}")
+    own.yaxis.set_minor_formatter(NullFormatter())
+    own.set(xlabel="component", ylabel="singular value (at half depth)", title=f"Spectrum, {_named(member)}")
+    own.legend(frameon=False, fontsize="small")
+    finish(ax, show)
+    return own
+
+
+def _named(member: str) -> str:
+    return {"pca log1p": "PCA of log1p", "pca sqrt": "PCA of square roots", "pca none": "PCA of counts"}[member]

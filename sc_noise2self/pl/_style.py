@@ -1,0 +1,54 @@
+"""What the plots share: colours that the colour-blind and a grey print keep apart, Axes, and when to show."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import scanpy as sc
+from anndata import AnnData
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+
+# Okabe & Ito (2008), dark and light in turn.
+COLORS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#CC79A7", "#009E73")
+BLUE, ORANGE, RED, GREY = COLORS[0], COLORS[1], COLORS[4], "0.72"
+MARKERS = "osD^vPX"
+CMAP = "viridis"
+
+
+def new_axes(ax: Axes | None, width: float = 5.2, height: float = 3.7) -> Axes:
+    """Return the Axes given, or those of a new figure of this size in inches."""
+    return plt.subplots(figsize=(width, height), layout="constrained")[1] if ax is None else ax
+
+
+def finish(ax: Axes | None, show: bool | None) -> None:
+    """Show the figure if asked to, or, with None, where scanpy would: interactively, and no Axes were given."""
+    if show or (show is None and ax is None and plt.isinteractive()):
+        plt.show()
+
+
+def palette(adata: AnnData, column: str) -> dict[str, str]:
+    """Return the colour of each category of a column of `obs`: from `.uns`, as scanpy keeps them, or scanpy's own."""
+    names = adata.obs[column].cat.categories
+    stored = adata.uns.get(f"{column}_colors", ())
+    if len(stored) >= len(names):
+        return dict(zip(names, map(to_hex, stored), strict=False))
+    palettes = (sc.pl.palettes.default_20, sc.pl.palettes.default_28, sc.pl.palettes.default_102)
+    colors = next((colors for colors in palettes if len(colors) >= len(names)), palettes[-1])
+    return {name: colors[i % len(colors)] for i, name in enumerate(names)}
+
+
+def categories(adata: AnnData, column: str) -> pd.Series:
+    """Return a categorical column of `obs`.
+
+    Raises
+    ------
+    KeyError, ValueError
+        If there is no such column, or it holds numbers.
+    """
+    if column not in adata.obs:
+        raise KeyError(f"there is no column {column!r} in adata.obs: it has {list(adata.obs.columns)}.")
+    values = adata.obs[column]
+    if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
+        raise ValueError(f"adata.obs[{column!r}] holds numbers: color takes a categorical column.")
+    return values.astype("category").cat.remove_unused_categories()

@@ -1,0 +1,371 @@
+"""Plots show what was written, on Axes of their own or those given; the main ones are compared with pictures.
+
+A picture that is missing in `images/` is made and the test fails: look at it, and run again. Delete one to replace it.
+"""
+
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import scanpy as sc
+from helpers import poisson_counts
+from matplotlib.testing.compare import compare_images
+
+import sc_noise2self as n2s
+
+IMAGES = Path(__file__).parent / "images"
+MADE_WITH = "3.11"  # matplotlib
+TRIPLE = ["gene-0", "gene-1", "gene-2"]
+
+
+@pytest.fixture(autouse=True)
+def _close():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def _written():
+    """Three groups of cells, each with genes of its own, denoised in two ways."""
+    import anndata as ad
+
+    rng = np.random.default_rng(0)
+    groups = np.repeat([0, 1, 2], [150, 100, 50])
+    programmes = rng.gamma(1.0, size=(3, 60)) + 0.05
+    for group in range(3):
+        programmes[:, group] = np.where(np.arange(3) == group, 12, 0.5)
+    mixed = 0.8 * np.eye(3)[groups] + 0.2 * rng.dirichlet(np.ones(3), size=300)
+    profiles = mixed @ (programmes / programmes.sum(axis=1, keepdims=True))
+    out = ad.AnnData(poisson_counts(profiles, 300, seed=1))
+    out.obs_names, out.var_names = [f"cell-{i}" for i in range(300)], [f"gene-{i}" for i in range(60)]
+    out.obs["group"] = pd.Categorical(np.array(["alpha", "beta", "gamma"])[groups])
+    out.uns["group_colors"] = ["#0072B2", "#E69F00", "#009E73"]
+    out.obsm["X_umap"] = mixed[:, :2] + 0.03 * rng.normal(size=(300, 2))
+    n2s.denoise(out, transform="log1p", write_layer=False)
+    n2s.denoise(out, "diffusion", key_added="walk", write_layer=False)
+    n2s.select_rank(out, max_rank=20)
+    n2s.select_rank(out, max_rank=20, protocol="mcv", key_added="mcv")
+    n2s.select_rank(out, max_rank=20, protocol="noise2self", key_added="noise2self")
+    n2s.calibrate(out, blurred, {"share": [0.0, 0.5, 0.9], "power": [1, 2]})
+    return out
+
+
+def blurred(counts, share, power):
+    """The cells' own counts, less and less of them, and the mean profile."""
+    size = np.asarray(counts.sum(axis=1))
+    mean = size @ np.asarray(counts.sum(axis=0)) / counts.sum()
+    return share**power * counts.toarray() + (1 - share**power) * mean
+
+
+@pytest.fixture
+def written(_written):
+    return _written.copy()
+
+
+def same_picture(figure, name, tmp_path):
+    if not mpl.__version__.startswith(f"{MADE_WITH}."):
+        pytest.skip(f"the pictures were made with matplotlib {MADE_WITH}, this is {mpl.__version__}")
+    expected, found = IMAGES / f"{name}.png", tmp_path / f"{name}.png"
+    made = not expected.exists()
+    figure.savefig(expected if made else found, dpi=60, metadata={"Software": None})
+    assert not made, f"{expected} was made: look at it and run again"
+    assert compare_images(str(expected), str(found), tol=2) is None
+
+
+PICTURES = {
+    "loss": lambda adata: n2s.pl.loss(adata),
+    "loss_several": lambda adata: n2s.pl.loss(adata, key=["mcv", "noise2self"]),
+    "loss_walk": lambda adata: n2s.pl.loss(adata, key="walk"),
+    "loss_calibrate": lambda adata: n2s.pl.loss(adata, key="calibrate"),
+    "markers": lambda adata: n2s.pl.markers(adata, TRIPLE, panels=("raw", "under", "denoised", "over")),
+    "markers_groups": lambda adata: n2s.pl.markers(adata, TRIPLE[:2], color="group"),
+    "embedding": lambda adata: n2s.pl.embedding(adata, TRIPLE[:2]),
+    "gain_per_gene": lambda adata: n2s.pl.gain_per_gene(adata),
+    "gain_of_some": lambda adata: n2s.pl.gain_per_gene(adata, genes=TRIPLE),
+    "spectrum": lambda adata: n2s.pl.spectrum(adata),
+    "caption": lambda adata: n2s.pl.caption(adata, n2s.pl.spectrum(adata)).axes[0],
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_picture(written, name, tmp_path):
+    axes = PICTURES[name](written)
+    same_picture(np.ravel(axes)[0].figure, name, tmp_path)
+
+
+def test_a_picture_without_its_title_is_another(written, tmp_path):
+    """What the comparison can see."""
+    ax = n2s.pl.spectrum(written)
+    ax.set_title("")
+    with pytest.raises(AssertionError):
+        same_picture(ax.figure, "spectrum", tmp_path)
+
+
+def labels(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_loss_of_ranks(written):
+    ax, curve = n2s.pl.loss(written), written.uns["select_rank"]
+    x, y = ax.lines[0].get_xydata().T
+    np.testing.assert_array_equal(x, curve["ranks"])
+    np.testing.assert_allclose(y, 100 * (curve["loss"] / curve["loss"][0] - 1))
+    assert x[y.argmin()] == curve["split_rank"]
+    assert {f"chosen: {curve['rank']}", "k = 0: one mean profile", "corrected to full depth"} <= set(labels(ax))
+    with pytest.raises(KeyError, match="there is no result 'other': run sc_noise2self.select_rank"):
+        n2s.pl.loss(written, key="other")
+
+
+def test_loss_of_several_runs_marks_each_choice(written):
+    keys = ["mcv", "noise2self"]
+    ax = n2s.pl.loss(written, key=keys)
+    assert {f"{key}: {written.uns[key]['rank']}" for key in keys} <= set(labels(ax))
+    marked = {float(line.get_xdata()[0]) for line in ax.lines if line.get_markersize() == 7}
+    assert marked == {written.uns[key]["rank"] for key in keys}
+    with pytest.raises(ValueError, match="these results have different axes: 'mcv' principal components, .*'walk'"):
+        n2s.pl.loss(written, key=["mcv", "walk"])
+
+
+def test_loss_of_a_walk_is_minus_its_gain(written):
+    ax, learned = n2s.pl.loss(written, key="walk"), written.uns["walk"]["learned"]["diffusion"]
+    drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in ax.lines])
+    assert set(np.round(-learned["gains"], 6)) <= set(np.round(drawn, 6))
+    best = learned["gains"].argmax()
+    assert any(f"n_neighbors {learned['n_neighbors'][best]}" in label for label in labels(ax) if "chosen" in label)
+
+
+def test_loss_of_a_member_of_an_ensemble(adata):
+    n2s.denoise(adata, "ensemble", members=("pca", "knn", "diffusion"), write_layer=False)
+    if {"knn", "diffusion"} <= set(adata.uns["denoised"]["learned"]):
+        assert n2s.pl.loss(adata, key="denoised", member="knn").get_xlabel() == "n_neighbors"
+    with pytest.raises(KeyError, match="has no member 'autoencoder': it has"):
+        n2s.pl.loss(adata, key="denoised", member="autoencoder")
+    assert n2s.pl.spectrum(adata).get_title().startswith("Spectrum, PCA of")
+
+
+def test_loss_of_a_pca_says_where_to_look(written):
+    with pytest.raises(KeyError, match="result 'denoised' has no curve: .* sc_noise2self.pl.spectrum"):
+        n2s.pl.loss(written, key="denoised")
+
+
+def test_loss_of_names_instead_of_numbers(adata):
+    n2s.calibrate(
+        adata, lambda counts, kind: counts.toarray() + (1.0 if kind == "plus" else 0.1), {"kind": ["plus", "bit"]}
+    )
+    ax = n2s.pl.loss(adata, key="calibrate")
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["plus", "bit"]
+
+
+def test_markers_show_log1p_of_molecules_per_ten_thousand(written):
+    raw, denoised = n2s.pl.markers(written, TRIPLE[:2])
+    size = written.X.sum(axis=1).A1
+    expected = np.log1p(written[:, "gene-0"].X.toarray().ravel() / size * 1e4)
+    np.testing.assert_allclose(raw.collections[0].get_offsets()[:, 0], expected, rtol=1e-5)
+    expected = n2s.get.denoised(written, "gene-1", scale="log1p_cp10k").to_numpy().ravel()
+    np.testing.assert_allclose(denoised.collections[0].get_offsets()[:, 1], expected, rtol=1e-5)
+    assert raw.get_xlim() == denoised.get_xlim()
+
+
+def test_markers_of_a_subset_of_genes_keep_their_scale(written):
+    """The molecules of a cell are those that were denoised, not those of the genes that are left."""
+    part = written[:, TRIPLE].copy()
+    for one, other in zip(n2s.pl.markers(written, TRIPLE), n2s.pl.markers(part, TRIPLE), strict=True):
+        np.testing.assert_allclose(one.collections[0].get_offsets(), other.collections[0].get_offsets(), rtol=1e-5)
+
+
+def test_markers_over_and_under_corrected(written):
+    """As the data would be with so many components, none of them shrunk."""
+    learned = written.uns["denoised"]["learned"]["pca log1p"]
+    n_kept = int((learned["weights"] > 0).sum())
+    axes = n2s.pl.markers(written, TRIPLE, panels=("over", 2, "under", n_kept, 3))
+    over, two, under, all_of_them, three = (ax.collections[0].get_offsets() for ax in axes)
+    np.testing.assert_array_equal(over, two)
+    np.testing.assert_array_equal(under, all_of_them)
+    assert axes[0].get_title() == "over-corrected: 2 components"
+    assert axes[4].get_title() == "3 components"
+    assert np.abs(under - three).max() > 0.5
+    group = (written.obs["group"] == "alpha").to_numpy()[np.argsort(axes[2].collections[0].get_array())]
+    assert group.any()
+    with pytest.raises(ValueError, match=f"panels has 99: {n_kept} components have a weight above 0"):
+        n2s.pl.markers(written, TRIPLE, panels=(99,))
+    with pytest.raises(
+        ValueError, match="panels has 'over': other numbers of components need a result of method='pca'"
+    ):
+        n2s.pl.markers(written, TRIPLE, key="walk", panels=("over",))
+    with pytest.raises(ValueError, match="panels has 'best': pass raw, under, denoised, over, or a number"):
+        n2s.pl.markers(written, TRIPLE, panels=("best",))
+
+
+def test_markers_take_the_colours_of_groups_from_uns(written):
+    _, denoised = n2s.pl.markers(written, TRIPLE[:2], color="group")
+    assert labels(denoised) == ["alpha", "beta", "gamma"]
+    for points, color in zip(denoised.collections, written.uns["group_colors"], strict=True):
+        assert mpl.colors.to_hex(points.get_facecolor()[0]) == color.lower()
+    del written.uns["group_colors"]
+    written.obs["text"] = written.obs["group"].astype(str)
+    _, denoised = n2s.pl.markers(written, TRIPLE[:2], color="text")
+    assert labels(denoised) == ["alpha", "beta", "gamma"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda a: n2s.pl.markers(a, ["gene-0"]), r"genes has 1 name\(s\): pass two, x and y, or three"),
+        (lambda a: n2s.pl.markers(a, TRIPLE, color="group"), "color was given with three genes"),
+        (lambda a: n2s.pl.markers(a, TRIPLE, panels=()), "panels is empty: pass some of raw"),
+        (lambda a: n2s.pl.markers(a, TRIPLE, ax=plt.figure().subplots(1, 3)), "ax holds 3 Axes: pass 2"),
+        (lambda a: n2s.pl.markers(a, TRIPLE[:2], color="denoised_size"), "holds numbers: color takes a categorical"),
+        (lambda a: n2s.pl.embedding(a, []), "genes is empty"),
+        (lambda a: n2s.pl.embedding(a, TRIPLE, scale="log"), "scale is 'log': pass one of counts"),
+    ],
+)
+def test_what_does_not_fit_is_refused(written, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(written)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda a: n2s.pl.markers(a, TRIPLE[:2], color="louvain"), "there is no column 'louvain' in adata.obs"),
+        (lambda a: n2s.pl.markers(a, ["gene-0", "Mpo"]), r"gene\(s\) not in adata: 'Mpo'"),
+        (lambda a: n2s.pl.embedding(a, "gene-0", "tsne"), "there is no embedding 'tsne': .* Run sc.tl.tsne first"),
+        (lambda a: n2s.pl.gain_per_gene(a, key="x"), "there is no result 'x': run sc_noise2self.denoise"),
+        (lambda a: n2s.pl.gain_per_gene(a, key="select_rank"), "there is no result 'select_rank'"),
+        (lambda a: n2s.pl.spectrum(a, key="walk"), "result 'walk' has no PCA: its members are diffusion"),
+        (lambda a: n2s.pl.spectrum(a, member="pca sqrt"), "result 'denoised' has no pca sqrt"),
+        (lambda a: n2s.pl.caption(a, plt.figure(), key="x"), "there is no result 'x'"),
+    ],
+)
+def test_what_is_missing_is_named(written, call, message):
+    with pytest.raises(KeyError, match=message):
+        call(written)
+
+
+def test_markers_need_the_counts_for_raw(written):
+    written.layers["counts"] = written.X.copy()
+    n2s.denoise(written, layer="counts", write_layer=False)
+    del written.layers["counts"]
+    with pytest.raises(KeyError, match="layer 'counts', which was denoised to 'denoised', is gone"):
+        n2s.pl.markers(written, TRIPLE)
+    assert len(n2s.pl.markers(written, TRIPLE, panels=("denoised",))) == 1
+
+
+@pytest.mark.parametrize("scale", ["counts", "rates", "log1p_cp10k", "expected_log1p_cp10k"])
+def test_embedding_shares_a_colour_scale(written, scale):
+    raw, denoised = n2s.pl.embedding(written, "gene-2", scale=scale)[0]
+    assert raw.collections[0].get_clim() == denoised.collections[0].get_clim()
+    shown = np.sort(denoised.collections[0].get_array())
+    expected = np.sort(n2s.get.denoised(written, "gene-2", scale=scale).to_numpy().ravel())
+    np.testing.assert_allclose(shown, expected, rtol=1e-5)
+
+
+def test_gain_per_gene_counts_what_it_shows(written):
+    ax = n2s.pl.gain_per_gene(written)
+    gain, error = written.var["denoised_gain"], written.var["denoised_gain_error"]
+    assert f"predicted better ({(gain > 2 * error).sum()})" in labels(ax)
+    assert sum(len(points.get_offsets()) for points in ax.collections) == 60
+    molecules = written.X.sum(axis=0).A1
+    shown = np.concatenate([points.get_offsets()[:, 0] for points in ax.collections])
+    np.testing.assert_allclose(np.sort(shown), np.sort(molecules), rtol=1e-4)
+
+
+def test_spectrum_has_the_noise_edge_where_components_stop_to_gain(written):
+    ax, learned = n2s.pl.spectrum(written), written.uns["denoised"]["learned"]["pca log1p"]
+    np.testing.assert_array_equal(ax.collections[0].get_offsets()[:, 1], learned["singular_values"])
+    # Three groups vary in two directions.
+    assert (learned["singular_values"] > 1.05 * learned["noise_edge"]).sum() == 2
+    null = n2s.null_counts(written)
+    with pytest.warns(UserWarning, match="no candidate"):
+        n2s.denoise(null, key_added="null")
+    with pytest.raises(KeyError, match="result 'null' has no PCA: its members are mean"):
+        n2s.pl.spectrum(null, key="null")
+
+
+def test_the_noise_edge_is_the_largest_singular_value_of_noise(simulated):
+    from sc_noise2self.denoisers.pca import PCADenoiser
+    from sc_noise2self.split import split_matrix
+
+    rng = np.random.default_rng(0)
+    first, second = split_matrix(n2s.null_counts(simulated), random_state=rng)
+    fitted = PCADenoiser("log1p", n_components=20, random_state=rng).fit(first)
+    assert fitted.noise_edge(first, second, rng) == pytest.approx(fitted.singular_values_[0], rel=0.05)
+
+
+def test_axes_given_are_used_and_returned(written):
+    for draw in (n2s.pl.loss, n2s.pl.gain_per_gene, n2s.pl.spectrum):
+        own = plt.figure().subplots()
+        assert draw(written, ax=own) is own
+    own = plt.figure().subplots(1, 2)
+    assert list(n2s.pl.markers(written, TRIPLE, ax=own)) == list(own)
+    assert list(n2s.pl.embedding(written, "gene-0", ax=own)[0]) == list(own)
+    single = plt.figure().subplots()
+    assert list(n2s.pl.markers(written, TRIPLE, panels=["denoised"], ax=single)) == [single]
+
+
+def test_nothing_is_changed_by_looking(written):
+    def contents():
+        return {slot: set(getattr(written, slot)) for slot in ("obs", "var", "obsm", "varm", "uns", "layers")}
+
+    before, x = contents(), written.X.copy()
+    for draw in PICTURES.values():
+        draw(written)
+    assert contents() == before
+    assert (x != written.X).nnz == 0
+
+
+def test_show(written, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(1))
+    n2s.pl.spectrum(written)
+    n2s.pl.spectrum(written, show=False)
+    assert not shown
+    n2s.pl.spectrum(written, show=True)
+    n2s.pl.markers(written, TRIPLE, show=True)
+    assert len(shown) == 2
+    monkeypatch.setattr(plt, "isinteractive", lambda: True)
+    n2s.pl.loss(written)
+    assert len(shown) == 3
+    n2s.pl.loss(written, ax=plt.gca())
+    assert len(shown) == 3
+
+
+class TestCaption:
+    """The report under a figure, ours or scanpy's."""
+
+    def test_figure_grows_and_its_axes_keep_their_size(self, written):
+        ax = n2s.pl.spectrum(written)
+        figure, (width, height) = ax.figure, ax.figure.get_size_inches()
+        figure.canvas.draw()
+        before = ax.get_window_extent().height
+        assert n2s.pl.caption(written, ax) is figure
+        figure.canvas.draw()
+        assert figure.get_size_inches()[0] == width
+        assert figure.get_size_inches()[1] > height + 0.5
+        assert ax.get_window_extent().height == pytest.approx(before, rel=0.03)
+        text = figure.texts[-1]
+        assert text.get_text().replace("\n", " ") == n2s.report(written)
+        box, page = text.get_window_extent(), figure.bbox
+        assert box.x0 > 0
+        assert box.x1 < page.x1
+        assert box.y0 > 0
+        assert box.y1 < min(each.get_tightbbox().y0 for each in figure.axes)
+
+    def test_plots_of_scanpy(self, written):
+        for shown in (
+            sc.pl.dotplot(written, TRIPLE, "group", show=False),
+            sc.pl.umap(written, color="group", show=False),
+            sc.pl.violin(written, TRIPLE, "group", show=False),
+        ):
+            figure = n2s.pl.caption(written, shown, text="words of my own")
+            figure.canvas.draw()
+            assert figure.texts[-1].get_text() == "words of my own"
+            box = figure.texts[-1].get_window_extent()
+            assert box.y1 < min(each.get_tightbbox().y0 for each in figure.axes if each.get_visible())
+
+    def test_something_else_is_refused(self, written):
+        with pytest.raises(TypeError, match="figure is of type str: pass a figure, or the Axes"):
+            n2s.pl.caption(written, "fig.png")
