@@ -1,8 +1,12 @@
-"""Counts that need no download."""
+"""Counts to try things on: one set that needs no download, and the myeloid progenitors of the Noise2Self paper."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import scanpy as sc
 import scipy.sparse as sp
 from anndata import AnnData
@@ -39,6 +43,74 @@ def pbmc68k_reduced() -> AnnData:
         obsm={"X_umap": source.obsm["X_umap"]},
         uns={key: source.uns[key] for key in ("bulk_labels_colors", "louvain_colors")},
     )
+
+
+_PAUL15 = "https://exampledata.scverse.org/scanpy/paul15.h5"  # the file of scanpy.datasets.paul15, 10 MB
+_PAUL15_SHA256 = "6161984f758dd464992edc23f1a8ab89b2081600130c6aa93a1ab12b3ada5bfb"
+_PAUL15_TYPES = ["Ery"] * 6 + [
+    "MEP",
+    "Mk",
+    "GMP",
+    "GMP",
+    "DC",
+    "Baso",
+    "Baso",
+    "Mo",
+    "Mo",
+    "Neu",
+    "Neu",
+    "Eos",
+    "Lymph",
+]
+
+
+def paul15() -> AnnData:
+    """Return 2730 mouse myeloid progenitors x 8716 genes with raw counts (Paul et al. 2015, Cell 163:1663; GSE72857).
+
+    `sc.datasets.paul15` gives the debatched values of the same file, which are not counts, for a part of the genes.
+
+    Returns
+    -------
+    CSR float32 counts in `X`; `paul15_clusters` in `obs`, as scanpy names them. Read from `paul15_myeloid.h5ad` in the
+    folder that the environment variable `SC_NOISE2SELF_DATA` names, if it is set; else downloaded once to
+    `sc.settings.datasetdir`, and its SHA-256 checked.
+
+    Raises
+    ------
+    ImportError
+        Without pooch, if it has to be downloaded: `pip install pooch`.
+    ValueError, OSError
+        If the file downloaded is another one, or there is no connection.
+    """
+    if folder := os.environ.get("SC_NOISE2SELF_DATA"):
+        found = sc.read_h5ad(Path(folder) / "paul15_myeloid.h5ad")
+        x, cells, genes, clusters = found.X, found.obs_names, found.var_names, found.obs["cluster_id"].to_numpy()
+    else:
+        x, cells, genes, clusters = _read_paul15(_fetch(_PAUL15, _PAUL15_SHA256, "paul15/paul15.h5"))
+    names = [f"{i}{name}" for i, name in enumerate(_PAUL15_TYPES, 1)]
+    labels = pd.Categorical.from_codes(clusters - 1, names)
+    obs = pd.DataFrame({"paul15_clusters": labels}, index=pd.Index(list(cells)))
+    return AnnData(sp.csr_matrix(x, dtype=np.float32), obs=obs, var=pd.DataFrame(index=pd.Index(list(genes))))
+
+
+def _read_paul15(path: Path) -> tuple[np.ndarray, list[str], list[str], np.ndarray]:
+    """Return counts (cells, genes), names of cells and genes (the first where a gene has several), and clusters."""
+    import h5py
+
+    with h5py.File(path) as file:
+        genes = [name.decode().split(";")[0] for name in file["data_rownames"]]
+        cells = [name.decode() for name in file["data_colnames"]]
+        return file["data"][()].T, cells, genes, file["cluster.id"][()].ravel().astype(int)
+
+
+def _fetch(url: str, sha256: str, name: str) -> Path:
+    """Return the path of a file in scanpy's folder of data sets, downloaded if it is not there yet."""
+    try:
+        import pooch
+    except ImportError as error:
+        raise ImportError("a download needs pooch: pip install pooch.") from error
+    path = Path(sc.settings.datasetdir) / name
+    return Path(pooch.retrieve(url, f"sha256:{sha256}", fname=path.name, path=path.parent))
 
 
 def _whole_numbers(logged: np.ndarray) -> np.ndarray:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import anndata as ad
-import numpy as np
 import pytest
 from helpers import layer_names
 
@@ -168,16 +167,3 @@ def test_version_is_recorded(adata):
 
     n2s.denoise(adata)
     assert adata.uns["denoised"]["version"] == importlib.metadata.version("sc-noise2self")
-
-
-def test_bundled_counts(pbmc, real_data):
-    reference = real_data("tiny_pbmc68k_reduced_700")
-    assert list(pbmc.obs_names) == list(reference.obs_names)
-    assert list(pbmc.var_names) == list(reference.var_names)
-    assert (pbmc.X != reference.X).nnz == 0
-
-
-def test_bundled_counts_are_counts(pbmc):
-    assert pbmc.shape == (700, 765)
-    assert (pbmc.X.data == np.rint(pbmc.X.data)).all()
-    assert pbmc.X.data.min() == 1
