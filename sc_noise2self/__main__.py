@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,7 @@ def _denoise(args: argparse.Namespace) -> None:
     import scanpy as sc
 
     from .denoising import denoise
+    from .reporting import report
 
     if not args.quiet:
         sc.settings.verbosity = "info"
@@ -82,6 +84,7 @@ def _denoise(args: argparse.Namespace) -> None:
         partial.unlink(missing_ok=True)
     if not args.quiet:
         print(f"{args.target}: {adata.n_obs} cells x {adata.n_vars} genes, result {args.key_added!r}")
+        print(textwrap.fill(report(adata, key=args.key_added), 100))
 
 
 def _print_warning(message: Warning | str, *_: object, **__: object) -> None:

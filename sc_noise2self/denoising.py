@@ -25,7 +25,7 @@ from .denoisers.neighbor_member import GRIDS, Kind, NeighborsMember
 from .denoisers.profiles import MixedProfiles
 from .random import RandomState, as_generator
 from .scale import Scale, check_scale, sample_depth, to_scale
-from .selection import Choice, Selection, combine, select
+from .selection import Selection, combine, select
 from .transform import TransformName
 from .written import check_key, compared, summary, write
 
@@ -142,8 +142,8 @@ def denoise(
     None, or the copy. Written, with `key_added="denoised"`:
 
     `.layers["denoised"]`
-        Expected counts at each cell's own depth: float32, dense, non-negative; every gene keeps its total (not with
-        `mix`). Empty cells and unexpressed genes stay 0.
+        Expected counts at each cell's own depth: float32, dense, non-negative; every gene keeps its total, to .3 % on
+        average or better (not with `mix`). Empty cells and unexpressed genes stay 0.
     `.obsm["denoised"]`, `.varm["denoised"]`, `.obsm["denoised_scale"]`, `.varm["denoised_scale"]`,
     `.obs["denoised_size"]`
         The factors: scores (cells, k), loadings (genes, k), the scales of cells (two columns a member) and of genes
@@ -158,11 +158,11 @@ def denoise(
         `method`, `version`, `params`, `scale`; the `members` chosen with their settings, weights and ranks
         (components that are more signal than noise, the width, or the components that neighbours are found in);
         under `learned`, by member, what each component is worth, its singular value on a half and the largest that
-        noise alone has there, or the gain of each width with its error and the
-        learning curve, or the gain of every number of components, neighbours and steps that was tried; every
-        candidate's `gain` with the standard error of its difference to the best; `gain`, `gain_error` (nats per
-        held-out molecule above the mean profile), `gain_molecules` and `gain_cells` that it was measured on; with
-        `mix=True` also `unmixed_gain`; and the `warnings`. `sc_noise2self.report` says the same in a paragraph.
+        noise alone has there, or the gain of each width with its error and the learning curve, or the gain of every
+        number of components, neighbours and steps that was tried; every candidate's `gain` with the standard error of
+        its difference to the best; `gain`, `gain_error` (nats per held-out molecule above the mean profile),
+        `gain_molecules` and `gain_cells` that it was measured on; with `mix=True` also `unmixed_gain`; and the
+        `warnings`. `sc_noise2self.report` says the same in a paragraph.
 
     Raises
     ------
@@ -315,7 +315,7 @@ def denoise(
         target.var[f"{key_added}_mixed"] = mixed
     target.uns[key_added] = record
     logg.info(
-        f"    {'; '.join(_describe_choice(choice) for choice in selection.choices)}: {_gain(selection)}",
+        f"    {_described(selection, record['members']['rank'])}: {_gain(selection)}",
         time=start,
         deep=f"added\n    {key_added!r}, the denoised counts (adata.layers) and their factors (adata.obsm, .varm)\n"
         f"    {key_added!r}, what was compared and chosen (adata.uns)",
@@ -348,10 +348,13 @@ def _check_widths(width: int | Sequence[int], n_genes: int) -> tuple[int, ...]:
     return tuple(int(each) for each in widths)
 
 
-def _describe_choice(choice: Choice) -> str:
-    weight = "" if choice.weight == 1 else f"{choice.weight:.2f} x "
-    rank = f" (rank {choice.member.record(choice.setting)['rank']})" if isinstance(choice.member, PCAMember) else ""
-    return f"{weight}{choice.label}{rank}"
+def _described(selection: Selection, ranks: Sequence[int]) -> str:
+    return "; ".join(
+        ("" if choice.weight == 1 else f"{choice.weight:.2f} x ")
+        + choice.label
+        + (f" (rank {rank})" if isinstance(choice.member, PCAMember) else "")
+        for choice, rank in zip(selection.choices, ranks, strict=True)
+    )
 
 
 def _gain(selection: Selection) -> str:

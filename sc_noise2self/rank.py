@@ -1,6 +1,6 @@
 """How many principal components: every rank's self-supervised loss from one factorisation per split.
 
-Molecules are split into X1 and X2; principal components are learned from X1 and must predict X2. Three protocols differ
+Molecules are split into X1 and X2; principal components are learned from X1 and must predict X2. Four protocols differ
 in what predicts:
 
 * ``"loo"``: X2 is regressed on X1's left singular vectors U, and each cell is predicted by the regression of all other

@@ -22,7 +22,6 @@ from .loss import Gain, GeneGains, held_out_gain, held_out_probabilities
 from .split import split_matrix
 
 _SCORED = 20_000_000  # dense entries scored per candidate: as many cells, drawn at random, as have so many
-_SCORED_BY_GENE = 40_000_000  # and for the gain of each gene
 _DISPERSION = 100_000_000  # and for the dispersions, where rare genes need cells
 _LEAST_WEIGHT = 0.01  # members of a smaller weight are left out of the mean
 
@@ -119,9 +118,9 @@ def select(
         counts = counts[cells]
     n_cells, n_genes = counts.shape
     folds = rng.permutation(n_cells) % 2
-    scored, dispersed, scored_by_gene = (
+    scored, dispersed = (
         np.sort(rng.choice(n_cells, min(n_cells, max(2, entries // n_genes)), replace=False))
-        for entries in (_SCORED, _DISPERSION, _SCORED_BY_GENE)
+        for entries in (_SCORED, _DISPERSION)
     )
     halves: list[Half] = []
     for _ in range(n_splits):
@@ -157,7 +156,7 @@ def select(
     if mix:
         phi = predict.learn_dispersions(dispersed)
         gain = predict.gain(scores)
-    return Selection(scores.gains, choices, gain, unmixed, phi, beats_mean, predict.gene_gains(scored_by_gene))
+    return Selection(scores.gains, choices, gain, unmixed, phi, beats_mean, predict.gene_gains(scored))
 
 
 def mixture_weights(probabilities: np.ndarray, molecules: np.ndarray, n_iter: int = 200) -> np.ndarray:

@@ -160,6 +160,7 @@ def test_module_runs_as_a_program_and_reports_the_gain(source, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "nats per held-out molecule" in done.stderr
     assert "300 cells x 120 genes, result 'denoised'" in done.stdout
+    assert "circular" in done.stdout
 
 
 def test_version_is_recorded(adata):

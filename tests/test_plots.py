@@ -151,14 +151,6 @@ def test_loss_of_a_pca_says_where_to_look(written):
         n2s.pl.loss(written, key="denoised")
 
 
-def test_loss_of_names_instead_of_numbers(adata):
-    n2s.calibrate(
-        adata, lambda counts, kind: counts.toarray() + (1.0 if kind == "plus" else 0.1), {"kind": ["plus", "bit"]}
-    )
-    ax = n2s.pl.loss(adata, key="calibrate")
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["plus", "bit"]
-
-
 def test_markers_show_log1p_of_molecules_per_ten_thousand(written):
     raw, denoised = n2s.pl.markers(written, TRIPLE[:2])
     size = written.X.sum(axis=1).A1

@@ -159,22 +159,19 @@ class PCAMember:
     def record(self, setting: str) -> dict[str, object]:
         """See `Member`."""
         worth = self._worth()
+        fitted, half, _ = self._fits[0]
         return {
             "rank": int((shrinkage(worth, 0.5) > 0.5).sum()),
             "worth": worth,
             "weights": self.full_depth_weights(setting),
-            "singular_values": np.mean([fitted.singular_values_ for fitted, _, _ in self._fits], axis=0),
-            "noise_edge": float(np.mean([self._noise_edge(fitted, half) for fitted, half, _ in self._fits])),
+            "singular_values": fitted.singular_values_,
+            # A seed of its own: what is only reported must not move the draws that the result depends on.
+            "noise_edge": fitted.noise_edge(half.seen, half.held_out, np.random.default_rng(0)),
         }
 
     def full_depth_weights(self, setting: str) -> np.ndarray:
         """Return the weight of each component in a fit to all molecules, shape (k,)."""
         return component_weights(self._worth(), setting, noise=0.5)
-
-    @staticmethod
-    def _noise_edge(fitted: PCADenoiser, half: Half) -> float:
-        # A seed of its own: what is only reported must not move the draws that the result depends on.
-        return fitted.noise_edge(half.seen, half.held_out, np.random.default_rng(0))
 
     def _worth(self) -> np.ndarray:
         return np.mean([worth.mean(axis=0) for _, _, worth in self._fits], axis=0)

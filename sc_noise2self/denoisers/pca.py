@@ -113,9 +113,9 @@ class PCADenoiser:
     def worth(self, counts: sp.csr_matrix, held_out: sp.csr_matrix, folds: np.ndarray) -> np.ndarray:
         """Return the weight on each component that predicts held-out molecules best, shape (folds, k).
 
-        The least-squares weight c_j = <score_j v_j', X2> / |score_j|^2, which is signal / (signal + noise) of the
-        component at the depth of `counts`; by the self-supervised loss (Noise2Self, Proposition 1) it is the weight
-        that is best against the truth.
+        The least-squares weight c_j = <score_j v_j', X2> / <score_j, score_j>, which is signal / (signal + noise) of
+        the component at the depth of `counts`; by the self-supervised loss (Noise2Self, Proposition 1) it is the
+        weight that is best against the truth.
 
         Parameters
         ----------

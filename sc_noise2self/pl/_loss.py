@@ -70,7 +70,7 @@ def loss(
         _draw(own, run, "" if len(runs) == 1 else name, COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)])
     own.axhline(0, color="0.4", linewidth=1, linestyle=(0, (1, 1.5)), label=_limit_y(own, runs))
     own.set(xlabel=first.x, ylabel=first.unit, title="Self-supervised loss")
-    own.legend(frameon=False, fontsize="small")
+    own.legend(fontsize="small", framealpha=0.8, edgecolor="none")
     finish(ax, show)
     return own
 
@@ -219,10 +219,10 @@ def _draw(ax: Axes, run: _Run, name: str, color: str, marker: str) -> None:
 
 
 def _widened(ax: Axes, values: pd.Series, low: float, high: float) -> tuple[float, float]:
-    """Return ends of a span that reaches 0.4 of the way to the next values."""
+    """Return ends of a span that reaches 0.3 of the way to the next values."""
     there, back = (np.log2, np.exp2) if ax.get_xscale() == "log" else (np.asarray, float)
     positions = there(np.unique(values))
-    step = 0.4 * float(np.diff(positions).min()) if len(positions) > 1 else 0.4
+    step = 0.3 * (float(np.diff(positions).min()) if len(positions) > 1 else 1)
     return float(back(there(low) - step)), float(back(there(high) + step))
 
 

@@ -1,0 +1,49 @@
+"""Run notebooks from top to bottom.
+
+python notebooks/run.py                           every notebook, its new outputs kept in it
+python notebooks/run.py quickstart --into results in that folder, which gets the page and what the notebook saves
+"""
+
+import argparse
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+HERE = Path(__file__).resolve().parent
+SECONDS = 1200  # a cell may take
+
+
+def run(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
+    """Run a notebook in a folder and return it, without what differs from run to run and no reader needs."""
+    resources = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources=resources).execute()
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if "outputs" in cell:  # progress bars go to stderr
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    return notebook
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="notebooks (default: all)")
+    parser.add_argument("--into", type=Path, help="folder to run in and to write an HTML page to")
+    args = parser.parse_args()
+    for name in args.names or sorted(path.stem for path in HERE.glob("*.ipynb")):
+        path = HERE / f"{name}.ipynb"
+        notebook = nbformat.read(path, as_version=4)
+        if args.into is None:
+            nbformat.write(run(notebook, HERE), path)
+            continue
+        from nbconvert import HTMLExporter
+
+        args.into.mkdir(parents=True, exist_ok=True)
+        page, _ = HTMLExporter().from_notebook_node(run(notebook, args.into))
+        (args.into / f"{name}.html").write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
