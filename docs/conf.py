@@ -1,0 +1,96 @@
+"""Configuration of Sphinx: ``sphinx-build -W --keep-going -b html docs docs/_build/html``. It needs no network."""
+
+import json
+import re
+import shutil
+from importlib.metadata import version as version_of
+from pathlib import Path
+
+HERE = Path(__file__).parent
+NOTEBOOKS = HERE.parent / "notebooks"
+FIRST = ["quickstart", "choosing_rank", "markers_after_denoising", "autoencoder", "calibrate_your_own"]
+LAST = ["noise2self_paper"]  # any other notebook stands between the two
+
+project = "sc_noise2self"
+author = "the sc_noise2self developers"
+copyright = f"2026, {author}"
+version = release = version_of("sc-noise2self")
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+templates_path = ["_templates"]
+exclude_patterns = ["_build"]
+# A notebook may skip a level of headings, and keep a progress bar in its output.
+suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
+
+myst_enable_extensions = ["amsmath", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # notebooks are committed with their outputs
+nb_merge_streams = True
+
+default_role = "code"  # docstrings put code in single backticks
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 100
+napoleon_google_docstring = False
+napoleon_custom_sections = ["Returns", "Raises", "Warns"]  # prose and definition lists, no lists of types
+
+html_theme = "sphinx_book_theme"
+html_title = f"sc_noise2self {version}"
+html_show_sourcelink = False
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
+
+
+def setup(app):
+    """Connect the two functions below."""
+    app.connect("config-inited", copy_notebooks)
+    app.connect("autodoc-process-docstring", as_restructured_text, priority=400)  # napoleon is at 500
+
+
+def copy_notebooks(*_):
+    """Copy the notebooks to docs/notebooks, where Sphinx finds them, and list them there in order."""
+    folder = HERE / "notebooks"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    found = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+    middle = [name for name in found if name not in FIRST + LAST]
+    names = [name for name in FIRST + middle + LAST if name in found]
+    for name in names:
+        notebook = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"))
+        notebook["metadata"].setdefault("language_info", {"name": "python", "pygments_lexer": "ipython3"})
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "markdown":
+                cell["source"] = re.sub(r"(?<!!)\[([^]]*)\]\(([^)\s]+)\)", _link, "".join(cell["source"]))
+        (folder / f"{name}.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+    toctree = "\n".join(["# Notebooks", "", "```{toctree}", ":maxdepth: 1", *names, "```", ""])
+    (folder / "index.md").write_text(toctree, encoding="utf-8")
+
+
+def _link(match):
+    """Return a link of a notebook as it is from docs/notebooks; of one to a file that is no page, the text alone."""
+    text, target = match.groups()
+    if re.match(r"\w+:|#", target):
+        return match[0]
+    if target.startswith("../docs/"):
+        return f"[{text}](../{target.removeprefix('../docs/')})"
+    return match[0] if (NOTEBOOKS / target).suffix == ".ipynb" and (NOTEBOOKS / target).is_file() else text
+
+
+def as_restructured_text(app, what, name, obj, options, lines):
+    """Link the package's names that are in backticks, take |x| for a norm, and put a term to define on one line."""
+    text = re.sub(r"^(`.*,)\n(?=`.*\n +\S)", r"\1 ", "\n".join(lines), flags=re.MULTILINE)
+    lines[:] = text.split("\n")
+    for i, line in enumerate(lines):
+        if line.lstrip().startswith(">>>"):
+            continue
+        line = re.sub(r"(?<![`:])`(sc_noise2self\.[\w.]+)`(?!`)", r":py:obj:`\1`", line)
+        # Every other piece is between backticks.
+        pieces = re.split(r"(`+[^`]+`+)", line)
+        lines[i] = "".join(piece if piece.startswith("`") else piece.replace("|", r"\|") for piece in pieces)
