@@ -116,14 +116,23 @@ def observed(adata: AnnData, key: str, columns: Index) -> np.ndarray:
     return counts.toarray() if sp.issparse(counts) else np.asarray(counts)
 
 
+def gains_of_genes(adata: AnnData, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the gain of each gene and its error, shape (genes,) each."""
+    record(adata, key)
+    columns = [f"{key}_gain", f"{key}_gain_error"]
+    if not set(columns) <= set(adata.var):
+        raise KeyError(f"the gains of genes of {key!r} are gone from adata.var: run denoise again.")
+    gain, error = adata.var[columns].to_numpy().T
+    return gain, error
+
+
 def clear_gains(adata: AnnData, key: str) -> dict[str, np.ndarray]:
     """Return which genes gained and which lost by more than two standard errors, boolean of shape (genes,).
 
     `"gained"`, `"lost"`, and `"unclear"`: no difference to the mean profile was seen, or too few molecules to see one.
     Genes without molecules are in none.
     """
-    record(adata, key)
-    gain, error = (adata.var[f"{key}_{name}"].to_numpy() for name in ("gain", "gain_error"))
+    gain, error = gains_of_genes(adata, key)
     gained, lost = gain > 2 * error, gain < -2 * error
     return {"gained": gained, "unclear": ~(gained | lost) & ~np.isnan(gain), "lost": lost}
 

@@ -104,6 +104,11 @@ def test_a_picture_without_its_title_is_another(written, tmp_path):
         same_picture(ax.figure, "spectrum", tmp_path)
 
 
+def _without_gains(adata):
+    del adata.var["denoised_gain"]
+    return adata
+
+
 def labels(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
@@ -196,6 +201,12 @@ def test_markers_take_the_colours_of_groups_from_uns(written):
     assert labels(denoised) == ["alpha", "beta", "gamma"]
     for points, color in zip(denoised.collections, written.uns["group_colors"], strict=True):
         assert mpl.colors.to_hex(points.get_facecolor()[0]) == color.lower()
+    part = written.copy()
+    part.obs.loc[part.obs["group"] == "alpha", "group"] = np.nan
+    _, denoised = n2s.pl.markers(part, TRIPLE[:2], color="group")
+    assert labels(denoised) == ["no value", "beta", "gamma"]
+    assert len(denoised.collections[0].get_offsets()) == 150
+    assert mpl.colors.to_hex(denoised.collections[1].get_facecolor()[0]) == "#e69f00"
     del written.uns["group_colors"]
     written.obs["text"] = written.obs["group"].astype(str)
     _, denoised = n2s.pl.markers(written, TRIPLE[:2], color="text")
@@ -225,6 +236,7 @@ def test_what_does_not_fit_is_refused(written, call, message):
         (lambda a: n2s.pl.markers(a, TRIPLE[:2], color="louvain"), "there is no column 'louvain' in adata.obs"),
         (lambda a: n2s.pl.markers(a, ["gene-0", "Mpo"]), r"gene\(s\) not in adata: 'Mpo'"),
         (lambda a: n2s.pl.embedding(a, "gene-0", "tsne"), "there is no embedding 'tsne': .* Run sc.tl.tsne first"),
+        (lambda a: n2s.pl.gain_per_gene(_without_gains(a)), "gains of genes of 'denoised' are gone from adata.var"),
         (lambda a: n2s.pl.gain_per_gene(a, key="x"), "there is no result 'x': run sc_noise2self.denoise"),
         (lambda a: n2s.pl.gain_per_gene(a, key="select_rank"), "there is no result 'select_rank'"),
         (lambda a: n2s.pl.spectrum(a, key="walk"), "result 'walk' has no PCA: its members are diffusion"),

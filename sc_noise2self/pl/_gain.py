@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import Bbox
 
-from ..results import clear_gains, positions, record
+from ..results import clear_gains, gains_of_genes, positions
 from ._style import BLUE, GREY, RED, finish, new_axes
 
 
@@ -47,8 +47,7 @@ def gain_per_gene(
     KeyError
         If there is no such result or gene.
     """
-    record(adata, key)
-    gain, error = (adata.var[f"{key}_{name}"].to_numpy() for name in ("gain", "gain_error"))
+    gain, error = gains_of_genes(adata, key)
     share = np.asarray(adata.varm[f"{key}_scale"])[:, -1]
     molecules = share * float(adata.obs[f"{key}_size"].sum())
     own = new_axes(ax, 6.0, 4.0)

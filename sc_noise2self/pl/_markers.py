@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
@@ -14,7 +15,7 @@ from matplotlib.axes import Axes
 from ..denoisers.profiles import LowRankProfiles
 from ..results import observed, positions, profiles, record, sizes, values_of
 from ..scale import Scale, check_scale, to_scale
-from ._style import CMAP, categories, finish, palette
+from ._style import BLUE, CMAP, finish, groups_and_colors
 
 Panel = Literal["raw", "under", "denoised", "over"]
 _PANELS: tuple[Panel, ...] = ("raw", "under", "denoised", "over")
@@ -72,7 +73,7 @@ def markers(
         raise ValueError(f"panels is empty: pass some of {', '.join(_PANELS)}.")
     columns = positions(adata.var_names, genes, "gene")
     shown = [_panel(adata, key, columns, panel) for panel in panels]
-    groups = None if color is None else categories(adata, color)
+    groups, colors = (None, {}) if color is None else groups_and_colors(adata, color)
     axes = _axes(ax, len(panels), 3.5 if groups is None and len(genes) == 2 else 3.9)
     points = None
     top = max(float(np.quantile(values[:, -1], 0.99)) for values, _ in shown)
@@ -83,12 +84,13 @@ def markers(
             x, y, z = values[order].T
             points = own.scatter(x, y, c=z, cmap=CMAP, vmin=0, vmax=top or 1, alpha=0.8, **style)
         elif groups is None:
-            own.scatter(*values.T, color="#0072B2", alpha=0.35, **style)
+            own.scatter(*values.T, color=BLUE, alpha=0.35, **style)
         else:
-            colors = palette(adata, str(color)) if groups.dtype == adata.obs[color].dtype else {}
-            for name in groups.cat.categories:
+            if groups.isna().any():
+                own.scatter(*values[groups.isna().to_numpy()].T, color="lightgray", label="no value", **style)
+            for name, of_name in colors.items():
                 of_group = (groups == name).to_numpy()
-                own.scatter(*values[of_group].T, color=colors.get(name), alpha=0.55, label=str(name), **style)
+                own.scatter(*values[of_group].T, color=of_name, alpha=0.55, label=str(name), **style)
         own.set(title=title, xlabel=f"{genes[0]}, {_LOG}")
     axes[0].set_ylabel(f"{genes[1]}, {_LOG}")
     if points is not None:
@@ -101,7 +103,7 @@ def markers(
             loc="center left",
             bbox_to_anchor=(1, 0.5),
             title=color,
-            ncols=1 + len(groups.cat.categories) // 16,
+            ncols=1 + len(colors) // 16,
         )
     finish(None if ax is None else axes[0], show)
     return axes
@@ -199,7 +201,7 @@ def _panel(adata: AnnData, key: str, columns: np.ndarray, panel: Panel | int) ->
         return _raw(adata, key, columns, "log1p_cp10k"), "raw counts"
     if panel == "denoised":
         return values_of(adata, key, slice(None), columns, "log1p_cp10k"), "denoised"
-    if panel not in _PANELS and (isinstance(panel, bool) or not isinstance(panel, int) or panel < 1):
+    if panel not in _PANELS and (isinstance(panel, bool) or not isinstance(panel, Integral) or panel < 1):
         raise ValueError(f"panels has {panel!r}: pass {', '.join(_PANELS)}, or a number of components.")
     written, found = record(adata, key), profiles(adata, key)
     name = str(written["members"]["name"][0])

@@ -7,7 +7,6 @@ import pandas as pd
 import scanpy as sc
 from anndata import AnnData
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
 
 # Okabe & Ito (2008), dark and light in turn.
 COLORS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#CC79A7", "#009E73")
@@ -27,19 +26,10 @@ def finish(ax: Axes | None, show: bool | None) -> None:
         plt.show()
 
 
-def palette(adata: AnnData, column: str) -> dict[str, str]:
-    """Return the colour of each category of a column of `obs`: from `.uns`, as scanpy keeps them, or scanpy's own."""
-    names = adata.obs[column].cat.categories
-    stored = adata.uns.get(f"{column}_colors", ())
-    if len(stored) >= len(names):
-        return dict(zip(names, map(to_hex, stored), strict=False))
-    palettes = (sc.pl.palettes.default_20, sc.pl.palettes.default_28, sc.pl.palettes.default_102)
-    colors = next((colors for colors in palettes if len(colors) >= len(names)), palettes[-1])
-    return {name: colors[i % len(colors)] for i, name in enumerate(names)}
+def groups_and_colors(adata: AnnData, column: str) -> tuple[pd.Series, dict[str, str]]:
+    """Return a categorical column of `obs`, and the colour of each category that a cell has.
 
-
-def categories(adata: AnnData, column: str) -> pd.Series:
-    """Return a categorical column of `obs`.
+    Colours are those of `.uns`, as scanpy keeps them, or scanpy's own.
 
     Raises
     ------
@@ -51,4 +41,12 @@ def categories(adata: AnnData, column: str) -> pd.Series:
     values = adata.obs[column]
     if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
         raise ValueError(f"adata.obs[{column!r}] holds numbers: color takes a categorical column.")
-    return values.astype("category").cat.remove_unused_categories()
+    groups = values.astype("category")
+    names = list(groups.cat.categories)
+    colors = list(adata.uns.get(f"{column}_colors", ()))
+    if len(colors) < len(names):
+        palettes = (sc.pl.palettes.default_20, sc.pl.palettes.default_28, sc.pl.palettes.default_102)
+        colors = next((colors for colors in palettes if len(colors) >= len(names)), palettes[-1])
+    of_names = {name: colors[i % len(colors)] for i, name in enumerate(names)}
+    groups = groups.cat.remove_unused_categories()
+    return groups, {name: of_names[name] for name in groups.cat.categories}
