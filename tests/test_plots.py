@@ -134,6 +134,28 @@ def test_loss_of_several_runs_marks_each_choice(written):
         n2s.pl.loss(written, key=["mcv", "walk"])
 
 
+def test_loss_with_a_candidate_that_failed(adata):
+    def fails_at_two(counts, share):
+        if share == 2:
+            raise RuntimeError
+        return blurred(counts, share, 1)
+
+    with pytest.warns(UserWarning, match="fail"):
+        n2s.calibrate(adata, fails_at_two, {"share": [0.0, 0.5, 2.0]})
+    ax = n2s.pl.loss(adata, key="calibrate")
+    low, high = ax.get_ylim()
+    assert low < adata.uns["calibrate"]["table"]["loss"].min() < high
+    assert "chosen: share 0.5" in labels(ax)
+
+
+def test_loss_that_is_no_likelihood_has_no_line_of_the_mean_profile(adata):
+    n2s.calibrate(adata, blurred, {"share": [0.0, 0.5], "power": [1]}, loss="mse")
+    ax = n2s.pl.loss(adata, key="calibrate")
+    assert ax.get_ylabel() == "loss (mse)"
+    assert "one mean profile" not in labels(ax)
+    assert ax.get_ylim()[0] > 0
+
+
 def test_loss_of_a_walk_is_minus_its_gain(written):
     ax, learned = n2s.pl.loss(written, key="walk"), written.uns["walk"]["learned"]["diffusion"]
     drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in ax.lines])

@@ -16,6 +16,7 @@ from ._style import COLORS, GREY, MARKERS, finish, new_axes
 
 _MANY_LINES = 6
 _RANKS = "principal components"
+_MEAN = "one mean profile"
 _NATS = "loss (nats per held-out molecule)"
 
 
@@ -44,11 +45,11 @@ def loss(
 
     Returns
     -------
-    The Axes. The loss is relative to that of the mean profile (k = 0), whose line is drawn: in per cent of it for
-    ranks, whose loss is a squared error; in nats per held-out molecule, of which it is minus the gain, else. Bands
-    and bars are one standard error of the difference to the least loss, paired by cell; values within it are
-    shaded: they are as good as the one chosen. Ranks: the loss at the depth of a half and, where it was corrected,
-    at full depth. With several parameters there is a line for each combination of the others.
+    The Axes. Ranks: the squared error relative to that of k = 0, in per cent, at the depth of a half and, where it was
+    corrected, at full depth. Else nats per held-out molecule, minus the gain; or the loss that was calibrated by. The
+    line at 0 is k = 0, or one mean profile. Bands and bars are one standard error of the difference to the least
+    loss, paired by cell; values within it are shaded: they are as good as the one chosen. With several parameters
+    there is a line for each combination of the others.
 
     Raises
     ------
@@ -68,7 +69,8 @@ def loss(
     _scale_x(own, runs)
     for i, (run, name) in enumerate(zip(runs, keys, strict=True)):
         _draw(own, run, "" if len(runs) == 1 else name, COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)])
-    own.axhline(0, color="0.4", linewidth=1, linestyle=(0, (1, 1.5)), label=_limit_y(own, runs))
+    if first.zero is not None:
+        own.axhline(0, color="0.4", linewidth=1, linestyle=(0, (1, 1.5)), label=_limit_y(own, runs, first.zero))
     own.set(xlabel=first.x, ylabel=first.unit, title="Self-supervised loss")
     own.legend(fontsize="small", framealpha=0.8, edgecolor="none")
     finish(ax, show)
@@ -84,8 +86,10 @@ class _Run:
     table
         A row for each candidate: `x` (where it stands on the axis), `line` (the values of the other parameters),
         `loss`, `error`, `chosen`.
-    x, unit, zero
-        What the axes are called, and the line at 0.
+    x, unit
+        What the axes are called.
+    zero
+        What the line at 0 is called; None where 0 is nothing that a candidate should be compared with.
     choice
         What was chosen, in words.
     corrected
@@ -97,7 +101,7 @@ class _Run:
     table: pd.DataFrame
     x: str
     unit: str
-    zero: str
+    zero: str | None
     choice: str
     corrected: np.ndarray | None = None
     ticks: tuple[str, ...] | None = None
@@ -141,14 +145,15 @@ def _ranks(written: Mapping[str, Any]) -> _Run:
     )
     full = written.get("full_depth_loss")
     corrected = None if full is None else 100 * (full / full[0] - 1)
-    choice = f"{written['rank']}"
-    return _Run(table, _RANKS, "loss relative to k = 0 (%)", "k = 0: one mean profile", choice, corrected)
+    none = "k = 0: one mean profile" if written["params"]["center"] else "k = 0: no counts"
+    return _Run(table, _RANKS, "loss relative to k = 0 (%)", none, f"{written['rank']}", corrected)
 
 
 def _calibration(candidates: pd.DataFrame, measure: str) -> _Run:
     parameters = list(candidates.columns[: candidates.columns.get_loc("loss")])
-    unit = _NATS if measure == "poisson" else f"loss ({measure})"
-    return _of_parameters(candidates, parameters, unit, "one mean profile")
+    if measure != "poisson":
+        return _of_parameters(candidates, parameters, f"loss ({measure})", None)
+    return _of_parameters(candidates, parameters, _NATS, _MEAN)
 
 
 def _settings(name: str, learned: Mapping[str, Any], written: Mapping[str, Any]) -> _Run:
@@ -158,10 +163,10 @@ def _settings(name: str, learned: Mapping[str, Any], written: Mapping[str, Any])
     table["loss"], table["error"] = -np.asarray(learned["gains"]), np.asarray(learned["errors"])
     # A width is the narrowest that is good enough, everything else the best.
     table["chosen"] = table["width"] == rank if "width" in table else table["loss"] == table["loss"].min()
-    return _of_parameters(table, list(columns), _NATS, "one mean profile")
+    return _of_parameters(table, list(columns), _NATS, _MEAN)
 
 
-def _of_parameters(candidates: pd.DataFrame, parameters: list[str], unit: str, zero: str) -> _Run:
+def _of_parameters(candidates: pd.DataFrame, parameters: list[str], unit: str, zero: str | None) -> _Run:
     """Put the parameter of most values on the axis, and the others into lines."""
     several = [name for name in parameters if candidates[name].nunique() > 1] or parameters[:1]
     if not several:
@@ -240,15 +245,16 @@ def _scale_x(ax: Axes, runs: Sequence[_Run]) -> None:
         ax.set_xticks(values, labels=[f"{value:g}" for value in values])
 
 
-def _limit_y(ax: Axes, runs: Sequence[_Run]) -> str:
-    """Cut off what fails beyond the mean profile, and the mean profile where all candidates are far better."""
+def _limit_y(ax: Axes, runs: Sequence[_Run], zero: str) -> str:
+    """Cut off what fails beyond the line at 0, or that line where all are far better; return what it is called then."""
     losses = np.concatenate([run.table["loss"] for run in runs])
+    losses = losses[np.isfinite(losses)]  # a candidate that failed has none
     least, most = float(losses.min()), float(losses.max())
     if least >= 0:
-        return runs[0].zero
+        return zero
     if -least > 3 * (most - least) > 0:
         spread = most - least
         ax.set_ylim(least - 0.25 * spread, most + 0.5 * spread)
-        return f"{runs[0].zero}: 0, above"
+        return f"{zero}: 0, above"
     ax.set_ylim(1.08 * least, 0.08 * -least)
-    return runs[0].zero
+    return zero
