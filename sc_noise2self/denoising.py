@@ -83,8 +83,9 @@ def denoise(
     key_added
         Name of everything that is written.
     write_layer
-        False writes the factors alone, from which `sc_noise2self.get.denoised` rebuilds any genes; the layer is dense,
-        4 bytes x cells x genes.
+        False writes the factors alone, from which `sc_noise2self.get.denoised` rebuilds any genes and
+        `sc_noise2self.get.lazy` makes a layer that is computed where it is read; the layer is dense, 4 bytes x cells x
+        genes.
     scale
         Of the layer: `"counts"`, expected counts at each cell's own depth; `"rates"`, rows that sum to 1;
         `"log1p_cp10k"`, log1p of 10 000 x the rate; `"expected_log1p_cp10k"`, what log1p(CP10k) of a fresh sample
