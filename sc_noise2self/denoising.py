@@ -25,7 +25,7 @@ from .denoisers.neighbor_member import GRIDS, Kind, NeighborsMember
 from .denoisers.profiles import MixedProfiles
 from .random import RandomState, as_generator
 from .scale import Scale, check_scale, sample_depth, to_scale
-from .selection import Selection, combine, select
+from .selection import Selection, combine, n_steps, select
 from .transform import TransformName
 from .written import check_key, compared, summary, write
 
@@ -263,7 +263,7 @@ def denoise(
         candidates.insert(0, MeanMember())
     start = logg.info(f"denoising {describe_counts(adata, layer)}")
 
-    with written_down(warned), progress_bar("denoise", (2 * n_splits + 1) * len(candidates) + 1) as bar:
+    with written_down(warned), progress_bar("denoise", n_steps(candidates, average, n_splits) + 1) as bar:
         for network in networks:
             network.on_check = bar.set_postfix_str
         selection = select(candidates, counts, rng, average=average, mix=mix, n_splits=n_splits, on_step=bar.update)

@@ -106,7 +106,7 @@ def select(
     n_splits
         Independent even splits; each is used in both directions.
     on_step
-        Called `(2 * n_splits + 1) * len(members)` times: as each is prepared, and after each fit to a half.
+        Called `n_steps` times: as each member is prepared, after each fit to a half, and as each candidate is scored.
     """
     for member in members:
         member.prepare(counts, rng)
@@ -135,11 +135,13 @@ def select(
     best = {member.name: Choice(member, member.settings[0], 1.0) for member in members}
     for choice in best.values():
         scores.add(choice)
+        on_step()
     winner = max(best.values(), key=scores.mean)
     for member in members if average else [winner.member]:
         candidates = [Choice(member, setting, 1.0) for setting in member.settings]
         for candidate in candidates[1:]:
             scores.add(candidate)
+            on_step()
         best[member.name] = max(candidates, key=scores.mean)
     choices = _weighted(list(best.values()), scores) if average else (best[winner.member.name],)
 
@@ -157,6 +159,13 @@ def select(
         phi = predict.learn_dispersions(dispersed)
         gain = predict.gain(scores)
     return Selection(scores.gains, choices, gain, unmixed, phi, beats_mean, predict.gene_gains(scored))
+
+
+def n_steps(members: Sequence[Member], average: bool, n_splits: int) -> int:
+    """Return how often `select` calls `on_step`; members that compete, not averaged, have as many settings each."""
+    # The one setting of some members is not known before they are prepared.
+    tuned = [max(1, len(member.settings)) - 1 for member in (members if average else members[:1])]
+    return (2 * n_splits + 2) * len(members) + sum(tuned)
 
 
 def mixture_weights(probabilities: np.ndarray, molecules: np.ndarray, n_iter: int = 200) -> np.ndarray:

@@ -7,8 +7,9 @@ from helpers import divergence, low_rank_profiles, poisson_counts
 
 from sc_noise2self.denoisers.members import MeanMember, PCAMember
 from sc_noise2self.denoisers.mixing import PHI, dispersion_curves, dispersions
+from sc_noise2self.denoisers.neighbor_member import NeighborsMember
 from sc_noise2self.denoisers.profiles import LowRankProfiles, MixedProfiles, WeightedProfiles
-from sc_noise2self.selection import combine, mixture_weights, select
+from sc_noise2self.selection import combine, mixture_weights, n_steps, select
 
 
 def members(*transforms, n_components=20):
@@ -22,8 +23,11 @@ def run(members, counts, **options):
 
 def test_the_best_gain_is_chosen_and_every_candidate_reported(counts, truth):
     steps = []
-    selection = run(members("log1p", "none"), counts, n_splits=2, on_step=lambda: steps.append(1))
-    assert len(steps) == 10  # two members: prepared, then learned from both halves of two splits
+    two = members("log1p", "none")
+    announced = n_steps(two, average=False, n_splits=2)
+    selection = run(two, counts, n_splits=2, on_step=lambda: steps.append(1))
+    # Two members: prepared, then learned from both halves of two splits; six candidates scored.
+    assert len(steps) == announced == 2 + 8 + 6
     assert len(selection.gains) == 6  # one setting of the loser, five of the winner
     (choice,) = selection.choices
     assert choice.weight == 1
@@ -36,6 +40,16 @@ def test_the_best_gain_is_chosen_and_every_candidate_reported(counts, truth):
     share = np.asarray(counts.sum(axis=0)).ravel() / counts.sum()
     bound = (truth * np.log(truth / share)).sum(axis=1).mean()
     assert 0.7 * bound < selection.gain.mean < bound + 3 * selection.gain.error
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_the_steps_announced_are_those_made(counts, average):
+    walk = NeighborsMember("diffusion", 20)
+    chosen_among = [MeanMember(), PCAMember("log1p", 20), PCAMember("sqrt", 20), walk] if average else [walk]
+    steps = []
+    announced = n_steps(chosen_among, average, n_splits=1)
+    run(chosen_among, counts, average=average, on_step=lambda: steps.append(1))
+    assert len(steps) == announced
 
 
 def test_nothing_to_gain_leaves_the_mean_profile():

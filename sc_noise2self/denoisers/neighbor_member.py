@@ -65,6 +65,8 @@ class NeighborsMember:
     @property
     def settings(self) -> tuple[str, ...]:
         """The one that was chosen, e.g. ``"30 PCs, 15 neighbors, t 2"``."""
+        if not self._tried:
+            return ()
         n_pcs, n_neighbors, t = self._chosen
         return (f"{n_pcs} PCs, {n_neighbors} neighbors" + (f", t {t}" if self.kind == "diffusion" else ""),)
 
