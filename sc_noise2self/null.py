@@ -9,12 +9,12 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from .annotated import read_counts, with_counts
-from .arguments import check_one_of, check_positive
+from .arguments import check_one_of
 from .counts import CountMatrix, check_counts, row_sums
 from .random import RandomState, as_generator
 
 Kind = Literal["shuffled", "permuted"]
-_N_BINS = 20
+_N_BINS = 20  # of depth, equal in cells
 _BLOCK = 1 << 22  # dense entries permuted at a time
 
 Counts = TypeVar("Counts", bound="AnnData | CountMatrix")
@@ -24,7 +24,6 @@ def null_counts(
     counts: Counts,
     kind: Kind = "shuffled",
     *,
-    n_bins: int | None = None,
     layer: str | None = None,
     random_state: RandomState = 0,
 ) -> Counts:
@@ -37,11 +36,9 @@ def null_counts(
     kind
         `"shuffled"`: the gene labels of all molecules are shuffled. Every cell keeps its molecules and every gene its
         total, exactly; nothing else is left, and the gain of any denoiser must vanish. `"permuted"`: the counts of each
-        gene are permuted among cells of similar depth. What genes tell of each other is gone, but not that a gene
-        varies more than a Poisson count: half of such a count tells of its other half, so a gain that is left
-        under it is what genes tell of themselves.
-    n_bins
-        Bins of depth, equal in cells, within which `"permuted"` permutes; None takes 20.
+        gene are permuted among cells of similar depth, within twentieths of the cells. What genes tell of each other
+        is gone, but not that a gene varies more than a Poisson count: half of such a count tells of its other half, so
+        a gain that is left under it is what genes tell of themselves.
     layer
         The layer of an AnnData object; None takes `X`.
     random_state
@@ -55,7 +52,7 @@ def null_counts(
     Raises
     ------
     ValueError, TypeError
-        If the counts are not whole, non-negative numbers, or a parameter is out of range or belongs to the other kind.
+        If the counts are not whole, non-negative numbers, or there is no such kind.
 
     Examples
     --------
@@ -66,21 +63,17 @@ def null_counts(
     True
     """
     check_one_of("kind", kind, get_args(Kind))
-    if n_bins is not None:
-        check_positive("n_bins", n_bins)
-        if kind != "permuted":
-            raise ValueError(f"n_bins was given with kind={kind!r}: it belongs to 'permuted'.")
     rng = as_generator(random_state)
     if isinstance(counts, AnnData):
-        return cast("Counts", with_counts(counts, _null(read_counts(counts, layer), kind, n_bins or _N_BINS, rng)))
+        return cast("Counts", with_counts(counts, _null(read_counts(counts, layer), kind, rng)))
     if layer is not None:
         raise ValueError(f"layer={layer!r} was given with a matrix: it names a layer of an AnnData object.")
-    return cast("Counts", _null(check_counts(counts), kind, n_bins or _N_BINS, rng))
+    return cast("Counts", _null(check_counts(counts), kind, rng))
 
 
-def _null(counts: CountMatrix, kind: Kind, n_bins: int, rng: np.random.Generator) -> CountMatrix:
+def _null(counts: CountMatrix, kind: Kind, rng: np.random.Generator) -> CountMatrix:
     csr = sp.csr_matrix(counts)
-    null = _shuffled(csr, rng) if kind == "shuffled" else _permuted(csr, n_bins, rng)
+    null = _shuffled(csr, rng) if kind == "shuffled" else _permuted(csr, rng)
     return null.toarray() if isinstance(counts, np.ndarray) else type(counts)(null)
 
 
@@ -94,11 +87,11 @@ def _shuffled(counts: sp.csr_matrix, rng: np.random.Generator) -> sp.csr_matrix:
     return out
 
 
-def _permuted(counts: sp.csr_matrix, n_bins: int, rng: np.random.Generator) -> sp.csr_matrix:
+def _permuted(counts: sp.csr_matrix, rng: np.random.Generator) -> sp.csr_matrix:
     """Permute each gene's counts among the cells of each bin of depth, by blocks of genes."""
     n_cells, n_genes = counts.shape
     parts, order = [], np.argsort(row_sums(counts), kind="stable")
-    for cells in np.array_split(order, min(n_bins, n_cells)):
+    for cells in np.array_split(order, min(_N_BINS, n_cells)):
         of_cells, step = counts[cells].tocsc(), max(1, _BLOCK // len(cells))
         blocks = (of_cells[:, start : start + step].toarray() for start in range(0, n_genes, step))
         parts.append(sp.hstack([sp.csr_matrix(rng.permuted(block, axis=0)) for block in blocks], format="csr"))

@@ -386,9 +386,9 @@ class TestCaption:
             sc.pl.umap(written, color="group", show=False),
             sc.pl.violin(written, TRIPLE, "group", show=False),
         ):
-            figure = n2s.pl.caption(written, shown, text="words of my own")
+            figure = n2s.pl.caption(written, shown)
             figure.canvas.draw()
-            assert figure.texts[-1].get_text() == "words of my own"
+            assert figure.texts[-1].get_text().replace("\n", " ") == n2s.report(written)
             box = figure.texts[-1].get_window_extent()
             assert box.y1 < min(each.get_tightbbox().y0 for each in figure.axes if each.get_visible())
 

@@ -19,9 +19,7 @@ _LINE = 1.3 * _FONT_SIZE / 72  # inches
 _CHARACTER = 0.54 * _FONT_SIZE / 72  # inches, a generous mean
 
 
-def caption(
-    adata: AnnData, figure: Figure | Axes | Iterable[Axes], *, key: str = "denoised", text: str | None = None
-) -> Figure:
+def caption(adata: AnnData, figure: Figure | Axes | Iterable[Axes], *, key: str = "denoised") -> Figure:
     """Write the report of a result under a figure, which grows by as much as that needs.
 
     Parameters
@@ -32,8 +30,6 @@ def caption(
         A figure, Axes of it, or what a plot of this package or of scanpy returned with `show=False`.
     key
         The `key_added` of `denoise`.
-    text
-        Something else to write instead of `sc_noise2self.report`.
 
     Returns
     -------
@@ -55,10 +51,9 @@ def caption(
     >>> n2s.pl.caption(adata, axes).savefig("dotplot.png", bbox_inches="tight")  # doctest: +SKIP
     """
     fig = _figure(figure)
-    words = report(adata, key=key) if text is None else text
     old_width, height = fig.get_size_inches()
     width = max(old_width, _LEAST_WIDTH)
-    lines = textwrap.wrap(words, max(20, int((width - 0.3) / _CHARACTER)), break_long_words=False)
+    lines = textwrap.wrap(report(adata, key=key), max(20, int((width - 0.3) / _CHARACTER)), break_long_words=False)
     sticks_out = max(0.0, -float(fig.get_tightbbox().y0))  # scanpy leaves that to bbox_inches="tight"
     below = len(lines) * _LINE + 0.25 + sticks_out
     share = below / (height + below)

@@ -114,7 +114,7 @@ class _Run:
 
 def _run(adata: AnnData, key: str, member: str | None) -> _Run:
     if key not in adata.uns:
-        raise KeyError(f"there is no result {key!r}: run sc_noise2self.select_rank(adata, key_added={key!r}).")
+        raise KeyError(f"there is no result {key!r}: run sc_noise2self.select_rank, calibrate or denoise to {key!r}.")
     written = adata.uns[key]
     learned = written.get("learned", {})
     if member is not None and member not in learned:
