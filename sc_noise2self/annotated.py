@@ -11,11 +11,22 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from .caveats import caveat
-from .counts import CountMatrix, check_counts, row_sums
+from .chunks import Block, Chunks, InMemory, OnDask, OnDisk, Partial, Survey
+from .counts import (
+    CountMatrix,
+    NotACount,
+    check_counts,
+    check_format,
+    column_sums,
+    first_non_count,
+    position,
+    row_sums,
+)
 from .random import RandomState
 from .split import split_matrix
 from .written import without_results
 
+_LARGE = 10_000  # a count, and the end of a histogram
 _READS = 10  # a median non-zero count above this is not seen with UMIs
 _BARCODE = re.compile(r"[ACGT]{12,}(-\d+)?")
 _HOUSEKEEPING = {"ACTB", "GAPDH", "MALAT1", "Actb", "Gapdh", "Malat1"}
@@ -107,24 +118,15 @@ def read_counts(adata: AnnData, layer: str | None) -> CountMatrix:
     Raises
     ------
     ValueError, TypeError
-        If `adata` is backed, the layer is missing, or what it holds is not counts.
+        If they are not in memory, the layer is missing, or what it holds is not counts.
     """
-    if not isinstance(adata, AnnData):
-        raise TypeError(f"adata is of type {type(adata).__name__}: pass an AnnData object.")
-    if adata.isbacked:
-        raise ValueError(f"adata is backed on {adata.filename}: load it first, adata = adata.to_memory().")
-    if isinstance(layer, bool):
-        raise TypeError(f"layer is {layer}: it names the layer with raw counts. To write none, pass write_layer=False.")
-    if layer is not None and layer not in adata.layers:
-        names = [name for name in adata.layers if name is not None]  # None is X since anndata 0.13
-        raise ValueError(f"layer {layer!r} is missing: adata.layers has {names}.")
-    matrix = adata.X if layer is None else adata.layers[layer]
-    name = "X" if layer is None else f'layer "{layer}"'
-    if matrix is None:
-        raise ValueError('adata.X is empty: pass the layer that holds raw counts, e.g. layer="counts".')
+    matrix, name = _matrix(adata, layer)
+    if not isinstance(_chunks(matrix, name), InMemory):
+        raise ValueError(f"{name} is not in memory: load it first, adata = adata.to_memory().")
     counts = check_counts(matrix, name=name, cells=adata.obs_names, genes=adata.var_names)
-    _warn_if_transposed(adata)
-    _warn_if_reads(counts, name)
+    _warn_if_transposed(adata, stacklevel=5)
+    values: Any = counts.data if sp.issparse(counts) else counts
+    _warn_if_reads(_histogram(values), name, stacklevel=5)
     return counts
 
 
@@ -137,21 +139,99 @@ def read_csr(adata: AnnData, layer: str | None) -> sp.csr_matrix:
         As `read_counts`, and if there are fewer than two cells or two genes.
     """
     counts = read_counts(adata, layer)
-    for n, what in zip(counts.shape, ("cell", "gene"), strict=True):
-        if n < 2:
-            raise ValueError(f"there is {n} {what}: denoising learns from what {what}s share, so it needs at least 2.")
+    _check_shape(counts.shape)
     out = sp.csr_matrix(counts, dtype=np.float32)
     if out.count_nonzero() < out.nnz:
         out = out.copy()
         out.eliminate_zeros()
-    empty = int((row_sums(out) == 0).sum())
+    _warn_if_empty(row_sums(out))
+    return out
+
+
+def survey(adata: AnnData, layer: str | None) -> Survey:
+    """Return the counts of `X` or a layer wherever they are, checked in one pass that counts their molecules.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `read_csr`, and if a file or a Dask array cannot be read by rows.
+    """
+    matrix, name = _matrix(adata, layer)
+    chunks = _chunks(matrix, name)
+    _check_shape(chunks.shape)
+    try:
+        (totals, histogram), (size,) = chunks.run(_counted)
+    except NotACount as error:
+        raise error.named(name, adata.obs_names, adata.var_names) from None
+    if not totals.any():
+        raise ValueError(f"{name} holds no molecule (shape {chunks.shape}): there is nothing to denoise.")
+    _warn_if_transposed(adata, stacklevel=4)
+    _warn_if_reads(histogram, name, stacklevel=4)
+    _warn_if_empty(size)
+    return Survey(chunks, size, totals)
+
+
+def _counted(block: Block) -> Partial:
+    """Return totals of genes, a histogram of counts, and sizes of cells."""
+    counts = block.counts
+    wrong = first_non_count(counts.data)
+    if wrong is not None:
+        cell, gene = position(counts, wrong)
+        raise NotACount(block.start + cell, gene, float(counts.data[wrong]))
+    return Partial((column_sums(counts), _histogram(counts.data)), (row_sums(counts),))
+
+
+def _matrix(adata: AnnData, layer: str | None) -> tuple[Any, str]:
+    """Return what should hold counts, and what it is called in messages."""
+    if not isinstance(adata, AnnData):
+        raise TypeError(f"adata is of type {type(adata).__name__}: pass an AnnData object.")
+    if isinstance(layer, bool):
+        raise TypeError(f"layer is {layer}: it names the layer with raw counts. To write none, pass write_layer=False.")
+    if layer is not None and layer not in adata.layers:
+        names = [name for name in adata.layers if name is not None]  # None is X since anndata 0.13
+        raise ValueError(f"layer {layer!r} is missing: adata.layers has {names}.")
+    matrix = adata.X if layer is None else adata.layers[layer]
+    if matrix is None:
+        raise ValueError('adata.X is empty: pass the layer that holds raw counts, e.g. layer="counts".')
+    return matrix, "X" if layer is None else f'layer "{layer}"'
+
+
+def _chunks(matrix: Any, name: str) -> Chunks:
+    """Return counts as they can be read by blocks of cells."""
+    if hasattr(matrix, "__dask_graph__"):
+        if np.isnan(matrix.shape[0]):
+            raise ValueError(f"{name} is a Dask array of unknown length: call its compute_chunk_sizes() first.")
+        return OnDask(matrix)
+    if sp.issparse(matrix) or isinstance(matrix, np.ndarray):
+        matrix = check_format(matrix, name=name)
+        return InMemory(matrix.tocsr() if sp.issparse(matrix) else matrix)
+    if getattr(matrix, "format", "csr") != "csr":
+        raise ValueError(
+            f"{name} is stored as {matrix.format.upper()}, by gene: reading cells of it would read all of it every "
+            "time. Load it, adata = adata.to_memory(), or store it as CSR."
+        )
+    if not hasattr(matrix, "shape") or not hasattr(matrix, "__getitem__"):
+        raise TypeError(
+            f"{name} is of type {type(matrix).__name__}: pass a NumPy array, a SciPy CSR or CSC matrix, one of them on "
+            "disk, or a Dask array of them, cells x genes."
+        )
+    return OnDisk(matrix)
+
+
+def _check_shape(shape: tuple[int, int]) -> None:
+    for n, what in zip(shape, ("cell", "gene"), strict=True):
+        if n < 2:
+            raise ValueError(f"there is {n} {what}: denoising learns from what {what}s share, so it needs at least 2.")
+
+
+def _warn_if_empty(size: np.ndarray) -> None:
+    empty = int((size == 0).sum())
     if empty:
         caveat(
             f"{empty} cell(s) hold no molecule and stay zero: remove them with "
             "sc.pp.filter_cells(adata, min_counts=1).",
-            stacklevel=3,
+            stacklevel=4,
         )
-    return out
 
 
 def read_batches(adata: AnnData, key: str) -> pd.Series:
@@ -170,23 +250,29 @@ def read_batches(adata: AnnData, key: str) -> pd.Series:
     return labels
 
 
-def _warn_if_transposed(adata: AnnData) -> None:
+def _warn_if_transposed(adata: AnnData, stacklevel: int) -> None:
     genes, cells = adata.var_names[:50], adata.obs_names
     if all(_BARCODE.fullmatch(str(name)) for name in genes) or not _HOUSEKEEPING.isdisjoint(cells):
         caveat(
             "adata looks transposed (cell barcodes in var_names, or genes in obs_names): counts are cells x genes, "
             "so pass adata.T.",
-            stacklevel=5,
+            stacklevel=stacklevel,
         )
 
 
-def _warn_if_reads(counts: CountMatrix, name: str) -> None:
-    values: Any = counts.data if sp.issparse(counts) else counts[counts > 0]
-    sample = values[:: max(1, values.size // 100_000)]
-    median = float(np.median(sample[sample > 0])) if (sample > 0).any() else 0.0
+def _histogram(values: np.ndarray) -> np.ndarray:
+    """Return how many of a sample of the counts are 0, 1, ..., and as large as the last or larger."""
+    sample = values.reshape(-1)[:: max(1, values.size // 100_000)]
+    return np.bincount(np.minimum(sample, _LARGE).astype(np.intp), minlength=_LARGE + 1)
+
+
+def _warn_if_reads(histogram: np.ndarray, name: str, stacklevel: int) -> None:
+    """Warn by the median count that is not 0."""
+    up_to = np.cumsum(histogram[1:])
+    median = 1 + int(np.searchsorted(up_to, up_to[-1] / 2))
     if median > _READS:
         caveat(
-            f"{name} looks like reads, not molecules (median non-zero count {median:.0f}): copies of one molecule fall "
+            f"{name} looks like reads, not molecules (median non-zero count {median}): copies of one molecule fall "
             "into both halves, so the loss takes them for signal. Use UMI counts.",
-            stacklevel=5,
+            stacklevel=stacklevel,
         )

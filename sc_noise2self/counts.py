@@ -16,6 +16,22 @@ CountMatrix: TypeAlias = np.ndarray | sp.csr_matrix | sp.csc_matrix | sp.csr_arr
 """Cells x genes: dense, or compressed sparse by row or column, `scipy`'s matrices and arrays alike."""
 
 
+class NotACount(Exception):
+    """An entry that is not a count: `cell` and `gene` by number, and its value."""
+
+    def __init__(self, cell: int, gene: int, value: float) -> None:
+        super().__init__(cell, gene, value)
+        self.cell, self.gene, self.value = cell, gene, value
+
+    def named(self, name: str, cells: Sequence[str] | None, genes: Sequence[str] | None) -> ValueError:
+        """Return the error for a user, with the names of matrix, cell and gene."""
+        where = f"cell {_label(cells, self.cell)}, gene {_label(genes, self.gene)}"
+        return ValueError(
+            f"{name} holds {self.value:.4g} at {where}: molecule splitting needs raw counts. "
+            'Pass the matrix before normalisation, e.g. layer="counts".'
+        )
+
+
 def check_counts(
     counts: Any,
     *,
@@ -45,6 +61,24 @@ def check_counts(
     ValueError
         If an entry is negative, not finite or not a whole number, or if there is no molecule at all.
     """
+    counts = check_format(counts, name=name)
+    if counts.dtype.kind == "b":
+        counts = counts.astype(np.int8)
+    if sp.issparse(counts) and not counts.has_canonical_format:
+        counts = counts.copy()
+        counts.sum_duplicates()
+    values = counts.data if sp.issparse(counts) else counts
+    if counts.dtype.kind in "if":
+        wrong = first_non_count(values)
+        if wrong is not None:
+            raise NotACount(*position(counts, wrong), float(values.flat[wrong])).named(name, cells, genes)
+    if values.size == 0 or not values.any():
+        raise ValueError(f"{name} holds no molecule (shape {counts.shape}): there is nothing to denoise.")
+    return counts
+
+
+def check_format(counts: Any, *, name: str = "the matrix") -> CountMatrix:
+    """Return `counts` when it is a numeric matrix of a format that counts come in; see `check_counts`."""
     if isinstance(counts, np.matrix):
         counts = np.asarray(counts)
     if sp.issparse(counts):
@@ -61,23 +95,6 @@ def check_counts(
         raise TypeError(f"{name} has {counts.ndim} dimension(s): counts are two-dimensional, cells x genes.")
     if counts.dtype.kind not in "biuf":
         raise TypeError(f"{name} holds {counts.dtype}: counts are numbers.")
-    if counts.dtype.kind == "b":
-        counts = counts.astype(np.int8)
-    if sp.issparse(counts) and not counts.has_canonical_format:
-        counts = counts.copy()
-        counts.sum_duplicates()
-    values = counts.data if sp.issparse(counts) else counts
-    if counts.dtype.kind in "if":
-        wrong = _first_non_count(values)
-        if wrong is not None:
-            cell, gene = _position(counts, wrong)
-            where = f"cell {_label(cells, cell)}, gene {_label(genes, gene)}"
-            raise ValueError(
-                f"{name} holds {values.flat[wrong]:.4g} at {where}: molecule splitting needs raw counts. "
-                'Pass the matrix before normalisation, e.g. layer="counts".'
-            )
-    if values.size == 0 or not values.any():
-        raise ValueError(f"{name} holds no molecule (shape {counts.shape}): there is nothing to denoise.")
     return counts
 
 
@@ -91,7 +108,7 @@ def column_sums(counts: CountMatrix) -> np.ndarray:
     return np.asarray(counts.sum(axis=0, dtype=np.float64)).ravel()
 
 
-def _first_non_count(values: np.ndarray, block: int = 1 << 20) -> int | None:
+def first_non_count(values: np.ndarray, block: int = 1 << 20) -> int | None:
     """Return the flat index of the first entry that is not a count, by blocks that stay in cache."""
     flat = values.reshape(-1) if values.flags.c_contiguous else values.flat
     for start in range(0, values.size, block):
@@ -105,7 +122,7 @@ def _first_non_count(values: np.ndarray, block: int = 1 << 20) -> int | None:
     return None
 
 
-def _position(counts: CountMatrix, index: int) -> tuple[int, int]:
+def position(counts: CountMatrix, index: int) -> tuple[int, int]:
     """Return (cell, gene) of the entry at this index of the stored values."""
     if isinstance(counts, np.ndarray):
         cell, gene = np.unravel_index(index, counts.shape)

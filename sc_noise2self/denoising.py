@@ -15,14 +15,16 @@ import pandas as pd
 from anndata import AnnData
 from scanpy import logging as logg
 
-from .annotated import read_batches, read_csr
+from .annotated import read_batches, survey
 from .arguments import bounded, check_one_of, check_positive, describe_counts, progress_bar, read_mask, seed_of
 from .caveats import caveat, written_down
-from .counts import row_sums
+from .chunks import InMemory
 from .denoisers.autoencoder import FURTHER, WIDTHS, LossName, require_torch
 from .denoisers.members import AutoencoderMember, MeanMember, Member, PCAMember
 from .denoisers.neighbor_member import GRIDS, Kind, NeighborsMember
 from .denoisers.profiles import MixedProfiles
+from .get import lazy, require_dask
+from .memory import check_fits_memory
 from .random import RandomState, as_generator
 from .scale import Scale, check_scale, sample_depth, to_scale
 from .selection import Selection, combine, n_steps, select
@@ -70,8 +72,10 @@ def denoise(
     Parameters
     ----------
     adata
-        Cells x genes with raw counts (UMIs) in `X` or a layer. Correct ambient RNA, doublets and batches before: both
-        halves share them, so they count as signal.
+        Cells x genes with raw counts (UMIs) in `X` or a layer: a matrix in memory, a dataset on disk (a backed
+        object, or `anndata.io.sparse_dataset`), or a Dask array. The last two are read a block of cells at a time,
+        for `"pca"` without `mix`. Correct ambient RNA, doublets and batches before: both halves share them, so they
+        count as signal.
     method
         `"pca"`: PCA regression with shrunken components, in the one transform that gains most. `"autoencoder"`: a
         network trained on fresh splits at every step, its width chosen (PyTorch is needed). `"diffusion"`: a random
@@ -85,7 +89,7 @@ def denoise(
     write_layer
         False writes the factors alone, from which `sc_noise2self.get.denoised` rebuilds any genes and
         `sc_noise2self.get.lazy` makes a layer that is computed where it is read; the layer is dense, 4 bytes x cells x
-        genes.
+        genes. Of counts that are not in memory the layer is a lazy one.
     scale
         Of the layer: `"counts"`, expected counts at each cell's own depth; `"rates"`, rows that sum to 1;
         `"log1p_cp10k"`, log1p of 10 000 x the rate; `"expected_log1p_cp10k"`, what log1p(CP10k) of a fresh sample
@@ -172,7 +176,7 @@ def denoise(
     ImportError
         If an autoencoder is asked for without PyTorch.
     MemoryError, FloatingPointError
-        If the device has too little memory, or training diverges at once.
+        If the layer does not fit in memory, if the device has too little of it, or if training diverges at once.
 
     Nothing is written then, nor when the run is interrupted.
 
@@ -233,11 +237,17 @@ def denoise(
     check_positive("n_seeds", n_seeds)
     warned: list[str] = []
     with written_down(warned):
-        counts = read_csr(adata, layer)
+        counted = survey(adata, layer)
+    n_cells, n_genes = counted.chunks.shape
+    in_memory = isinstance(counted.chunks, InMemory)
+    if not in_memory:
+        _check_out_of_memory(adata, method, mix, write_layer, copy)
+    elif write_layer:
+        check_fits_memory(n_cells, n_genes)
     check_key(adata, key_added, layer)
     genes = read_mask(adata, mask_var)
-    n_used = counts.shape[1] if genes is None else int(genes.sum())
-    n_components = bounded("n_components", n_components, _MAX_COMPONENTS, counts.shape[0], n_used)
+    n_used = n_genes if genes is None else int(genes.sum())
+    n_components = bounded("n_components", n_components, _MAX_COMPONENTS, n_cells, n_used)
     candidates: list[Member] = []
     if "pca" in used:
         transforms = get_args(TransformName) if transform == "auto" else (transform,)
@@ -248,13 +258,13 @@ def denoise(
         options = {"loss": loss, "n_components": n_components, "device": device, **(autoencoder or {})}
         batches = None if batch_key is None else _read_several_batches(adata, batch_key)
         codes = None if batches is None else batches.cat.codes.to_numpy()
-        widths = WIDTHS if width is None else _check_widths(width, counts.shape[1])
+        widths = WIDTHS if width is None else _check_widths(width, n_genes)
         for number in range(1, n_seeds + 1):
             like = networks[0] if networks else None
             networks.append(AutoencoderMember(genes, codes, widths, options, like, number))
         candidates += networks
     for kind in of_neighbors:
-        grid = _check_grid(neighbors or {}, of_neighbors, n_components, counts.shape[0])
+        grid = _check_grid(neighbors or {}, of_neighbors, n_components, n_cells)
         candidates.append(
             NeighborsMember(kind, n_components, genes, {k: v for k, v in grid.items() if k in GRIDS[kind]})
         )
@@ -266,7 +276,9 @@ def denoise(
     with written_down(warned), progress_bar("denoise", n_steps(candidates, average, n_splits) + 1) as bar:
         for network in networks:
             network.on_check = bar.set_postfix_str
-        selection = select(candidates, counts, rng, average=average, mix=mix, n_splits=n_splits, on_step=bar.update)
+        selection = select(
+            candidates, counted.chunks, rng, average=average, mix=mix, n_splits=n_splits, on_step=bar.update
+        )
         if not selection.beats_mean:
             caveat(
                 f"no candidate predicts held-out molecules better than one mean profile (best gain {_gain(selection)}):"
@@ -274,13 +286,13 @@ def denoise(
                 + (" No model is saved." if save_model else ""),
                 stacklevel=2,
             )
-        fitted = selection.refit(counts, rng)
+        fitted = selection.refit(counted, rng)
         profiles = combine(fitted, [choice.weight for choice in selection.choices])
         if selection.phi is not None:
-            profiles = MixedProfiles.with_totals(profiles, counts, selection.phi)
-        size = row_sums(counts)
+            profiles = MixedProfiles.with_totals(profiles, counted.chunks.in_memory(), selection.phi)
+        size = counted.size
         scale_depth = sample_depth(scale, scale_depth, size)
-        dense = to_scale(profiles.counts(), size, scale, scale_depth) if write_layer else None
+        dense = to_scale(profiles.counts(), size, scale, scale_depth) if write_layer and in_memory else None
         mixed = profiles.share_of_count() if isinstance(profiles, MixedProfiles) else None
         bar.update()
 
@@ -315,6 +327,8 @@ def denoise(
         target.var[f"{key_added}_phi"] = profiles.phi
         target.var[f"{key_added}_mixed"] = mixed
     target.uns[key_added] = record
+    if write_layer and not in_memory:
+        target.layers[key_added] = lazy(target, key=key_added, scale=scale, scale_depth=scale_depth)
     logg.info(
         f"    {_described(selection, record['members']['rank'])}: {_gain(selection)}",
         time=start,
@@ -322,6 +336,20 @@ def denoise(
         f"    {key_added!r}, what was compared and chosen (adata.uns)",
     )
     return target if copy else None
+
+
+def _check_out_of_memory(adata: AnnData, method: str, mix: bool, write_layer: bool, copy: bool) -> None:
+    """Refuse what needs all counts in memory where they are on disk or in a Dask array."""
+    if method != "pca" or mix:
+        given = "mix=True" if mix else f"method={method!r}"
+        raise ValueError(
+            f"{given} was given with counts that are not in memory: load them, adata = adata.to_memory(), or take "
+            "method='pca' without mix, which reads them in pieces."
+        )
+    if copy and adata.isbacked:
+        raise ValueError("copy=True was given with a backed object: leave it out, the file itself is not written to.")
+    if write_layer:
+        require_dask()
 
 
 def _read_several_batches(adata: AnnData, key: str) -> pd.Series:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
@@ -11,7 +12,7 @@ from anndata import AnnData
 
 from .arguments import check_one_of
 from .denoisers.profiles import Profiles
-from .results import Source, positions, profiles, sizes, values_of
+from .results import Source, positions, profiles, rebuilder, sizes, values_of
 from .scale import Scale, check_scale, sample_depth, to_scale
 
 if TYPE_CHECKING:
@@ -151,14 +152,37 @@ def lazy(
     >>> adata.layers["denoised"] = n2s.get.lazy(adata)
     >>> axes = sc.pl.dotplot(adata, ["CD79A", "NKG7"], "bulk_labels", layer="denoised", show=False)
     """
-    try:
-        import dask.array as da
-    except ImportError as error:
-        raise ImportError('a lazy layer needs dask: pip install "sc-noise2self[lazy]".') from error
+    da = require_dask()
     check_scale(scale, scale_depth)
     size = sizes(adata, key)
-    rebuilt = _Rebuilt(profiles(adata, key), size, scale, sample_depth(scale, scale_depth, size))
-    return da.from_array(rebuilt, chunks=_CHUNKS, name=False, asarray=False, meta=np.empty((0, 0), np.float32))
+    depth = sample_depth(scale, scale_depth, size)
+    scores, scales = (adata.obsm[name] for name in (key, f"{key}_scale"))
+    if not isinstance(scores, da.Array):
+        rebuilt = _Rebuilt(profiles(adata, key), size, scale, depth)
+        return da.from_array(rebuilt, chunks=_CHUNKS, name=False, asarray=False, meta=np.empty((0, 0), np.float32))
+    rebuild = rebuilder(adata, key)
+
+    def of_block(scores: np.ndarray, scales: np.ndarray, size: np.ndarray) -> np.ndarray:
+        return to_scale(rebuild(scores, scales, size[:, 0]).counts(), size[:, 0], scale, depth)
+
+    column = da.from_array(size[:, None], chunks=(scores.chunks[0], 1))
+    n_genes = (adata.n_vars,)
+    return da.map_blocks(of_block, scores, scales, column, chunks=(scores.chunks[0], n_genes), dtype=np.float32)
+
+
+def require_dask() -> ModuleType:
+    """Return `dask.array`.
+
+    Raises
+    ------
+    ImportError
+        Without dask, saying how to get it.
+    """
+    try:
+        import dask.array
+    except ImportError as error:
+        raise ImportError('a lazy layer needs dask: pip install "sc-noise2self[lazy]".') from error
+    return dask.array
 
 
 class _Rebuilt:

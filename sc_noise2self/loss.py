@@ -224,17 +224,23 @@ def row_square_sums(matrix: sp.csr_matrix, block: int = 256) -> np.ndarray:
     return out
 
 
-def paired_errors(losses: np.ndarray, best: int) -> np.ndarray:
-    """Return the standard error of each candidate's mean loss less the best one's, paired by cell.
+def paired_errors(loss: np.ndarray, products: np.ndarray, n_cells: float) -> np.ndarray:
+    """Return the standard error of each candidate's mean loss less the least one's, paired by cell.
 
     Parameters
     ----------
-    losses
-        Shape (cells, candidates).
-    best
-        Index of the candidate that the others are compared with; its own error is 0.
+    loss
+        Mean over cells of each candidate's loss, shape (candidates,).
+    products
+        D'D, with D the cells' losses less that of one of the candidates, shape (candidates, candidates): sums over
+        cells from which the variance of any difference follows.
+    n_cells
+        How many cells.
     """
-    n = len(losses)
-    if n < 2:
-        return np.full(losses.shape[1], np.nan)
-    return (losses - losses[:, [best]]).std(axis=0, ddof=1) / np.sqrt(n)
+    if n_cells < 2:
+        return np.full(len(loss), np.nan)
+    best = int(np.argmin(loss))
+    squares = np.diag(products) + products[best, best] - 2 * products[best]
+    variance = (squares - n_cells * (loss - loss[best]) ** 2) / (n_cells - 1)
+    variance[best] = 0
+    return np.sqrt(np.maximum(variance, 0) / n_cells)

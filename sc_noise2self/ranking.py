@@ -10,10 +10,10 @@ import numpy as np
 from anndata import AnnData
 from scanpy import logging as logg
 
-from .annotated import read_csr
+from .annotated import survey
 from .arguments import bounded, check_one_of, check_positive, describe_counts, progress_bar, read_mask, seed_of
 from .random import RandomState, as_generator
-from .rank import Protocol, RankCurve, learned_shape, n_steps, rank_curve
+from .rank import Protocol, RankCurve, learned_shape, n_passes, rank_curve
 from .transform import TransformName
 
 _MAX_RANK = 50
@@ -85,23 +85,23 @@ def select_rank(
     """
     rng = as_generator(random_state)
     check_positive("n_splits", n_splits)
-    counts = read_csr(adata, layer)
+    chunks = survey(adata, layer).chunks
     genes = read_mask(adata, mask_var)
     if genes is not None:
-        counts = counts[:, genes]
+        chunks = chunks.of_genes(genes)
     check_one_of("protocol", protocol, get_args(Protocol))
-    max_rank = bounded("max_rank", max_rank, _MAX_RANK, *learned_shape(protocol, *counts.shape))
+    max_rank = bounded("max_rank", max_rank, _MAX_RANK, *learned_shape(protocol, *chunks.shape))
     start = logg.info(f"selecting the rank of {describe_counts(adata, layer)}")
-    with progress_bar("select_rank", n_splits * n_steps(protocol)) as bar:
+    with progress_bar("select_rank", n_passes(protocol, center)) as bar:
         curve = rank_curve(
-            counts,
+            chunks,
             max_rank,
             rng,
             protocol=protocol,
             transform=transform,
             center=center,
             n_splits=n_splits,
-            on_step=bar.update,
+            on_pass=bar.update,
         )
     _warn_of_rank(curve)
     within = curve.within_one_error

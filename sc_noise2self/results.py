@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -52,23 +52,8 @@ def profiles(adata: AnnData, key: str = "denoised") -> Profiles:
     written = record(adata, key)
     if key not in adata.obsm or key not in adata.varm:
         raise KeyError(f"the factors of {key!r} are gone from adata.obsm or adata.varm: pass source='layer'.")
-    members = written["members"]
-    ends = np.cumsum(members["n_factors"])
-    cell_scales, gene_scales = np.asarray(adata.obsm[f"{key}_scale"]), np.asarray(adata.varm[f"{key}_scale"])
-    fitted = [
-        LowRankProfiles(
-            str(link),  # type: ignore[arg-type]  # one of the links, as written
-            np.asarray(adata.obsm[key])[:, start:end],
-            np.asarray(adata.varm[key])[:, start:end],
-            gene_scales[:, i],
-            cell_scales[:, 2 * i],
-            cell_scales[:, 2 * i + 1],
-            gene_scales[:, -1],
-            adata.obs[f"{key}_size"].to_numpy().astype(np.float32),
-        )
-        for i, (link, start, end) in enumerate(zip(members["link"], [0, *ends[:-1]], ends, strict=True))
-    ]
-    combined = combine(fitted, [float(weight) for weight in members["weight"]])
+    size = adata.obs[f"{key}_size"].to_numpy()
+    combined = rebuilder(adata, key)(np.asarray(adata.obsm[key]), np.asarray(adata.obsm[f"{key}_scale"]), size)
     if not written["params"]["mix"]:
         return combined
     layer = written["params"]["layer"]
@@ -78,6 +63,35 @@ def profiles(adata: AnnData, key: str = "denoised") -> Profiles:
     return MixedProfiles(
         combined, counts, adata.var[f"{key}_phi"].to_numpy(), adata.obs[f"{key}_cell_scale"].to_numpy()
     )
+
+
+def rebuilder(adata: AnnData, key: str) -> Callable[[np.ndarray, np.ndarray, np.ndarray], Profiles]:
+    """Return the function that makes profiles of cells from their rows of `.obsm[key]` and its scale, and their sizes.
+
+    It holds nothing of `adata` but what belongs to genes.
+    """
+    members = record(adata, key)["members"]
+    loadings, gene_scales = np.asarray(adata.varm[key]), np.asarray(adata.varm[f"{key}_scale"])
+    links, weights = [str(link) for link in members["link"]], [float(weight) for weight in members["weight"]]
+    ends = [int(end) for end in np.cumsum(members["n_factors"])]
+
+    def profiles(scores: np.ndarray, scales: np.ndarray, size: np.ndarray) -> Profiles:
+        fitted = [
+            LowRankProfiles(
+                link,  # type: ignore[arg-type]  # one of the links, as written
+                scores[:, start:end],
+                loadings[:, start:end],
+                gene_scales[:, i],
+                scales[:, 2 * i],
+                scales[:, 2 * i + 1],
+                gene_scales[:, -1],
+                size.astype(np.float32),
+            )
+            for i, (link, start, end) in enumerate(zip(links, [0, *ends[:-1]], ends, strict=True))
+        ]
+        return combine(fitted, weights)
+
+    return profiles
 
 
 def values_of(

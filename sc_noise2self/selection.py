@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.sparse as sp
 
+from .chunks import Chunks, Survey
 from .counts import column_sums, row_sums
 from .denoisers.members import Half, MeanMember, Member
 from .denoisers.mixing import dispersion_curves, dispersions
+from .denoisers.pca import folds_of
 from .denoisers.profiles import LowRankProfiles, MixedProfiles, Profiles, WeightedProfiles
 from .loss import Gain, GeneGains, held_out_gain, held_out_probabilities
-from .split import split_matrix
+from .random import as_key
+from .split import halves as even_split
 
 _SCORED = 20_000_000  # dense entries scored per candidate: as many cells, drawn at random, as have so many
 _DISPERSION = 100_000_000  # and for the dispersions, where rare genes need cells
@@ -71,9 +73,9 @@ class Selection:
     beats_mean: bool
     gene_gains: GeneGains
 
-    def refit(self, counts: sp.csr_matrix, rng: np.random.Generator) -> tuple[LowRankProfiles, ...]:
+    def refit(self, survey: Survey, rng: np.random.Generator) -> tuple[LowRankProfiles, ...]:
         """Return the profiles of each choice, fitted to all molecules."""
-        return tuple(choice.member.refit(counts, choice.setting, rng) for choice in self.choices)
+        return tuple(choice.member.refit(survey, choice.setting, rng) for choice in self.choices)
 
 
 def combine(profiles: Sequence[Profiles], weights: Sequence[float]) -> Profiles:
@@ -83,7 +85,7 @@ def combine(profiles: Sequence[Profiles], weights: Sequence[float]) -> Profiles:
 
 def select(
     members: Sequence[Member],
-    counts: sp.csr_matrix,
+    chunks: Chunks,
     rng: np.random.Generator,
     *,
     average: bool,
@@ -97,8 +99,9 @@ def select(
     ----------
     members
         Denoisers that have learned nothing yet.
-    counts
-        CSR, cells x genes. Where fewer cells are enough for every member, a random choice of them is used.
+    chunks
+        The counts. Where fewer cells are enough for every member to be compared, a random choice of them is used; what
+        is chosen then learns from all.
     average
         Tune every member and find the weights of their mean; else tune the best one alone.
     mix
@@ -108,23 +111,24 @@ def select(
     on_step
         Called `n_steps` times: as each member is prepared, after each fit to a half, and as each candidate is scored.
     """
-    for member in members:
-        member.prepare(counts, rng)
-        on_step()
-    cells = np.arange(counts.shape[0])
+    cells = np.arange(chunks.shape[0])
     enough = [member.enough_cells or len(cells) for member in members]
     if max(enough) < len(cells):
         cells = np.sort(rng.choice(cells, max(enough), replace=False))
-        counts = counts[cells]
+    counts = chunks.take(cells)
+    for member in members:
+        member.prepare(counts, cells, rng)
+        on_step()
     n_cells, n_genes = counts.shape
-    folds = rng.permutation(n_cells) % 2
+    folds = folds_of(cells)
     scored, dispersed = (
         np.sort(rng.choice(n_cells, min(n_cells, max(2, entries // n_genes)), replace=False))
         for entries in (_SCORED, _DISPERSION)
     )
     halves: list[Half] = []
-    for _ in range(n_splits):
-        first, second = split_matrix(counts, random_state=rng)
+    keys = [as_key(rng) for _ in range(n_splits)]
+    for key in keys:
+        first, second = even_split(counts, key, cells)
         for half in (Half(first, second, folds, cells), Half(second, first, folds, cells)):
             halves.append(half)
             for member in members:
@@ -145,15 +149,17 @@ def select(
         best[member.name] = max(candidates, key=scores.mean)
     choices = _weighted(list(best.values()), scores) if average else (best[winner.member.name],)
 
-    weights = np.array([choice.weight for choice in choices])
-    of_choices = [scores.probabilities[choice.label] for choice in choices]
-    unmixed = scores.gain([weights @ np.array(of_half) for of_half in zip(*of_choices, strict=True)])
+    if len(cells) < chunks.shape[0]:
+        for choice in choices:
+            choice.member.learn_all(chunks, keys, rng)
+    predict = _Prediction(choices, halves)
+    unmixed = predict.gain(scores)
     beats_mean = unmixed.mean > 2 * unmixed.error
     if not beats_mean:
         choices = (Choice(MeanMember(), "as it is", 1.0),)
         for half in halves:
             choices[0].member.learn(half, rng)
-    predict = _Prediction(choices, halves)
+        predict = _Prediction(choices, halves)
     gain, phi = unmixed, None
     if mix:
         phi = predict.learn_dispersions(dispersed)

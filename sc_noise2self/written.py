@@ -85,7 +85,7 @@ def write(
     adata.obsm[key] = np.hstack([profiles.scores for profiles in fitted])
     adata.varm[key] = np.hstack([profiles.loadings for profiles in fitted])
     scales = [(profiles.cell_scale, profiles.row_scale) for profiles in fitted]
-    adata.obsm[f"{key}_scale"] = np.column_stack([column for pair in scales for column in pair])
+    adata.obsm[f"{key}_scale"] = np.stack([column for pair in scales for column in pair], axis=1)
     adata.varm[f"{key}_scale"] = np.column_stack([*(profiles.gene_scale for profiles in fitted), fitted[0].gene_share])
     adata.obs[f"{key}_size"] = size
     adata.var[f"{key}_gain"], adata.var[f"{key}_gain_error"] = gene_gains

@@ -167,7 +167,8 @@ def test_scanpy_recipes_work_as_they_are(pbmc):
     found = n2s.calibrate(
         pbmc, neighbours, {"n_neighbors": [5, 15, 45, 150, 400]}, transform="log1p", key_added="neighbours"
     )
-    assert found.table["gain"].min() > 0.03
+    assert found.table["gain"].min() > 0
+    assert found.table["gain"].max() > 0.2
     assert pbmc.uns["neighbours"]["params"]["transform"] == "log1p"
 
 

@@ -463,14 +463,6 @@ def test_reads_are_recognised(adata):
         n2s.split_molecules(adata)
 
 
-def test_refuses_a_backed_object(adata, tmp_path):
-    adata.write_h5ad(tmp_path / "x.h5ad")
-    backed = ad.read_h5ad(tmp_path / "x.h5ad", backed="r")
-    with pytest.raises(ValueError, match="adata is backed on .* adata = adata.to_memory"):
-        n2s.denoise(backed)
-    backed.file.close()
-
-
 def test_refuses_what_is_not_anndata(adata):
     with pytest.raises(TypeError, match="adata is of type csr_matrix: pass an AnnData object"):
         n2s.denoise(adata.X)

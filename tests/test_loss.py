@@ -131,7 +131,10 @@ def test_paired_errors_leave_out_what_candidates_share():
     rng = np.random.default_rng(0)
     shared = rng.gamma(2, 100, size=(1000, 1))
     losses = shared + rng.normal(size=(1000, 4)) * np.array([1, 2, 3, 4])
-    errors = paired_errors(losses, best=0)
+    losses[:, 0] -= 10  # the least
+    differences = losses - losses[:, [2]]
+    errors = paired_errors(losses.mean(axis=0), differences.T @ differences, len(losses))
     assert errors[0] == 0
+    np.testing.assert_allclose(errors, (losses - losses[:, [0]]).std(axis=0, ddof=1) / np.sqrt(1000), rtol=1e-9)
     np.testing.assert_allclose(errors[1:], np.sqrt(1 + np.array([4, 9, 16])) / np.sqrt(1000), rtol=0.15)
-    assert np.isnan(paired_errors(losses[:1], best=0)).all()
+    assert np.isnan(paired_errors(losses[0], differences.T @ differences, 1)).all()

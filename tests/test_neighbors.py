@@ -200,5 +200,5 @@ def test_few_cells_are_chosen_by_where_there_are_many(monkeypatch):
     monkeypatch.setattr("sc_noise2self.denoisers.neighbor_member._ENOUGH_CELLS", 100)
     counts = poisson_counts(low_rank_profiles(250, 80, 3, seed=0), 500, seed=1)
     member = NeighborsMember("diffusion", 20, grid={"n_neighbors": (8,), "n_pcs": (5,), "t": (1, 2)})
-    member.prepare(counts, np.random.default_rng(0))
+    member.prepare(counts, np.arange(250), np.random.default_rng(0))
     assert all(len(gain.sums) == 100 for gain in member._tried.values())

@@ -10,7 +10,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-import scanpy as sc
 from helpers import poisson_counts
 from matplotlib.testing.compare import compare_images
 
@@ -304,7 +303,7 @@ def test_spectrum_has_the_noise_edge_where_components_stop_to_gain(written):
     np.testing.assert_array_equal(ax.collections[0].get_offsets()[:, 1], learned["singular_values"])
     # Three groups vary in two directions.
     assert (learned["singular_values"] > 1.05 * learned["noise_edge"]).sum() == 2
-    null = n2s.null_counts(written)
+    null = n2s.null_counts(written, random_state=1)
     with pytest.warns(UserWarning, match="no candidate"):
         n2s.denoise(null, key_added="null")
     with pytest.raises(KeyError, match="result 'null' has no PCA: its members are mean"):
@@ -312,86 +311,11 @@ def test_spectrum_has_the_noise_edge_where_components_stop_to_gain(written):
 
 
 def test_the_noise_edge_is_the_largest_singular_value_of_noise(simulated):
-    from sc_noise2self.denoisers.pca import PCADenoiser
-    from sc_noise2self.split import split_matrix
+    from sc_noise2self.chunks import InMemory
+    from sc_noise2self.denoisers.pca import PCADenoiser, fit_together, halves_of, noise_edge
 
-    rng = np.random.default_rng(0)
-    first, second = split_matrix(n2s.null_counts(simulated), random_state=rng)
-    fitted = PCADenoiser("log1p", n_components=20, random_state=rng).fit(first)
-    assert fitted.noise_edge(first, second, rng) == pytest.approx(fitted.singular_values_[0], rel=0.05)
-
-
-def test_axes_given_are_used_and_returned(written):
-    for draw in (n2s.pl.loss, n2s.pl.gain_per_gene, n2s.pl.spectrum):
-        own = plt.figure().subplots()
-        assert draw(written, ax=own) is own
-    own = plt.figure().subplots(1, 2)
-    assert list(n2s.pl.markers(written, TRIPLE, ax=own)) == list(own)
-    assert list(n2s.pl.embedding(written, "gene-0", ax=own)[0]) == list(own)
-    single = plt.figure().subplots()
-    assert list(n2s.pl.markers(written, TRIPLE, panels=["denoised"], ax=single)) == [single]
-
-
-def test_nothing_is_changed_by_looking(written):
-    def contents():
-        return {slot: set(getattr(written, slot)) for slot in ("obs", "var", "obsm", "varm", "uns", "layers")}
-
-    before, x = contents(), written.X.copy()
-    for draw in PICTURES.values():
-        draw(written)
-    assert contents() == before
-    assert (x != written.X).nnz == 0
-
-
-def test_show(written, monkeypatch):
-    shown = []
-    monkeypatch.setattr(plt, "show", lambda: shown.append(1))
-    n2s.pl.spectrum(written)
-    n2s.pl.spectrum(written, show=False)
-    assert not shown
-    n2s.pl.spectrum(written, show=True)
-    n2s.pl.markers(written, TRIPLE, show=True)
-    assert len(shown) == 2
-    monkeypatch.setattr(plt, "isinteractive", lambda: True)
-    n2s.pl.loss(written)
-    assert len(shown) == 3
-    n2s.pl.loss(written, ax=plt.gca())
-    assert len(shown) == 3
-
-
-class TestCaption:
-    """The report under a figure, ours or scanpy's."""
-
-    def test_figure_grows_and_its_axes_keep_their_size(self, written):
-        ax = n2s.pl.spectrum(written)
-        figure, (width, height) = ax.figure, ax.figure.get_size_inches()
-        figure.canvas.draw()
-        before = ax.get_window_extent().height
-        assert n2s.pl.caption(written, ax) is figure
-        figure.canvas.draw()
-        assert figure.get_size_inches()[0] == width
-        assert figure.get_size_inches()[1] > height + 0.5
-        assert ax.get_window_extent().height == pytest.approx(before, rel=0.03)
-        text = figure.texts[-1]
-        assert text.get_text().replace("\n", " ") == n2s.report(written)
-        box, page = text.get_window_extent(), figure.bbox
-        assert box.x0 > 0
-        assert box.x1 < page.x1
-        assert box.y0 > 0
-        assert box.y1 < min(each.get_tightbbox().y0 for each in figure.axes)
-
-    def test_plots_of_scanpy(self, written):
-        for shown in (
-            sc.pl.dotplot(written, TRIPLE, "group", show=False),
-            sc.pl.umap(written, color="group", show=False),
-            sc.pl.violin(written, TRIPLE, "group", show=False),
-        ):
-            figure = n2s.pl.caption(written, shown)
-            figure.canvas.draw()
-            assert figure.texts[-1].get_text().replace("\n", " ") == n2s.report(written)
-            box = figure.texts[-1].get_window_extent()
-            assert box.y1 < min(each.get_tightbbox().y0 for each in figure.axes if each.get_visible())
-
-    def test_something_else_is_refused(self, written):
-        with pytest.raises(TypeError, match="figure is of type str: pass a figure, or the Axes"):
-            n2s.pl.caption(written, "fig.png")
+    chunks, halves = InMemory(n2s.null_counts(simulated), rows=100), halves_of([5])
+    pair = [PCADenoiser("log1p", n_components=20) for _ in range(2)]
+    fit_together(pair, chunks, halves)
+    edge = noise_edge(pair[0], chunks, halves, np.random.default_rng(0))
+    assert edge == pytest.approx(pair[0].singular_values_[0], rel=0.05)

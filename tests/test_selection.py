@@ -5,6 +5,7 @@ import pytest
 import scipy.sparse as sp
 from helpers import divergence, low_rank_profiles, poisson_counts
 
+from sc_noise2self.chunks import InMemory, Survey
 from sc_noise2self.denoisers.members import MeanMember, PCAMember
 from sc_noise2self.denoisers.mixing import PHI, dispersion_curves, dispersions
 from sc_noise2self.denoisers.neighbor_member import NeighborsMember
@@ -18,7 +19,12 @@ def members(*transforms, n_components=20):
 
 def run(members, counts, **options):
     options = {"average": False, "mix": False, **options}
-    return select(members, counts, np.random.default_rng(0), **options)
+    return select(members, InMemory(counts), np.random.default_rng(0), **options)
+
+
+def refit(selection, counts):
+    size, totals = (np.asarray(counts.sum(axis=axis), dtype=np.float64).ravel() for axis in (1, 0))
+    return selection.refit(Survey(InMemory(counts), size, totals), np.random.default_rng(0))
 
 
 def test_the_best_gain_is_chosen_and_every_candidate_reported(counts, truth):
@@ -57,7 +63,7 @@ def test_nothing_to_gain_leaves_the_mean_profile():
     selection = run(members("log1p", "sqrt"), flat)
     assert not selection.beats_mean
     assert [choice.member.name for choice in selection.choices] == ["mean"]
-    (profiles,) = selection.refit(flat, np.random.default_rng(0))
+    (profiles,) = refit(selection, flat)
     expected = np.outer(flat.sum(axis=1), flat.sum(axis=0)) / flat.sum()
     np.testing.assert_allclose(profiles.counts(), expected, rtol=1e-5)
 
@@ -85,7 +91,7 @@ def test_an_ensemble_gains_at_least_as_much_as_its_best_member(counts, truth):
     weights = [choice.weight for choice in selection.choices]
     assert sum(weights) == pytest.approx(1)
     assert min(weights) >= 0.01
-    fitted = selection.refit(counts, np.random.default_rng(0))
+    fitted = refit(selection, counts)
     together = divergence(truth, combine(fitted, weights))
     assert together < 1.02 * min(divergence(truth, profiles) for profiles in fitted)
 
@@ -165,7 +171,7 @@ def test_mixing_pays_where_the_denoiser_leaves_something_unexplained(truth, coun
         selection.unmixed_gain
     )
     assert np.median(selection.phi) > 0.5
-    (profiles,) = selection.refit(overdispersed, rng)
+    (profiles,) = refit(selection, overdispersed)
     mixed = MixedProfiles.with_totals(profiles, overdispersed, selection.phi)
     assert divergence(noisy, mixed) < 0.8 * divergence(noisy, profiles)
 

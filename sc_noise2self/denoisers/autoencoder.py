@@ -381,7 +381,7 @@ class Autoencoder:
         some.eliminate_zeros()
         n_used = counts.shape[1] if genes is None else int(genes.sum())
         pca = PCADenoiser(
-            "log1p", n_components=min(self.n_components, len(cells) - 1, n_used - 1), n_iter=3, random_state=rng
+            "log1p", n_components=min(self.n_components, len(cells) - 1, n_used - 1), n_passes=3, random_state=rng
         ).fit(some, genes)
         components = pca.components_ * pca.genes_[:, None]
         first = pca.scores(some)[:, 0] / np.sqrt(row_sums(some) / pca.transform_.target)

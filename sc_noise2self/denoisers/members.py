@@ -6,19 +6,22 @@ nor any other denoiser. A new denoiser joins by a class with these methods.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import scipy.sparse as sp
 
+from ..chunks import Block, Chunks, InMemory, Survey
 from ..counts import column_sums, row_sums
 from ..transform import TransformName
 from .autoencoder import WIDTHS, Autoencoder
-from .pca import PCADenoiser, shrinkage
+from .pca import PCADenoiser, fit_together, halves_of, noise_edge, shrinkage, whole, worth_of_halves
 from .profiles import LowRankProfiles
 
+_COMPARED_CELLS = 5_000  # that settings of PCA are compared on
+_FURTHER_PASSES = 2  # over all cells, for components that start from those of some cells
 _LEARNED_CELLS = 50_000  # of a half that the autoencoder learns from: enough to choose by
 _STRENGTHS = (1.0, 2.0, 4.0, 8.0)  # of `shrinkage` at the depth of a half; 1 is least squares
 
@@ -61,19 +64,29 @@ class Member(Protocol):
         """How many cells are enough to choose by; None where more always tell more."""
         ...
 
-    def prepare(self, counts: sp.csr_matrix, rng: np.random.Generator) -> None:
-        """Settle what is chosen by molecules that the member sets aside itself, if anything is."""
+    def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:
+        """Settle what is chosen by molecules that the member sets aside itself, if anything is.
+
+        `cells` says which of all these are, shape (cells,).
+        """
         ...
 
     def learn(self, half: Half, rng: np.random.Generator) -> None:
         """Learn from `half.seen`, and, per fold of cells, what `half.held_out` says of the settings."""
         ...
 
+    def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
+        """Learn the halves again from all cells, where `learn` saw some of them and all would tell more.
+
+        `keys` are those of the splits that the halves are of.
+        """
+        ...
+
     def predict(self, half: int, setting: str, cells: np.ndarray) -> LowRankProfiles:
         """Return profiles of these cells from the seen part of that half; no fold is used on its own cells."""
         ...
 
-    def refit(self, counts: sp.csr_matrix, setting: str, rng: np.random.Generator) -> LowRankProfiles:
+    def refit(self, survey: Survey, setting: str, rng: np.random.Generator) -> LowRankProfiles:
         """Return profiles of all cells, fitted to all molecules."""
         ...
 
@@ -91,21 +104,24 @@ class MeanMember:
     enough_cells: int | None = 1
     _halves: list[Half] = field(default_factory=list)
 
-    def prepare(self, counts: sp.csr_matrix, rng: np.random.Generator) -> None:
+    def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:
         """See `Member`; there is nothing to settle."""
 
     def learn(self, half: Half, rng: np.random.Generator) -> None:
         """See `Member`."""
         self._halves.append(half)
 
+    def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
+        """See `Member`; there is nothing more to learn."""
+
     def predict(self, half: int, setting: str, cells: np.ndarray) -> LowRankProfiles:
         """See `Member`."""
         seen = self._halves[half].seen
         return _mean_profiles(row_sums(seen[cells]), column_sums(seen))
 
-    def refit(self, counts: sp.csr_matrix, setting: str, rng: np.random.Generator) -> LowRankProfiles:
+    def refit(self, survey: Survey, setting: str, rng: np.random.Generator) -> LowRankProfiles:
         """See `Member`."""
-        return _mean_profiles(row_sums(counts), column_sums(counts))
+        return _mean_profiles(survey.size, survey.totals)
 
     def record(self, setting: str) -> dict[str, object]:
         """See `Member`."""
@@ -123,8 +139,9 @@ class PCAMember:
     transform: TransformName
     n_components: int
     genes: np.ndarray | None = None
-    enough_cells: int | None = None
+    enough_cells: int | None = _COMPARED_CELLS
     _fits: list[tuple[PCADenoiser, Half, np.ndarray]] = field(default_factory=list)
+    _edge: float | None = None
 
     @property
     def name(self) -> str:
@@ -136,14 +153,24 @@ class PCAMember:
         """See `Member`."""
         return ("shrinkage 2", "cut", *(f"shrinkage {s:g}" for s in _STRENGTHS if s != 2))
 
-    def prepare(self, counts: sp.csr_matrix, rng: np.random.Generator) -> None:
+    def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:
         """See `Member`; there is nothing to settle."""
 
     def learn(self, half: Half, rng: np.random.Generator) -> None:
         """See `Member`."""
-        denoiser = PCADenoiser(self.transform, n_components=self.n_components, n_iter=3, random_state=rng)
-        denoiser.fit(half.seen, self.genes)
+        denoiser = self._new(3, rng).fit(half.seen, self.genes)
         self._fits.append((denoiser, half, denoiser.worth(half.seen, half.held_out, half.folds)))
+
+    def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
+        """See `Member`. Each half starts from what some of its own cells gave, which has seen nothing of the other."""
+        fits = []
+        for key, *pair in zip(keys, self._fits[::2], self._fits[1::2], strict=True):
+            parts, denoisers = halves_of([key]), [self._new(_FURTHER_PASSES, rng) for _ in pair]
+            fit_together(denoisers, chunks, parts, self.genes, [self._used(fitted) for fitted, _, _ in pair])
+            worths = worth_of_halves(denoisers, chunks, key)
+            fits += [(new, half, worth) for new, (_, half, _), worth in zip(denoisers, pair, worths, strict=True)]
+        self._fits = fits
+        self._edge = noise_edge(fits[0][0], chunks, halves_of(keys[:1]), np.random.default_rng(0))
 
     def predict(self, half: int, setting: str, cells: np.ndarray) -> LowRankProfiles:
         """See `Member`."""
@@ -151,23 +178,38 @@ class PCAMember:
         weights = np.array([component_weights(fold, setting, noise=1) for fold in worth])
         return denoiser.predict(learned.seen[cells], weights[1 - learned.folds[cells]], n_rounds=1)
 
-    def refit(self, counts: sp.csr_matrix, setting: str, rng: np.random.Generator) -> LowRankProfiles:
-        """See `Member`."""
-        denoiser = PCADenoiser(self.transform, n_components=self.n_components, random_state=rng)
-        return denoiser.fit(counts, self.genes).predict(counts, self.full_depth_weights(setting))
+    def refit(self, survey: Survey, setting: str, rng: np.random.Generator) -> LowRankProfiles:
+        """See `Member`. The components start from those of a half."""
+        denoiser = self._new(_FURTHER_PASSES + 1, rng)
+        fit_together([denoiser], survey.chunks, whole, self.genes, [self._used(self._fits[0][0])])
+        return denoiser.profiles(survey.chunks, self.full_depth_weights(setting), survey.size)
 
     def record(self, setting: str) -> dict[str, object]:
         """See `Member`."""
         worth = self._worth()
         fitted, half, _ = self._fits[0]
+        # A seed of its own: what is only reported must not move the draws that the result depends on.
+        edge = self._edge
+        if edge is None:
+
+            def parts(block: Block) -> list[sp.csr_matrix]:
+                return [block.counts, half.held_out[block.cells]]
+
+            edge = noise_edge(fitted, InMemory(half.seen), parts, np.random.default_rng(0))
         return {
             "rank": int((shrinkage(worth, 0.5) > 0.5).sum()),
             "worth": worth,
             "weights": self.full_depth_weights(setting),
             "singular_values": fitted.singular_values_,
-            # A seed of its own: what is only reported must not move the draws that the result depends on.
-            "noise_edge": fitted.noise_edge(half.seen, half.held_out, np.random.default_rng(0)),
+            "noise_edge": edge,
         }
+
+    def _new(self, n_passes: int, rng: np.random.Generator) -> PCADenoiser:
+        return PCADenoiser(self.transform, n_components=self.n_components, n_passes=n_passes, random_state=rng)
+
+    @staticmethod
+    def _used(fitted: PCADenoiser) -> np.ndarray:
+        return fitted.components_[fitted.genes_]
 
     def full_depth_weights(self, setting: str) -> np.ndarray:
         """Return the weight of each component in a fit to all molecules, shape (k,)."""
@@ -230,23 +272,27 @@ class AutoencoderMember:
         """See `Member`."""
         return _LEARNED_CELLS
 
-    def prepare(self, counts: sp.csr_matrix, rng: np.random.Generator) -> None:
+    def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:
         """See `Member`."""
         widths = self.widths if self.like is None else self._chosen(self.like)
-        self.fitted = self.choice = self._fit(counts, self.batch, widths, rng)
+        self.fitted = self.choice = self._fit(counts, self._batch(cells), widths, rng)
 
     def learn(self, half: Half, rng: np.random.Generator) -> None:
         """See `Member`."""
         self._fits.append((self._fit(half.seen, self._batch(half.cells), self._chosen(self), rng), half))
+
+    def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
+        """See `Member`; there is nothing more to learn."""
 
     def predict(self, half: int, setting: str, cells: np.ndarray) -> LowRankProfiles:
         """See `Member`."""
         fitted, learned = self._fits[half]
         return fitted.predict(learned.seen[cells], self._batch(learned.cells[cells]))
 
-    def refit(self, counts: sp.csr_matrix, setting: str, rng: np.random.Generator) -> LowRankProfiles:
+    def refit(self, survey: Survey, setting: str, rng: np.random.Generator) -> LowRankProfiles:
         """See `Member`."""
         assert self.fitted is not None  # prepared before anything was learned
+        counts = survey.chunks.in_memory()
         if counts.shape[0] > _LEARNED_CELLS:
             self.fitted = self._new(self._chosen(self), rng).fit(counts, self.genes, self.batch)
         return self.fitted.predict(counts, self.batch, n_rounds=1)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import scipy.sparse as sp
 
+from ..chunks import Chunks, Survey
 from ..counts import column_sums, row_sums
 from ..loss import Gain, held_out_gain, held_out_probabilities
 from ..random import RandomState
@@ -74,13 +75,13 @@ class NeighborsMember:
     def _chosen(self) -> tuple[int, int, int]:
         return max(self._tried, key=lambda setting: self._tried[setting].mean)
 
-    def prepare(self, counts: sp.csr_matrix, rng: np.random.Generator) -> None:
+    def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:
         """See `Member`. One search serves every number of neighbours, and one walk every t, as long as it gains."""
         if counts.shape[0] > _ENOUGH_CELLS:
             counts = counts[np.sort(rng.choice(counts.shape[0], _ENOUGH_CELLS, replace=False))]
         seen, aside = split_matrix(counts, 1 - _ASIDE, random_state=rng)
         share, size = column_sums(seen) / seen.sum(), row_sums(seen)
-        pca = PCADenoiser("log1p", n_components=self.n_components, n_iter=3, random_state=rng).fit(seen, self.genes)
+        pca = PCADenoiser("log1p", n_components=self.n_components, n_passes=3, random_state=rng).fit(seen, self.genes)
         start = pca.coordinates(seen)
         grid = self._grid(counts.shape[0])
         for n_pcs in grid["n_pcs"]:
@@ -105,13 +106,16 @@ class NeighborsMember:
         """See `Member`."""
         self._fits.append(self._fit(half.seen, rng, n_rounds=1))
 
+    def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
+        """See `Member`; there is nothing more to learn."""
+
     def predict(self, half: int, setting: str, cells: np.ndarray) -> LowRankProfiles:
         """See `Member`."""
         return self._fits[half].of_cells(cells)
 
-    def refit(self, counts: sp.csr_matrix, setting: str, rng: np.random.Generator) -> LowRankProfiles:
+    def refit(self, survey: Survey, setting: str, rng: np.random.Generator) -> LowRankProfiles:
         """See `Member`."""
-        return self._fit(counts, rng, n_rounds=3)
+        return self._fit(survey.chunks.in_memory(), rng, n_rounds=3)
 
     def record(self, setting: str) -> dict[str, object]:
         """See `Member`."""

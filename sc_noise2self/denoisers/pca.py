@@ -3,24 +3,45 @@
 The counts are brought to one depth, transformed, and weighted so that their sampling noise is even (`noise weights`).
 What is left after the weighted mean profile is factorised once; every rank, and every shrinkage of the components, is
 then a choice of weights between 0 and 1 on the same factors (Noise2Self, Batson & Royer 2019, section 3.2).
+
+Everything is learned in passes over blocks of cells (`sc_noise2self.chunks`): one for the sizes of cells, one for the
+noise and the mean of genes, `n_passes` for the components, one for the scores.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from numbers import Integral
-from typing import Self
+from typing import Self, cast
 
 import numpy as np
 import scipy.optimize
 import scipy.sparse as sp
 
+from ..chunks import Block, Chunks, InMemory, Partial
 from ..counts import column_sums, row_sums
-from ..random import RandomState, as_generator
+from ..random import RandomState, as_generator, row_keys
+from ..split import halves
 from ..transform import Transform, TransformName
-from .profiles import LowRankProfiles
-from .svd import truncated_svd
+from .profiles import LowRankProfiles, scaled_to
+from .svd import N_PASSES, right_singular_vectors, start_block, without_mean
 
 _LOG1P_DEPTH = 0.25  # log1p's target over the median depth; on six data sets .125 to .25 gained most, 1 the least
+_SCALED = 20_000_000  # dense entries of the cells that all but the last round of scaling genes look at
+
+Parts = Callable[[Block], Sequence[sp.csr_matrix]]
+"""The matrices to learn from, each with the rows of the block."""
+
+
+def whole(block: Block) -> Sequence[sp.csr_matrix]:
+    """Return all molecules."""
+    return [block.counts]
+
+
+def halves_of(keys: Sequence[int]) -> Parts:
+    """Return the function that gives both halves of each split of a block, one split after another."""
+    return lambda block: [half for key in keys for half in halves(block.counts, key, block.cells)]
 
 
 class PCADenoiser:
@@ -32,8 +53,8 @@ class PCADenoiser:
         `"log1p"` (at a quarter of the median depth), `"sqrt"` or `"none"`.
     n_components
         Components beyond the mean profile, at most min(cells, genes used) - 1.
-    n_iter
-        Power iterations of the factorisation; 3 are enough to compare candidates, more gain a few 1e-4 nats.
+    n_passes
+        Of the factorisation over the counts; 3 are enough to compare candidates, more gain a few 1e-4 nats.
     random_state
         Seed of the factorisation's random start, or a generator.
 
@@ -60,49 +81,37 @@ class PCADenoiser:
     making their noise equal (either end gained less on all data sets tried).
     """
 
+    transform_: Transform
+    gene_weights_: np.ndarray
+    genes_: np.ndarray
+    mean_: np.ndarray
+    components_: np.ndarray
+    singular_values_: np.ndarray
+    gene_share_: np.ndarray
+
     def __init__(
         self,
         transform: TransformName = "log1p",
         *,
         n_components: int = 100,
-        n_iter: int = 6,
+        n_passes: int = N_PASSES,
         random_state: RandomState = 0,
     ) -> None:
         self.transform = transform
         self.n_components = n_components
-        self.n_iter = n_iter
+        self.n_passes = n_passes
         self.random_state = random_state
 
-    def fit(self, counts: sp.csr_matrix, genes: np.ndarray | None = None) -> Self:
-        """Learn the components from counts, CSR of shape (cells, genes).
+    def fit(self, counts: sp.csr_matrix | Chunks, genes: np.ndarray | None = None) -> Self:
+        """Learn the components from counts of shape (cells, genes).
 
         Parameters
         ----------
         genes
             Boolean, shape (genes,): the genes that determine the scores. None uses all.
         """
-        size = row_sums(counts)
-        median = float(np.median(size[size > 0]))
-        target = median * _LOG1P_DEPTH if self.transform == "log1p" else median
-        self.transform_ = Transform(self.transform, target)
-        variance = self.transform_.noise_variance(counts, size)
-        self.gene_weights_ = np.where(variance > 0, np.where(variance > 0, variance, 1) ** -0.25, 0).astype(np.float32)
-        self.genes_ = np.ones(counts.shape[1], bool) if genes is None else genes
-        self.gene_share_ = column_sums(counts) / size.sum()
-
-        z, cell_weights = self._weighted(counts, size)
-        norm = float(np.linalg.norm(cell_weights))
-        offset = cell_weights / norm
-        used = z if genes is None else z[:, genes]
-        rng = as_generator(self.random_state)
-        u, s, v = truncated_svd(used, self.n_components, rng, offset=offset, n_iter=self.n_iter)
-        self.mean_ = np.asarray(z.T @ offset) / norm
-        self.singular_values_ = s
-        if genes is None:
-            self.components_ = v
-        else:
-            self.components_ = np.asarray(z.T @ (u / np.where(s > 0, s, 1)))
-            self.components_[genes] = v
+        chunks = counts if isinstance(counts, Chunks) else InMemory(counts)
+        fit_together([self], chunks, whole, genes)
         return self
 
     @property
@@ -124,32 +133,20 @@ class PCADenoiser:
         held_out
             The other part of an even split of the same cells.
         folds
-            The fold of each cell, 0, 1, ..., shape (cells,); each fold's weights are learned from its own cells.
+            The fold of each cell, 0 or 1, shape (cells,); each fold's weights are learned from its own cells.
         """
+        return _worth_from(*self.products(counts, held_out, folds))
+
+    def products(
+        self, counts: sp.csr_matrix, held_out: sp.csr_matrix, folds: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the sums over the cells of each fold that `worth` is the ratio of, shape (2, k) each."""
         scores = self.scores(counts)
         weighted, _ = self._weighted(held_out, row_sums(held_out))
-        other = np.asarray(weighted[:, self.genes_] @ self.components_[self.genes_], dtype=np.float64)
+        other = np.asarray(self._used(weighted) @ self.components_[self.genes_], dtype=np.float64)
         product, square = scores * other, np.square(scores, dtype=np.float64)
-        sums = [
-            (product[folds == fold].sum(axis=0), square[folds == fold].sum(axis=0)) for fold in range(folds.max() + 1)
-        ]
-        return np.array([p / np.where(s > 0, s, 1) for p, s in sums])
-
-    def noise_edge(self, counts: sp.csr_matrix, held_out: sp.csr_matrix, rng: np.random.Generator) -> float:
-        """Return the largest singular value that noise alone reaches, in the units of `singular_values_`.
-
-        The two parts of an even split differ by nothing but noise, and (z1 - z2) / sqrt(2) has as much of it as z1:
-        its largest singular value is the noise edge, whatever the distribution of the noise over cells and genes.
-
-        Parameters
-        ----------
-        counts, held_out
-            As in `worth`.
-        rng
-            Source of the random start.
-        """
-        z1, z2 = (self._weighted(part, row_sums(part))[0][:, self.genes_] for part in (counts, held_out))
-        return float(truncated_svd(sp.csr_matrix(z1 - z2), 1, rng)[1][0]) / 2**0.5
+        sums = [(product[folds == fold].sum(axis=0), square[folds == fold].sum(axis=0)) for fold in (0, 1)]
+        return np.array([p for p, _ in sums]), np.array([s for _, s in sums])
 
     def predict(
         self,
@@ -194,7 +191,11 @@ class PCADenoiser:
         return self.scores(counts) / np.where(depth > 0, depth, 1)[:, None]
 
     def rebuild(
-        self, coordinates: np.ndarray, size: np.ndarray, n_rounds: int = 3, kept: np.ndarray | slice = slice(None)
+        self,
+        coordinates: np.ndarray,
+        size: np.ndarray,
+        n_rounds: int = 3,
+        kept: np.ndarray | slice = slice(None),
     ) -> LowRankProfiles:
         """Return the profiles that have these coordinates.
 
@@ -209,16 +210,56 @@ class PCADenoiser:
         kept
             Which components they are of.
         """
+        return LowRankProfiles.with_totals(*self._model(coordinates, size, kept), n_rounds)
+
+    def unscaled(
+        self, coordinates: np.ndarray, size: np.ndarray, kept: np.ndarray, gene_scale: np.ndarray
+    ) -> LowRankProfiles:
+        """Return the profiles that have these coordinates, as `rebuild`, their cells without a scale."""
+        return LowRankProfiles.unscaled(*self._model(coordinates, size, kept), gene_scale)
+
+    def _model(
+        self, coordinates: np.ndarray, size: np.ndarray, kept: np.ndarray | slice
+    ) -> tuple[TransformName, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return link, scores, loadings, sizes and shares of genes."""
+        scores = np.column_stack([np.ones(len(size)), coordinates]) * self.transform_.own_depth(size)[:, None]
+        return self.transform_.name, scores.astype(np.float32), self.loadings(kept), size, self.gene_share_
+
+    def loadings(self, kept: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Return the mean and the components kept, on the transformed scale, float32 of shape (genes, 1 + k)."""
         scale = np.where(self.gene_weights_ > 0, self.gene_weights_, 1)
         loadings = np.column_stack([self.mean_, self.components_[:, kept]]) / scale[:, None]
-        scores = np.column_stack([np.ones(len(size)), coordinates]) * self.transform_.own_depth(size)[:, None]
-        return LowRankProfiles.with_totals(
+        return np.ascontiguousarray(loadings, dtype=np.float32)
+
+    def profiles(self, chunks: Chunks, weights: np.ndarray, size: np.ndarray, n_rounds: int = 3) -> LowRankProfiles:
+        """Return the denoised profiles of all cells, as `predict`, in two passes over the counts.
+
+        All rounds of scaling genes but the last look at some of the cells, the last at all.
+
+        Parameters
+        ----------
+        chunks
+            The counts. Of a Dask array, the second pass is made where scores and scales of cells are read.
+        size
+            Molecules of each cell, shape (cells,).
+        """
+        step = max(1, chunks.shape[0] * chunks.shape[1] // _SCALED)
+        some = self.predict(chunks.take(np.arange(0, chunks.shape[0], step)), weights, n_rounds=n_rounds - 1)
+        kept = weights > 0
+        rows = _Rows(self, weights[kept], kept, some.gene_scale)
+        totals = chunks.run(rows.totals).sums[0]
+        gene_scale = scaled_to(self.gene_share_ * size.sum(), totals, some.gene_scale)
+        rows = _Rows(self, weights[kept], kept, gene_scale)
+        scores, scales = chunks.rows(rows.factors, (1 + int(kept.sum()), 2))
+        return LowRankProfiles(
             self.transform_.name,
-            scores.astype(np.float32),
-            np.ascontiguousarray(loadings, dtype=np.float32),
-            size,
-            self.gene_share_,
-            n_rounds,
+            cast("np.ndarray", scores),
+            self.loadings(kept),
+            gene_scale,
+            cast("np.ndarray", scales[:, 0]),
+            cast("np.ndarray", scales[:, 1]),
+            self.gene_share_.astype(np.float32),
+            size.astype(np.float32),
         )
 
     def _cell_weights(self, size: np.ndarray) -> np.ndarray:
@@ -236,8 +277,204 @@ class PCADenoiser:
         """Return the coordinates of cells beyond the mean, each cell weighted by its depth, shape (cells, k)."""
         z, cell_weights = self._weighted(counts, row_sums(counts))
         v = self.components_[self.genes_]
-        scores = np.asarray(z[:, self.genes_] @ v) if not self.genes_.all() else np.asarray(z @ v)
-        return scores - np.outer(cell_weights, self.mean_[self.genes_] @ v)
+        return np.asarray(self._used(z) @ v) - np.outer(cell_weights, self.mean_[self.genes_] @ v)
+
+    def _used(self, z: sp.csr_matrix) -> sp.csr_matrix:
+        """Return the columns of the genes that determine the scores."""
+        return z if self.genes_.all() else z[:, self.genes_]
+
+
+def fit_together(
+    denoisers: Sequence[PCADenoiser],
+    chunks: Chunks,
+    parts: Parts,
+    genes: np.ndarray | None = None,
+    starts: Sequence[np.ndarray] | None = None,
+) -> None:
+    """Fit each denoiser to one of the parts of the counts, all in the same passes.
+
+    Parameters
+    ----------
+    denoisers
+        As many as there are parts, with the same `n_passes`.
+    genes
+        As in `PCADenoiser.fit`.
+    starts
+        Vectors of the genes used that are known to be near each one's components; None starts from random ones.
+    """
+
+    def of_sizes(block: Block) -> Partial:
+        found = parts(block)
+        return Partial([column_sums(part) for part in found], [row_sums(part) for part in found])
+
+    totals, sizes = chunks.run(of_sizes)
+    for denoiser, total, size in zip(denoisers, totals, sizes, strict=True):
+        median = float(np.median(size[size > 0]))
+        target = median * _LOG1P_DEPTH if denoiser.transform == "log1p" else median
+        denoiser.transform_ = Transform(denoiser.transform, target)
+        denoiser.gene_share_ = total / total.sum()
+        denoiser.genes_ = np.ones(len(total), bool) if genes is None else genes
+
+    def of_genes(block: Block) -> Partial:
+        sums = []
+        for denoiser, part in zip(denoisers, parts(block), strict=True):
+            size, transform = row_sums(part), denoiser.transform_
+            sums += [
+                transform.noise_variance(part, size) * len(size),
+                transform.apply(part, size).T @ (size / transform.target),
+            ]
+        return Partial(sums)
+
+    sums = chunks.run(of_genes).sums
+    means = []  # q'Z, with q the unit vector along the cells' weights
+    for denoiser, noise, mean, size in zip(denoisers, sums[::2], sums[1::2], sizes, strict=True):
+        weights = np.where(noise > 0, np.where(noise > 0, noise / chunks.shape[0], 1) ** -0.25, 0)
+        denoiser.gene_weights_ = weights.astype(np.float32)
+        square = size.sum() / denoiser.transform_.target
+        denoiser.mean_ = weights * mean / square
+        means.append((weights * mean / square**0.5)[denoiser.genes_])
+
+    def gram(blocks: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        def of_block(block: Block) -> Partial:
+            sums = []
+            for denoiser, part, vectors in zip(denoisers, parts(block), blocks, strict=True):
+                z = denoiser._used(denoiser._weighted(part, row_sums(part))[0])
+                sums.append(z.T @ (z @ vectors))
+            return Partial(sums)
+
+        found = chunks.run(of_block).sums
+        return [
+            without_mean(product, block, mean).astype(block.dtype)
+            for product, block, mean in zip(found, blocks, means, strict=True)
+        ]
+
+    if starts is None:
+        starts = [
+            start_block(int(denoiser.genes_.sum()), denoiser.n_components, as_generator(denoiser.random_state))
+            for denoiser in denoisers
+        ]
+    n_components = max(denoiser.n_components for denoiser in denoisers)
+    for denoiser, (s, v) in zip(
+        denoisers, right_singular_vectors(gram, starts, n_components, denoisers[0].n_passes), strict=True
+    ):
+        denoiser.singular_values_, denoiser.components_ = s, v
+    if genes is not None:
+        _regress_other_genes(denoisers, chunks, parts)
+
+
+def worth_of_halves(denoisers: Sequence[PCADenoiser], chunks: Chunks, key: int) -> list[np.ndarray]:
+    """Return `PCADenoiser.worth` of both halves of a split, learned from all cells: one pass.
+
+    Parameters
+    ----------
+    denoisers
+        Fitted to `halves_of([key])`.
+    """
+
+    def of_block(block: Block) -> Partial:
+        half1, half2 = halves(block.counts, key, block.cells)
+        folds = folds_of(block.cells)
+        pairs = ((half1, half2), (half2, half1))
+        return Partial(
+            [each for own, pair in zip(denoisers, pairs, strict=True) for each in own.products(*pair, folds)]
+        )
+
+    sums = chunks.run(of_block).sums
+    return [_worth_from(*sums[:2]), _worth_from(*sums[2:])]
+
+
+def noise_edge(denoiser: PCADenoiser, chunks: Chunks, parts: Parts, rng: np.random.Generator) -> float:
+    """Return the largest singular value that noise alone reaches, in the units of `singular_values_`.
+
+    The two parts of an even split differ by nothing but noise, and (z1 - z2) / sqrt(2) has as much of it as z1:
+    its largest singular value is the noise edge, whatever the distribution of the noise over cells and genes.
+
+    Parameters
+    ----------
+    denoiser
+        Fitted to the first half.
+    parts
+        The two halves of a block.
+    rng
+        Source of the random start.
+    """
+
+    def gram(blocks: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        def of_block(block: Block) -> Partial:
+            z1, z2 = (denoiser._used(denoiser._weighted(part, row_sums(part))[0]) for part in parts(block))
+            difference = sp.csr_matrix(z1 - z2)
+            return Partial([difference.T @ (difference @ blocks[0])])
+
+        return [product.astype(np.float32) for product in chunks.run(of_block).sums]
+
+    start = start_block(int(denoiser.genes_.sum()), 1, rng)
+    return float(right_singular_vectors(gram, [start], 1)[0][0][0]) / 2**0.5
+
+
+def folds_of(cells: np.ndarray) -> np.ndarray:
+    """Return the fold of each cell, 0 or 1 at random, by its number."""
+    return (row_keys(0, cells) & np.uint64(1)).astype(np.intp)
+
+
+def _worth_from(products: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    return products / np.where(squares > 0, squares, 1)
+
+
+def _regress_other_genes(denoisers: Sequence[PCADenoiser], chunks: Chunks, parts: Parts) -> None:
+    """Give the genes that determine no scores the components that predict them from the scores."""
+    used = [denoiser.components_ for denoiser in denoisers]
+    for denoiser, v in zip(denoisers, used, strict=True):
+        denoiser.components_ = np.zeros((len(denoiser.genes_), v.shape[1]), v.dtype)
+        denoiser.components_[denoiser.genes_] = v
+
+    def of_block(block: Block) -> Partial:
+        return Partial(
+            [
+                denoiser._weighted(part, row_sums(part))[0].T @ denoiser.scores(part)
+                for denoiser, part in zip(denoisers, parts(block), strict=True)
+            ]
+        )
+
+    for denoiser, v, product in zip(denoisers, used, chunks.run(of_block).sums, strict=True):
+        s = denoiser.singular_values_.astype(np.float64)
+        denoiser.components_ = (product / np.where(s > 0, s, 1) ** 2).astype(v.dtype)
+        denoiser.components_[denoiser.genes_] = v
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """What a block of cells has of the factors of profiles.
+
+    Attributes
+    ----------
+    denoiser
+        That was fitted.
+    weights
+        Of the components kept.
+    kept
+        Which these are, boolean of shape (k,).
+    gene_scale
+        Of `LowRankProfiles`.
+    """
+
+    denoiser: PCADenoiser
+    weights: np.ndarray
+    kept: np.ndarray
+    gene_scale: np.ndarray
+
+    def factors(self, block: Block) -> Partial:
+        """Return the scores, and the two scales of cells, of `LowRankProfiles`."""
+        found = self._unscaled(block)
+        found.scale_cells()
+        return Partial(rows=(found.scores, np.column_stack([found.cell_scale, found.row_scale])))
+
+    def totals(self, block: Block) -> Partial:
+        """Return what the genes add up to at this `gene_scale`."""
+        return Partial([self._unscaled(block).scale_cells()])
+
+    def _unscaled(self, block: Block) -> LowRankProfiles:
+        coordinates = self.denoiser.coordinates(block.counts)[:, self.kept] * self.weights
+        return self.denoiser.unscaled(coordinates, row_sums(block.counts), self.kept, self.gene_scale)
 
 
 def shrinkage(worth: np.ndarray, strength: float) -> np.ndarray:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import scipy.sparse as sp
 
+from ..threads import in_threads
 from ..transform import Link, rates
 
 _BLOCK = 1 << 20  # dense entries rebuilt at a time, 4 MB
@@ -99,25 +100,48 @@ class LowRankProfiles(Profiles):
         gene_scale
             What to start from, shape (genes,); None for 1.
         """
+        out = cls.unscaled(link, scores, loadings, size, gene_share, gene_scale)
+        target = out.gene_share * float(out.size.sum())
+        for _ in range(n_rounds):
+            out.gene_scale[:] = scaled_to(target, out.scale_cells(), out.gene_scale)
+        out.scale_cells()
+        return out
+
+    @classmethod
+    def unscaled(
+        cls,
+        link: Link,
+        scores: np.ndarray,
+        loadings: np.ndarray,
+        size: np.ndarray,
+        gene_share: np.ndarray,
+        gene_scale: np.ndarray | None = None,
+    ) -> LowRankProfiles:
+        """Return profiles whose cells have no scale yet."""
         gene_share, size = gene_share.astype(np.float32), size.astype(np.float32)
         gene_scale = (gene_share > 0) * np.float32(1 if gene_scale is None else gene_scale)
         cell_scale, row_scale = np.zeros((2, len(size)), np.float32)
-        out = cls(link, scores, loadings, gene_scale, cell_scale, row_scale, gene_share, size)
-        target = gene_share * float(size.sum())
-        for round_ in range(n_rounds + 1):
-            totals = np.zeros(len(gene_share))
-            for rows in out.rows():
-                block = rates(link, scores[rows] @ loadings.T)
-                block *= gene_scale
-                cell_scale[rows] = _ratio(size[rows], block.sum(axis=1))
-                block *= cell_scale[rows, None]
-                np.maximum(block, out._floor(rows), out=block)
-                row_scale[rows] = _ratio(size[rows], block.sum(axis=1))
-                if round_ < n_rounds:
-                    totals += row_scale[rows] @ block
-            if round_ < n_rounds:
-                gene_scale *= _ratio(target, totals)
-        return out
+        return cls(link, scores, loadings, gene_scale, cell_scale, row_scale, gene_share, size)
+
+    def scale_cells(self) -> np.ndarray:
+        """Set the scales that give every cell its size, in one pass; return what each gene adds up to, shape (genes,).
+
+        The sum is in double precision.
+        """
+
+        def of_rows(rows: slice) -> np.ndarray:
+            block = rates(self.link, self.scores[rows] @ self.loadings.T)
+            block *= self.gene_scale
+            self.cell_scale[rows] = _ratio(self.size[rows], block.sum(axis=1))
+            block *= self.cell_scale[rows, None]
+            np.maximum(block, self._floor(rows), out=block)
+            self.row_scale[rows] = _ratio(self.size[rows], block.sum(axis=1))
+            return self.row_scale[rows] @ block
+
+        totals = np.zeros(len(self.loadings))
+        for of_block in in_threads(of_rows, self.rows()):
+            totals += of_block
+        return totals
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -143,6 +167,11 @@ class LowRankProfiles(Profiles):
         np.minimum(floor, _FLOOR_CAP, out=floor)
         floor *= _FLOOR
         return floor
+
+
+def scaled_to(target: np.ndarray, totals: np.ndarray, gene_scale: np.ndarray) -> np.ndarray:
+    """Return the scale of genes that brings their totals to the target, shape (genes,)."""
+    return gene_scale * _ratio(target, totals)
 
 
 def _ratio(wanted: np.ndarray, found: np.ndarray) -> np.ndarray:

@@ -1,85 +1,111 @@
-"""A truncated singular value decomposition of a sparse matrix from which one known direction has been removed.
+"""The right singular vectors of a matrix that is known by products with its Gram matrix alone.
 
-Randomised subspace iteration (Halko, Martinsson & Tropp 2011, algorithms 4.4 and 5.1), by products with the sparse
-matrix only. scikit-learn's `randomized_svd` takes no linear operator, so it can neither centre a sparse matrix nor
-remove a weighted mean without a dense copy; SciPy's `svds` takes one but multiplies one vector at a time, which took
-five times as long on 8381 cells x 21425 genes.
+Block Krylov iteration (Musco & Musco 2015, "Randomized block Krylov methods"): with A = Z'Z and a block W0 of random
+vectors, the best vectors in the span of W0, A W0, A^2 W0, ... are those of A projected on it (Rayleigh-Ritz). A
+product with A is one pass over Z, and nothing with a row for each cell is held. For the same number of passes it is
+never worse than power iteration (Halko, Martinsson & Tropp 2011), whose result lies in the same span.
+
+scikit-learn's `randomized_svd` takes neither a matrix that is read in pieces nor one whose mean is removed without
+making it dense; SciPy's `svds` takes both as an operator but multiplies one vector at a time. For few genes the Gram
+matrix itself, genes x genes, would be one pass; its dense products cost more than this below some 95 % zeros.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import scipy.sparse as sp
 
-_ROWS = 1 << 14  # rows taken to double precision at a time
+N_PASSES = 4
+"""Products with the Gram matrix: on four data sets a fifth moved no held-out gain by more than 1e-4."""
+_OVERSAMPLES = 20
+_ROUNDING = 1e-12  # of squared lengths, in single precision
+
+Gram = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
+"""Blocks of vectors, each of shape (genes, width), one for each of several matrices -> A times each."""
 
 
-def truncated_svd(
-    matrix: sp.csr_matrix,
-    n_components: int,
-    rng: np.random.Generator,
-    *,
-    offset: np.ndarray | None = None,
-    n_iter: int = 6,
-    n_oversamples: int = 20,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return U, S, V of (I - q q') matrix, with q the unit left vector `offset`.
+def start_block(n_genes: int, n_components: int, rng: np.random.Generator) -> np.ndarray:
+    """Return random vectors to start from, float32 of shape (genes, a few more than the components)."""
+    width = min(n_components + _OVERSAMPLES, n_genes)
+    return rng.standard_normal((n_genes, width), dtype=np.float32)
+
+
+def right_singular_vectors(
+    gram: Gram, starts: Sequence[np.ndarray], n_components: int, n_passes: int = N_PASSES
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return S and V of several matrices, all learned in the same passes.
 
     Parameters
     ----------
-    matrix
-        CSR float32, cells x genes.
+    gram
+        Products with Z'Z of each matrix; called `n_passes` times.
+    starts
+        A block of vectors for each matrix, from `start_block` or known to be near the answer.
     n_components
-        Components returned, at most min(cells, genes) - 1.
-    rng
-        Source of the random start.
-    offset
-        Unit vector of shape (cells,), e.g. ones / sqrt(cells) to centre the columns. None removes nothing.
-    n_iter
-        Power iterations; each multiplies the matrix and its transpose once with n_components + n_oversamples vectors.
+        Components returned.
 
     Returns
     -------
-    U (cells, k) with orthonormal columns, S (k,) falling, V (genes, k) with orthonormal columns; signs are fixed so
-    that each column of V has a positive sum. Where the matrix has a lower rank, the rest is 0.
+    For each matrix S (k,), falling, and V (genes, k) with orthonormal columns; signs are fixed so that each column of
+    V has a positive sum. Where the matrix has a lower rank, the rest is 0.
     """
-    n_cells, n_genes = matrix.shape
-    width = min(n_components + n_oversamples, n_cells, n_genes)
-    q = None if offset is None else offset.astype(matrix.dtype)[:, None]
+    blocks = [_orthonormal(start) for start in starts]
+    bases: list[list[np.ndarray]] = [[] for _ in starts]
+    products: list[list[np.ndarray]] = [[] for _ in starts]
+    for i in range(n_passes):
+        for basis, product, block, found in zip(bases, products, blocks, gram(blocks), strict=True):
+            basis.append(block)
+            product.append(found)
+        if i < n_passes - 1:
+            blocks = [_beyond(basis, product[-1]) for basis, product in zip(bases, products, strict=True)]
+    return [
+        _ritz(np.hstack(basis), np.hstack(product), n_components)
+        for basis, product in zip(bases, products, strict=True)
+    ]
 
-    def range_basis(block: np.ndarray) -> np.ndarray:
-        block = matrix @ block
-        if q is not None:
-            block -= q @ (q.T @ block)
-        return _orthonormal(block)[0]
 
-    left = range_basis(rng.standard_normal((n_genes, width), dtype=matrix.dtype))
-    for _ in range(n_iter):
-        left = range_basis(matrix.T @ left)
-    if q is not None:
-        left -= q @ (q.T @ left)
-    # With B = left' matrix, the eigenvectors of B B' give U and V at once.
-    v, s, rotation = _orthonormal(matrix.T @ left)
-    u, s, v = left @ rotation[:, :n_components], s[:n_components], v[:, :n_components]
-    sign = np.where(v.sum(axis=0) < 0, -1, 1).astype(matrix.dtype)
-    u, v = u * sign, v * sign
+def gram_of(matrix: sp.csr_matrix, mean_row: np.ndarray | None = None) -> Gram:
+    """Return the products with the Gram matrix of one matrix in memory.
+
+    Parameters
+    ----------
+    mean_row
+        q'Z for a unit vector q of shape (cells,) that is to be removed: the Gram matrix is then that of (I - qq')Z.
+    """
+    return lambda blocks: [without_mean(matrix.T @ (matrix @ block), block, mean_row) for block in blocks]
+
+
+def without_mean(product: np.ndarray, block: np.ndarray, mean_row: np.ndarray | None) -> np.ndarray:
+    """Return Z'(I - qq')Z W from Z'Z W, with `mean_row` = q'Z."""
+    return product if mean_row is None else product - np.outer(mean_row, mean_row @ block)
+
+
+def _ritz(basis: np.ndarray, product: np.ndarray, n_components: int) -> tuple[np.ndarray, np.ndarray]:
+    small = basis.T.astype(np.float64) @ product
+    values, vectors = np.linalg.eigh((small + small.T) / 2)
+    values, vectors = values[::-1][:n_components], vectors[:, ::-1][:, :n_components]
+    real = values > 1e-6 * max(values[0], 1e-300) if len(values) else np.zeros(0, bool)
+    v = basis @ (vectors * real).astype(basis.dtype)
+    v *= np.where(v.sum(axis=0) < 0, -1, 1).astype(v.dtype)
+    s = np.sqrt(np.where(real, values, 0)).astype(basis.dtype)
     missing = n_components - len(s)
-    if missing > 0:
-        u, s, v = (np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)]) for a in (u, s, v))
-    return u, s, np.ascontiguousarray(v)
+    return np.pad(s, (0, missing)), np.ascontiguousarray(np.pad(v, [(0, 0), (0, missing)]))
 
 
-def _orthonormal(block: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return Q, S, W with block = Q S W', by the eigenvectors of block' block in double precision.
+def _beyond(basis: Sequence[np.ndarray], block: np.ndarray) -> np.ndarray:
+    """Return orthonormal vectors for what the block has outside the basis; fewer where it has none."""
+    # Directions that a projection leaves next to nothing of are rounding errors, and not outside the basis.
+    for least in (_ROUNDING * float(np.square(block).sum(axis=0).max(initial=0)), 0.25):
+        for known in basis:
+            block = block - known @ (known.T @ block)
+        block = _orthonormal(block.astype(basis[0].dtype), least)
+    return block
 
-    Directions without a part in `block` are dropped. A QR factorisation took three times as long.
-    """
-    gram = np.zeros((block.shape[1], block.shape[1]))
-    for start in range(0, len(block), _ROWS):
-        rows = block[start : start + _ROWS].astype(np.float64)
-        gram += rows.T @ rows
-    values, vectors = np.linalg.eigh(gram)
-    values, vectors = values[::-1], vectors[:, ::-1]
-    kept = values > 1e-12 * max(values[0], 1e-300)
-    s, vectors = np.sqrt(values[kept]), vectors[:, kept]
-    return block @ (vectors / s).astype(block.dtype), s.astype(block.dtype), vectors.astype(block.dtype)
+
+def _orthonormal(block: np.ndarray, least: float = 0.0) -> np.ndarray:
+    """Return orthonormal vectors with the same span, without directions of a squared length up to `least`."""
+    values, vectors = np.linalg.eigh(block.T.astype(np.float64) @ block)
+    kept = values > max(least, _ROUNDING * values.max(initial=0))
+    return block @ (vectors[:, kept] / np.sqrt(values[kept])).astype(block.dtype)

@@ -1,0 +1,62 @@
+"""What fits: memory and disk, asked before anything large is made."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+_BYTES = 4  # of a float32
+
+
+def check_fits_memory(n_cells: int, n_genes: int) -> None:
+    """Raise if a dense layer would not fit in the memory that is free.
+
+    Raises
+    ------
+    MemoryError
+        Naming the gigabytes.
+    """
+    needed, free = n_cells * n_genes * _BYTES, available_memory()
+    if needed > free:
+        raise MemoryError(
+            f"the layer of {n_cells} cells x {n_genes} genes takes {gigabytes(needed)} and {gigabytes(free)} of memory "
+            "are free: pass write_layer=False and read genes from the factors (get.denoised, get.lazy)."
+        )
+
+
+def check_fits_disk(n_bytes: int, folder: Path) -> None:
+    """Raise if a file would not fit on the disk of a folder.
+
+    Raises
+    ------
+    OSError
+        Naming the gigabytes.
+    """
+    free = shutil.disk_usage(folder).free
+    if n_bytes > free:
+        raise OSError(
+            f"the result takes {gigabytes(n_bytes)} and {gigabytes(free)} are free in {folder}: write the factors "
+            "alone (--factors, write_layer=False), or choose another folder."
+        )
+
+
+def available_memory() -> int:
+    """Return the bytes that can be taken without swapping; what a container may have counts too, where it says so."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        if os.path.exists(limit) and os.path.exists(used):
+            allowed = Path(limit).read_text().strip()
+            if allowed != "max":
+                free = min(free, int(allowed) - int(Path(used).read_text()))
+    return free
+
+
+def gigabytes(n_bytes: float) -> str:
+    """Return e.g. ``"8.0 GB"``."""
+    return f"{n_bytes / 1e9:.1f} GB"

@@ -1,0 +1,69 @@
+"""Work on blocks in several threads, the results in the order of the blocks.
+
+SciPy's sparse products and NumPy's loops let go of the interpreter, so threads share the counts and need no copies.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from threading import local
+from typing import TypeVar
+
+from joblib import cpu_count
+from threadpoolctl import ThreadpoolController
+
+_thread = local()
+
+Item = TypeVar("Item")
+Out = TypeVar("Out")
+
+
+def in_threads(work: Callable[[Item], Out], items: Iterable[Item]) -> Iterator[Out]:
+    """Yield what `work` returns for each item, in their order; no more items are held than there are threads and one.
+
+    Items are taken in the calling thread, so reading the next one goes on while others are worked on.
+    """
+    if getattr(_thread, "is_ours", False):  # work within work: there are enough threads already
+        yield from map(work, items)
+        return
+    n_threads = cpu_count()
+    pending: deque[Future[Out]] = deque()
+    with one_blas_thread(), ThreadPoolExecutor(n_threads, initializer=_mark) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(work, item))
+                if len(pending) > n_threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def alone(work: Callable[[], Out]) -> Out:
+    """Return what `work` returns, run in this thread only; for tasks of a scheduler that has threads of its own."""
+    before = getattr(_thread, "is_ours", False)
+    _mark()
+    try:
+        return work()
+    finally:
+        _thread.is_ours = before
+
+
+def one_blas_thread() -> AbstractContextManager[object]:
+    """Return a context in which matrix products do not start threads of their own, which would fight with ours."""
+    return _controller().limit(limits=1, user_api="blas")
+
+
+@lru_cache(maxsize=1)
+def _controller() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def _mark() -> None:
+    _thread.is_ours = True
