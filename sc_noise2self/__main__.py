@@ -1,9 +1,8 @@
-"""The command line: ``python -m sc_noise2self denoise IN.h5ad OUT.h5ad``."""
+"""The command line: ``python -m sc_noise2self denoise IN.h5ad OUT.zarr --factors``."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import textwrap
 import warnings
@@ -25,9 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sc_noise2self", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    denoise = commands.add_parser("denoise", help="denoise the raw counts of an .h5ad file into another")
-    denoise.add_argument("source", type=Path, metavar="IN.h5ad", help="file with raw counts; it is not changed")
-    denoise.add_argument("target", type=Path, metavar="OUT.h5ad", help="file to write; it must not exist")
+    denoise = commands.add_parser("denoise", help="denoise the raw counts of a file into another")
+    denoise.add_argument("source", type=Path, metavar="IN", help=".h5ad or .zarr with raw counts; it is not changed")
+    denoise.add_argument("target", type=Path, metavar="OUT", help=".h5ad or .zarr to write; it must not exist")
     denoise.add_argument("--method", default="pca", help="pca, autoencoder, diffusion, knn or ensemble (default: pca)")
     denoise.add_argument("--mix", action="store_true", help="mix each cell's own counts back in")
     denoise.add_argument("--layer", help="layer that holds raw counts (default: X)")
@@ -36,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     denoise.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     denoise.add_argument("--save-model", type=Path, help="file to write the fitted autoencoder to")
     denoise.add_argument("--factors", action="store_true", help="write the factors alone, no dense layer")
+    denoise.add_argument("--overwrite", action="store_true", help="replace OUT.h5ad, in one step, once it is done")
     denoise.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     denoise.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
     denoise.set_defaults(run=_denoise)
@@ -43,48 +43,32 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _denoise(args: argparse.Namespace) -> None:
-    if not args.source.is_file():
-        raise FileNotFoundError(f"{args.source} is not a file: pass an .h5ad file with raw counts.")
-    if args.target.suffix != ".h5ad":
-        raise ValueError(f"{args.target} does not end in .h5ad: that is the format written.")
-    if args.target.exists():
-        raise FileExistsError(f"{args.target} exists: nothing is overwritten, so choose another name.")
-    if not args.target.parent.is_dir():
-        raise FileNotFoundError(f"{args.target.parent} is not a folder: make it first.")
-
-    import anndata
     import scanpy as sc
 
-    from .denoising import denoise
-    from .reporting import report
+    from .files import denoise_file
 
     if not args.quiet:
         sc.settings.verbosity = "info"
-    adata = anndata.read_h5ad(args.source)
+    # Only what was given: what belongs to another method is refused.
+    options = {name: getattr(args, name) for name in ("batch_key", "save_model") if getattr(args, name) is not None}
     with warnings.catch_warnings():
         warnings.showwarning = _print_warning
-        denoise(
-            adata,
-            method=args.method,
-            mix=args.mix,
+        said = denoise_file(
+            args.source,
+            args.target,
             layer=args.layer,
             key_added=args.key_added,
-            batch_key=args.batch_key,
-            device=args.device,
-            save_model=args.save_model,
             write_layer=not args.factors,
+            overwrite=args.overwrite,
+            method=args.method,
+            mix=args.mix,
+            device=args.device,
             random_state=args.seed,
+            **options,
         )
-    # Written beside the target and then renamed: a run that is stopped leaves no half of a file under its name.
-    partial = args.target.with_name(f".{args.target.stem}-{os.getpid()}.h5ad")
-    try:
-        adata.write_h5ad(partial)
-        partial.rename(args.target)
-    finally:
-        partial.unlink(missing_ok=True)
     if not args.quiet:
-        print(f"{args.target}: {adata.n_obs} cells x {adata.n_vars} genes, result {args.key_added!r}")
-        print(textwrap.fill(report(adata, key=args.key_added), 100))
+        print(f"{args.target}, result {args.key_added!r}")
+        print(textwrap.fill(said, 100))
 
 
 def _print_warning(message: Warning | str, *_: object, **__: object) -> None:

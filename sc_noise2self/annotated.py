@@ -121,7 +121,7 @@ def read_counts(adata: AnnData, layer: str | None) -> CountMatrix:
         If they are not in memory, the layer is missing, or what it holds is not counts.
     """
     matrix, name = _matrix(adata, layer)
-    if not isinstance(_chunks(matrix, name), InMemory):
+    if not isinstance(chunks_of(matrix, name), InMemory):
         raise ValueError(f"{name} is not in memory: load it first, adata = adata.to_memory().")
     counts = check_counts(matrix, name=name, cells=adata.obs_names, genes=adata.var_names)
     _warn_if_transposed(adata, stacklevel=5)
@@ -157,7 +157,7 @@ def survey(adata: AnnData, layer: str | None) -> Survey:
         As `read_csr`, and if a file or a Dask array cannot be read by rows.
     """
     matrix, name = _matrix(adata, layer)
-    chunks = _chunks(matrix, name)
+    chunks = chunks_of(matrix, name)
     _check_shape(chunks.shape)
     try:
         (totals, histogram), (size,) = chunks.run(_counted)
@@ -196,7 +196,7 @@ def _matrix(adata: AnnData, layer: str | None) -> tuple[Any, str]:
     return matrix, "X" if layer is None else f'layer "{layer}"'
 
 
-def _chunks(matrix: Any, name: str) -> Chunks:
+def chunks_of(matrix: Any, name: str) -> Chunks:
     """Return counts as they can be read by blocks of cells."""
     if hasattr(matrix, "__dask_graph__"):
         if np.isnan(matrix.shape[0]):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import dask.array
 
 _ENTRIES = 1 << 25  # at most, of a dense block: 13 MB of counts where a twentieth is not zero
+_STRETCH, _STRETCHES = 1000, 20  # cells read in a row, and how often, where cells are wanted in random order
 _FAN_IN = 8  # partial sums that a Dask task adds up
 
 
@@ -103,6 +104,23 @@ class Chunks(ABC):
 
         return self.run(chosen).rows[0]
 
+    def shuffled(self, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, sp.csr_matrix]]:
+        """Yield (cells, their counts) until all have been seen, each time those of a few random stretches."""
+        stretches = rng.permutation(-(-self.shape[0] // _STRETCH))
+        for i in range(0, len(stretches), _STRETCHES):
+            starts = _STRETCH * np.sort(stretches[i : i + _STRETCHES])
+            cells = [np.arange(start, min(start + _STRETCH, self.shape[0])) for start in starts]
+            yield np.concatenate(cells), _stacked([_canonical(self._slice(each[0], each[-1] + 1)) for each in cells])
+
+    def pools(self) -> list[int]:
+        """Return how many cells `shuffled` yields at a time, at most."""
+        step = _STRETCH * _STRETCHES
+        return [min(step, self.shape[0] - start) for start in range(0, self.shape[0], step)]
+
+    @abstractmethod
+    def _slice(self, start: int, stop: int) -> Any:
+        """Return some rows, sparse or dense."""
+
     def of_genes(self, genes: np.ndarray) -> Chunks:
         """Return some of the genes, boolean of shape (genes,)."""
         return OfGenes(self, genes)
@@ -134,10 +152,6 @@ class Survey:
 class _Local(Chunks):
     """Counts that this process reads."""
 
-    @abstractmethod
-    def _read(self, start: int, stop: int) -> Any:
-        """Return some rows, sparse or dense."""
-
     def run(self, work: Work) -> Partial:
         """See `Chunks`."""
         self.n_passes += 1
@@ -156,23 +170,18 @@ class _Local(Chunks):
         for start in range(0, self.shape[0], self._rows):
             stop = min(start + self._rows, self.shape[0])
             if cells is None or np.searchsorted(cells, start) < np.searchsorted(cells, stop):
-                yield start, self._read(start, stop)
+                yield start, self._slice(start, stop)
 
 
 class InMemory(_Local):
-    """A CSR matrix or a NumPy array; blocks of a CSR matrix share its memory."""
+    """A CSR matrix or a NumPy array."""
 
     def __init__(self, counts: np.ndarray | sp.csr_matrix, rows: int | None = None) -> None:
         super().__init__(counts.shape, rows)
         self._counts = counts
 
-    def _read(self, start: int, stop: int) -> Any:
-        if isinstance(self._counts, np.ndarray):
-            return self._counts[start:stop]
-        ends = self._counts.indptr[start : stop + 1]
-        entries = slice(ends[0], ends[-1])
-        arrays = (self._counts.data[entries], self._counts.indices[entries], ends - ends[0])
-        return sp.csr_matrix(arrays, shape=(stop - start, self.shape[1]), copy=False)
+    def _slice(self, start: int, stop: int) -> Any:
+        return self._counts[start:stop]
 
     def take(self, cells: np.ndarray) -> sp.csr_matrix:
         """See `Chunks`."""
@@ -195,6 +204,9 @@ class OfGenes(Chunks):
         genes = self._genes
         return self._chunks.run(lambda block: work(Block(block.counts[:, genes], block.start)))
 
+    def _slice(self, start: int, stop: int) -> Any:
+        return self._chunks._slice(start, stop)[:, self._genes]
+
 
 class OnDisk(_Local):
     """A dataset that returns NumPy arrays or CSR matrices for slices of rows: of a `.h5ad` or zarr store."""
@@ -203,7 +215,7 @@ class OnDisk(_Local):
         super().__init__(dataset.shape, rows)
         self._dataset = dataset
 
-    def _read(self, start: int, stop: int) -> Any:
+    def _slice(self, start: int, stop: int) -> Any:
         return self._dataset[start:stop]
 
 
@@ -244,6 +256,9 @@ class OnDask(Chunks):
             )
             for i, width in enumerate(widths)
         ]
+
+    def _slice(self, start: int, stop: int) -> Any:
+        return self._array[start:stop].compute()
 
     def _parts(self, work: Work) -> list[Any]:
         """Return what is learned from each chunk, not computed yet."""

@@ -74,8 +74,8 @@ def denoise(
     adata
         Cells x genes with raw counts (UMIs) in `X` or a layer: a matrix in memory, a dataset on disk (a backed
         object, or `anndata.io.sparse_dataset`), or a Dask array. The last two are read a block of cells at a time,
-        for `"pca"` without `mix`. Correct ambient RNA, doublets and batches before: both halves share them, so they
-        count as signal.
+        for PCA and the autoencoder without `mix`. Correct ambient RNA, doublets and batches before: both halves share
+        them, so they count as signal.
     method
         `"pca"`: PCA regression with shrunken components, in the one transform that gains most. `"autoencoder"`: a
         network trained on fresh splits at every step, its width chosen (PyTorch is needed). `"diffusion"`: a random
@@ -241,7 +241,7 @@ def denoise(
     n_cells, n_genes = counted.chunks.shape
     in_memory = isinstance(counted.chunks, InMemory)
     if not in_memory:
-        _check_out_of_memory(adata, method, mix, write_layer, copy)
+        _check_out_of_memory(adata, used, mix, write_layer, copy)
     elif write_layer:
         check_fits_memory(n_cells, n_genes)
     check_key(adata, key_added, layer)
@@ -338,13 +338,14 @@ def denoise(
     return target if copy else None
 
 
-def _check_out_of_memory(adata: AnnData, method: str, mix: bool, write_layer: bool, copy: bool) -> None:
+def _check_out_of_memory(adata: AnnData, used: Sequence[MemberName], mix: bool, write_layer: bool, copy: bool) -> None:
     """Refuse what needs all counts in memory where they are on disk or in a Dask array."""
-    if method != "pca" or mix:
-        given = "mix=True" if mix else f"method={method!r}"
+    whole = [name for name in used if name in get_args(Kind)]
+    if whole or mix:
+        needs = "mix=True" if mix else repr(whole[0])
         raise ValueError(
-            f"{given} was given with counts that are not in memory: load them, adata = adata.to_memory(), or take "
-            "method='pca' without mix, which reads them in pieces."
+            f"{needs} needs all counts in memory, and these are not: load them, adata = adata.to_memory(), or take "
+            " 'pca' or 'autoencoder' without mix, which read them in pieces."
         )
     if copy and adata.isbacked:
         raise ValueError("copy=True was given with a backed object: leave it out, the file itself is not written to.")

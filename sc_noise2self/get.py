@@ -165,6 +165,7 @@ def lazy(
     def of_block(scores: np.ndarray, scales: np.ndarray, size: np.ndarray) -> np.ndarray:
         return to_scale(rebuild(scores, scales, size[:, 0]).counts(), size[:, 0], scale, depth)
 
+    scores, scales = scores.rechunk({1: -1}), scales.rechunk({1: -1})
     column = da.from_array(size[:, None], chunks=(scores.chunks[0], 1))
     n_genes = (adata.n_vars,)
     return da.map_blocks(of_block, scores, scales, column, chunks=(scores.chunks[0], n_genes), dtype=np.float32)

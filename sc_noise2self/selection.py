@@ -134,6 +134,7 @@ def select(
             for member in members:
                 member.learn(half, rng)
                 on_step()
+    del counts  # their halves are all that is needed from here
     scores = _Scores(halves, scored)
 
     best = {member.name: Choice(member, member.settings[0], 1.0) for member in members}
@@ -149,6 +150,9 @@ def select(
         best[member.name] = max(candidates, key=scores.mean)
     choices = _weighted(list(best.values()), scores) if average else (best[winner.member.name],)
 
+    for member in members:
+        if all(choice.member is not member for choice in choices):
+            member.forget()
     if len(cells) < chunks.shape[0]:
         for choice in choices:
             choice.member.learn_all(chunks, keys, rng)

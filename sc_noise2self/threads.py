@@ -23,7 +23,7 @@ Out = TypeVar("Out")
 
 
 def in_threads(work: Callable[[Item], Out], items: Iterable[Item]) -> Iterator[Out]:
-    """Yield what `work` returns for each item, in their order; no more items are held than there are threads and one.
+    """Yield what `work` returns for each item, in their order; no more items are held than there are threads.
 
     Items are taken in the calling thread, so reading the next one goes on while others are worked on.
     """
@@ -36,7 +36,7 @@ def in_threads(work: Callable[[Item], Out], items: Iterable[Item]) -> Iterator[O
         try:
             for item in items:
                 pending.append(pool.submit(work, item))
-                if len(pending) > n_threads:
+                if len(pending) == n_threads:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

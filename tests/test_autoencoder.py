@@ -5,7 +5,9 @@ from __future__ import annotations
 import pickle
 from typing import get_args
 
+import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 from helpers import divergence, low_rank_profiles, poisson_counts
@@ -14,10 +16,13 @@ from scipy.special import gammaln, logsumexp
 
 torch = pytest.importorskip("torch")
 
+import sc_noise2self as n2s  # noqa: E402
 from sc_noise2self.calibration import calibrate  # noqa: E402
+from sc_noise2self.chunks import InMemory, Survey  # noqa: E402
+from sc_noise2self.counts import column_sums, row_sums  # noqa: E402
 from sc_noise2self.denoisers import network_losses, training  # noqa: E402
 from sc_noise2self.denoisers.autoencoder import Autoencoder, LossName, _set_aside  # noqa: E402
-from sc_noise2self.denoisers.network import Counts, Network, PrincipalScores  # noqa: E402
+from sc_noise2self.denoisers.network import Counts, Network, PrincipalScores, StreamedCounts  # noqa: E402
 from sc_noise2self.denoisers.pca import PCADenoiser  # noqa: E402
 from sc_noise2self.loss import Gain  # noqa: E402
 
@@ -394,3 +399,38 @@ def test_it_can_be_calibrated_like_any_other_denoiser(counts):
     found = calibrate(counts, estimator, {"prior_scale": [0.001, 0.08]})
     assert found.best == {"prior_scale": 0.08}  # a tight prior leaves every gene at its mean
     assert not hasattr(estimator, "network_")
+
+
+@pytest.mark.parametrize("loss", ["multinomial", "mse_sqrt"])
+def test_cells_that_are_not_in_memory_train_it_too(counts, truth, loss, mean_divergence, monkeypatch):
+    """From a Dask array, in pools of a few cells, it comes as near to the truth as from memory."""
+    da = pytest.importorskip("dask.array")
+    monkeypatch.setattr("sc_noise2self.chunks._STRETCH", 30)
+    monkeypatch.setattr("sc_noise2self.chunks._STRETCHES", 3)
+    monkeypatch.setattr("sc_noise2self.denoisers.members._LEARNED_CELLS", 200)
+    batch = pd.Categorical(np.where(np.arange(counts.shape[0]) % 2, "a", "b"))
+    options = {"width": 8, "autoencoder": {"n_epochs": 30}, "loss": loss, "batch_key": "batch", "write_layer": False}
+    inside = ad.AnnData(counts.copy(), obs=pd.DataFrame({"batch": batch}))
+    outside = ad.AnnData(da.from_array(counts, chunks=(50, -1), asarray=False), obs=inside.obs.copy())
+    for adata in (inside, outside):
+        n2s.denoise(adata, "autoencoder", **options)
+    assert isinstance(outside.obsm["denoised"], da.Array)
+    found, expected = (divergence(truth, n2s.results.profiles(adata)) for adata in (outside, inside))
+    assert found < 1.3 * expected
+    assert found < 0.5 * mean_divergence
+
+
+def test_a_pool_has_each_cell_once_and_none_of_what_was_set_aside(counts):
+    some = np.array([3, 70, 299])
+    less = counts[some].copy()
+    less.data = np.floor(less.data / 2)
+    less.eliminate_zeros()
+    streamed = StreamedCounts(survey_of(counts), None, CPU, (some, less))
+    total = sum(entries.dense().sum(dim=0) for entries in streamed.batches(np.random.default_rng(0), 64))
+    expected = column_sums(counts) - column_sums(counts[some]) + column_sums(less)
+    np.testing.assert_allclose(total.numpy(), expected, rtol=1e-6)
+    assert sum(1 for _ in streamed.batches(np.random.default_rng(0), 64)) == streamed.n_batches(64) == 5
+
+
+def survey_of(counts):
+    return Survey(InMemory(counts), row_sums(counts), column_sums(counts))

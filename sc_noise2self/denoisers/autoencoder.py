@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Literal, Self
 import numpy as np
 import scipy.sparse as sp
 
+from ..chunks import Block, Survey
 from ..counts import column_sums, row_sums
 from ..loss import Gain, held_out_gain, held_out_probabilities
 from ..random import RandomState, as_generator
 from .pca import PCADenoiser
-from .profiles import LowRankProfiles
+from .profiles import LowRankProfiles, profiles_in_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -168,7 +169,15 @@ class Autoencoder:
         self.random_state = random_state
         self.on_check = on_check
 
-    def fit(self, counts: sp.csr_matrix, genes: np.ndarray | None = None, batch: np.ndarray | None = None) -> Self:
+    def fit(
+        self,
+        counts: sp.csr_matrix,
+        genes: np.ndarray | None = None,
+        batch: np.ndarray | None = None,
+        *,
+        survey: Survey | None = None,
+        cells: np.ndarray | None = None,
+    ) -> Self:
         """Learn from counts, CSR of shape (cells, genes).
 
         Parameters
@@ -176,7 +185,12 @@ class Autoencoder:
         genes
             Boolean, shape (genes,): the genes that a cell enters by. None uses all.
         batch
-            Code of each cell's batch, from 0 to `n_batches` - 1, shape (cells,); needed if `n_batches` is not 0.
+            Code of each cell's batch, from 0 to `n_batches` - 1, shape (cells,); needed if `n_batches` is not 0. With
+            `survey`, that of all its cells.
+        survey
+            Counts that are not in memory, to train on, in pools of random stretches of cells. Then `counts` are those
+            of some of its cells, `cells` in rising order, from which all is learned that needs no more: the
+            principal components, and when to stop.
 
         Raises
         ------
@@ -194,20 +208,22 @@ class Autoencoder:
         """
         import torch
 
-        from .network import Counts, Network
+        from .network import Counts, Network, StreamedCounts
         from .network_losses import make_loss
         from .training import choose_device, train
 
         self._check_parameters()
         rng = as_generator(self.random_state)
         device = choose_device(self.device)
-        seen, aside, cells = _set_aside(counts, rng)
+        seen, aside, held = _set_aside(counts, rng)
+        codes_here = batch if batch is None or cells is None else batch[cells]
         scores = self._principal_scores(seen, genes, rng)
         share = column_sums(seen) / seen.sum()
         self.tried_: list[int] = []
         self.gains_: list[Gain] = []
         self.histories_: list[History] = []
-        n_epochs, batch_size = self._n_epochs(counts), self._batch_size(counts, device)
+        n_cells = counts.shape[0] if survey is None else survey.chunks.shape[0]
+        n_epochs, batch_size = self._n_epochs(n_cells), self._batch_size(n_cells, device)
         loss = make_loss(self.loss, seen, self.invariance)
         self.link_, self.depth_ = loss.link, loss.depth
 
@@ -215,13 +231,17 @@ class Autoencoder:
 
         def gain(network: Network, n_cells: int | None = None) -> Gain:
             of = slice(n_cells)
-            codes = None if batch is None else batch[cells[of]]
-            profiles = self._predict(network, seen[cells[of]], codes, share, n_rounds=int(self.link_ != "exp"))
+            codes = None if codes_here is None else codes_here[held[of]]
+            profiles = self._predict(network, seen[held[of]], codes, share, n_rounds=int(self.link_ != "exp"))
             return held_out_gain(held_out_probabilities(profiles, aside[of]), aside[of], share)
 
         networks: list[Network] = []
         try:
-            on_device = Counts(seen, batch, device)
+            on_device: Counts | StreamedCounts
+            if survey is None or cells is None:
+                on_device = Counts(seen, batch, device)
+            else:
+                on_device = StreamedCounts(survey, batch, device, (cells[held], seen[held]))
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 for width in sorted(self.widths, reverse=True):
                     torch.manual_seed(int(rng.integers(2**63)))
@@ -250,10 +270,11 @@ class Autoencoder:
             ) from error
         best = narrowest_as_good(self.gains_)
         self.width_, self.network_ = self.tried_[best], networks[best]
-        self.gene_share_ = column_sums(counts) / counts.sum()
+        totals = column_sums(counts) if survey is None else survey.totals
+        self.gene_share_ = totals / totals.sum()
         self.gene_scale_ = np.ones(counts.shape[1], np.float32)
         if self.link_ != "exp":
-            self.gene_scale_ = self._learned_gene_scale(counts, batch, rng)
+            self.gene_scale_ = self._learned_gene_scale(counts, codes_here, rng)
         return self
 
     def predict(self, counts: sp.csr_matrix, batch: np.ndarray | None = None, *, n_rounds: int = 0) -> LowRankProfiles:
@@ -270,6 +291,19 @@ class Autoencoder:
             right for them.
         """
         return self._predict(self.network_, counts, batch, self.gene_share_, n_rounds, self.gene_scale_)
+
+    def profiles(self, survey: Survey, batch: np.ndarray | None = None) -> LowRankProfiles:
+        """Return the denoised profiles of cells whose counts are not in memory, in two passes over them."""
+
+        def unscaled(block: Block, gene_scale: np.ndarray) -> LowRankProfiles:
+            codes = None if batch is None else batch[block.cells]
+            factors, loadings = self._factors(self.network_, block.counts, codes)
+            size = row_sums(block.counts)
+            return LowRankProfiles.unscaled(self.link_, factors, loadings, size, self.gene_share_, gene_scale)
+
+        first = np.arange(min(survey.chunks.shape[0], 2))
+        some = self.predict(survey.chunks.take(first), None if batch is None else batch[first])
+        return profiles_in_blocks(survey.chunks, survey.size, some, unscaled)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the fitted network to a file that `load` reads; one that is there is replaced whole, or not at all."""
@@ -342,6 +376,15 @@ class Autoencoder:
         n_rounds: int,
         gene_scale: np.ndarray | None = None,
     ) -> LowRankProfiles:
+        factors, loadings = self._factors(network, counts, batch)
+        return LowRankProfiles.with_totals(
+            self.link_, factors, loadings, row_sums(counts), gene_share, n_rounds, gene_scale
+        )
+
+    def _factors(
+        self, network: Network, counts: sp.csr_matrix, batch: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return scores and loadings, see `LowRankProfiles`."""
         import torch
 
         from .network import Counts
@@ -353,12 +396,9 @@ class Autoencoder:
             for start in range(0, len(cells), _PREDICTED):
                 some = np.arange(start, min(start + _PREDICTED, len(cells)))
                 factors[some, :-1] = network.factors(cells[some]).cpu().numpy()
-        size = row_sums(counts)
         if self.link_ == "sqrt":
-            factors *= np.sqrt(size / self.depth_).astype(np.float32)[:, None]
-        return LowRankProfiles.with_totals(
-            self.link_, factors, network.loadings(), size, gene_share, n_rounds, gene_scale
-        )
+            factors *= np.sqrt(row_sums(counts) / self.depth_).astype(np.float32)[:, None]
+        return factors, network.loadings()
 
     def _learned_gene_scale(
         self, counts: sp.csr_matrix, batch: np.ndarray | None, rng: np.random.Generator
@@ -412,15 +452,15 @@ class Autoencoder:
     def _n_hidden(self, width: int) -> int:
         return max(64, 2 * width) if self.n_hidden is None else self.n_hidden
 
-    def _n_epochs(self, counts: sp.csr_matrix) -> int:
+    def _n_epochs(self, n_cells: int) -> int:
         if self.n_epochs is not None:
             return self.n_epochs
-        return int(np.clip(_CELLS_SHOWN // counts.shape[0], _LEAST_EPOCHS, _MOST_EPOCHS))
+        return int(np.clip(_CELLS_SHOWN // n_cells, _LEAST_EPOCHS, _MOST_EPOCHS))
 
-    def _batch_size(self, counts: sp.csr_matrix, device: torch.device) -> int:
+    def _batch_size(self, n_cells: int, device: torch.device) -> int:
         if self.batch_size is not None:
             return self.batch_size
-        return 128 if device.type == "cpu" else int(np.clip(counts.shape[0] // 200, 128, 4096))
+        return 128 if device.type == "cpu" else int(np.clip(n_cells // 200, 128, 4096))
 
 
 def require_torch() -> None:

@@ -82,6 +82,10 @@ class Member(Protocol):
         """
         ...
 
+    def forget(self) -> None:
+        """Let go of what was learned, where the member was not chosen."""
+        ...
+
     def predict(self, half: int, setting: str, cells: np.ndarray) -> LowRankProfiles:
         """Return profiles of these cells from the seen part of that half; no fold is used on its own cells."""
         ...
@@ -114,6 +118,10 @@ class MeanMember:
     def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
         """See `Member`; there is nothing more to learn."""
 
+    def forget(self) -> None:
+        """See `Member`."""
+        self._halves.clear()
+
     def predict(self, half: int, setting: str, cells: np.ndarray) -> LowRankProfiles:
         """See `Member`."""
         seen = self._halves[half].seen
@@ -139,7 +147,6 @@ class PCAMember:
     transform: TransformName
     n_components: int
     genes: np.ndarray | None = None
-    enough_cells: int | None = _COMPARED_CELLS
     _fits: list[tuple[PCADenoiser, Half, np.ndarray]] = field(default_factory=list)
     _edge: float | None = None
 
@@ -152,6 +159,11 @@ class PCAMember:
     def settings(self) -> tuple[str, ...]:
         """See `Member`."""
         return ("shrinkage 2", "cut", *(f"shrinkage {s:g}" for s in _STRENGTHS if s != 2))
+
+    @property
+    def enough_cells(self) -> int | None:
+        """See `Member`."""
+        return _COMPARED_CELLS
 
     def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:
         """See `Member`; there is nothing to settle."""
@@ -171,6 +183,10 @@ class PCAMember:
             fits += [(new, half, worth) for new, (_, half, _), worth in zip(denoisers, pair, worths, strict=True)]
         self._fits = fits
         self._edge = noise_edge(fits[0][0], chunks, halves_of(keys[:1]), np.random.default_rng(0))
+
+    def forget(self) -> None:
+        """See `Member`."""
+        self._fits.clear()
 
     def predict(self, half: int, setting: str, cells: np.ndarray) -> LowRankProfiles:
         """See `Member`."""
@@ -284,6 +300,10 @@ class AutoencoderMember:
     def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
         """See `Member`; there is nothing more to learn."""
 
+    def forget(self) -> None:
+        """See `Member`."""
+        self._fits.clear()
+
     def predict(self, half: int, setting: str, cells: np.ndarray) -> LowRankProfiles:
         """See `Member`."""
         fitted, learned = self._fits[half]
@@ -292,6 +312,11 @@ class AutoencoderMember:
     def refit(self, survey: Survey, setting: str, rng: np.random.Generator) -> LowRankProfiles:
         """See `Member`."""
         assert self.fitted is not None  # prepared before anything was learned
+        if not isinstance(survey.chunks, InMemory):
+            cells = np.sort(rng.choice(len(survey.size), min(len(survey.size), _LEARNED_CELLS), replace=False))
+            fitted = self._new(self._chosen(self), rng)
+            self.fitted = fitted.fit(survey.chunks.take(cells), self.genes, self.batch, survey=survey, cells=cells)
+            return self.fitted.profiles(survey, self.batch)
         counts = survey.chunks.in_memory()
         if counts.shape[0] > _LEARNED_CELLS:
             self.fitted = self._new(self._chosen(self), rng).fit(counts, self.genes, self.batch)

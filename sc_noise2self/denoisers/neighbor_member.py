@@ -109,6 +109,10 @@ class NeighborsMember:
     def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
         """See `Member`; there is nothing more to learn."""
 
+    def forget(self) -> None:
+        """See `Member`."""
+        self._fits.clear()
+
     def predict(self, half: int, setting: str, cells: np.ndarray) -> LowRankProfiles:
         """See `Member`."""
         return self._fits[half].of_cells(cells)

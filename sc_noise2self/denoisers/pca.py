@@ -11,9 +11,8 @@ noise and the mean of genes, `n_passes` for the components, one for the scores.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from numbers import Integral
-from typing import Self, cast
+from typing import Self
 
 import numpy as np
 import scipy.optimize
@@ -24,7 +23,7 @@ from ..counts import column_sums, row_sums
 from ..random import RandomState, as_generator, row_keys
 from ..split import halves
 from ..transform import Transform, TransformName
-from .profiles import LowRankProfiles, scaled_to
+from .profiles import LowRankProfiles, profiles_in_blocks
 from .svd import N_PASSES, right_singular_vectors, start_block, without_mean
 
 _LOG1P_DEPTH = 0.25  # log1p's target over the median depth; on six data sets .125 to .25 gained most, 1 the least
@@ -212,12 +211,6 @@ class PCADenoiser:
         """
         return LowRankProfiles.with_totals(*self._model(coordinates, size, kept), n_rounds)
 
-    def unscaled(
-        self, coordinates: np.ndarray, size: np.ndarray, kept: np.ndarray, gene_scale: np.ndarray
-    ) -> LowRankProfiles:
-        """Return the profiles that have these coordinates, as `rebuild`, their cells without a scale."""
-        return LowRankProfiles.unscaled(*self._model(coordinates, size, kept), gene_scale)
-
     def _model(
         self, coordinates: np.ndarray, size: np.ndarray, kept: np.ndarray | slice
     ) -> tuple[TransformName, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -238,29 +231,19 @@ class PCADenoiser:
 
         Parameters
         ----------
-        chunks
-            The counts. Of a Dask array, the second pass is made where scores and scales of cells are read.
         size
             Molecules of each cell, shape (cells,).
         """
         step = max(1, chunks.shape[0] * chunks.shape[1] // _SCALED)
         some = self.predict(chunks.take(np.arange(0, chunks.shape[0], step)), weights, n_rounds=n_rounds - 1)
         kept = weights > 0
-        rows = _Rows(self, weights[kept], kept, some.gene_scale)
-        totals = chunks.run(rows.totals).sums[0]
-        gene_scale = scaled_to(self.gene_share_ * size.sum(), totals, some.gene_scale)
-        rows = _Rows(self, weights[kept], kept, gene_scale)
-        scores, scales = chunks.rows(rows.factors, (1 + int(kept.sum()), 2))
-        return LowRankProfiles(
-            self.transform_.name,
-            cast("np.ndarray", scores),
-            self.loadings(kept),
-            gene_scale,
-            cast("np.ndarray", scales[:, 0]),
-            cast("np.ndarray", scales[:, 1]),
-            self.gene_share_.astype(np.float32),
-            size.astype(np.float32),
-        )
+
+        def unscaled(block: Block, gene_scale: np.ndarray) -> LowRankProfiles:
+            coordinates = self.coordinates(block.counts)[:, kept] * weights[kept]
+            model = self._model(coordinates, row_sums(block.counts), kept)
+            return LowRankProfiles.unscaled(*model, gene_scale)
+
+        return profiles_in_blocks(chunks, size, some, unscaled)
 
     def _cell_weights(self, size: np.ndarray) -> np.ndarray:
         return np.sqrt(size / self.transform_.target)
@@ -439,42 +422,6 @@ def _regress_other_genes(denoisers: Sequence[PCADenoiser], chunks: Chunks, parts
         s = denoiser.singular_values_.astype(np.float64)
         denoiser.components_ = (product / np.where(s > 0, s, 1) ** 2).astype(v.dtype)
         denoiser.components_[denoiser.genes_] = v
-
-
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """What a block of cells has of the factors of profiles.
-
-    Attributes
-    ----------
-    denoiser
-        That was fitted.
-    weights
-        Of the components kept.
-    kept
-        Which these are, boolean of shape (k,).
-    gene_scale
-        Of `LowRankProfiles`.
-    """
-
-    denoiser: PCADenoiser
-    weights: np.ndarray
-    kept: np.ndarray
-    gene_scale: np.ndarray
-
-    def factors(self, block: Block) -> Partial:
-        """Return the scores, and the two scales of cells, of `LowRankProfiles`."""
-        found = self._unscaled(block)
-        found.scale_cells()
-        return Partial(rows=(found.scores, np.column_stack([found.cell_scale, found.row_scale])))
-
-    def totals(self, block: Block) -> Partial:
-        """Return what the genes add up to at this `gene_scale`."""
-        return Partial([self._unscaled(block).scale_cells()])
-
-    def _unscaled(self, block: Block) -> LowRankProfiles:
-        coordinates = self.denoiser.coordinates(block.counts)[:, self.kept] * self.weights
-        return self.denoiser.unscaled(coordinates, row_sums(block.counts), self.kept, self.gene_scale)
 
 
 def shrinkage(worth: np.ndarray, strength: float) -> np.ndarray:

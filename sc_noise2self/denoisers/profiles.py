@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import scipy.sparse as sp
 
+from ..chunks import Block, Chunks, Partial
 from ..threads import in_threads
 from ..transform import Link, rates
 
@@ -167,6 +169,48 @@ class LowRankProfiles(Profiles):
         np.minimum(floor, _FLOOR_CAP, out=floor)
         floor *= _FLOOR
         return floor
+
+
+def profiles_in_blocks(
+    chunks: Chunks,
+    size: np.ndarray,
+    some: LowRankProfiles,
+    unscaled: Callable[[Block, np.ndarray], LowRankProfiles],
+) -> LowRankProfiles:
+    """Return the profiles of all cells, every gene with its share of all molecules: two passes over the counts.
+
+    Parameters
+    ----------
+    chunks
+        The counts. Of a Dask array, the second pass is made where scores and scales of cells are read.
+    size
+        Molecules of each cell, shape (cells,).
+    some
+        The profiles of some of the cells, from which genes have their scale but for a last round.
+    unscaled
+        Returns those of a block, with a scale of genes that is given, cells without a scale.
+    """
+
+    def of_totals(block: Block) -> Partial:
+        return Partial([unscaled(block, some.gene_scale).scale_cells()])
+
+    totals = chunks.run(of_totals).sums[0]
+    gene_scale = scaled_to(some.gene_share * size.sum(), totals, some.gene_scale)
+
+    def of_cells(block: Block) -> Partial:
+        found = unscaled(block, gene_scale)
+        found.scale_cells()
+        return Partial(rows=(found.scores, np.column_stack([found.cell_scale, found.row_scale])))
+
+    scores, scales = chunks.rows(of_cells, (some.scores.shape[1], 2))
+    return replace(
+        some,
+        scores=cast("np.ndarray", scores),
+        gene_scale=gene_scale,
+        cell_scale=cast("np.ndarray", scales[:, 0]),
+        row_scale=cast("np.ndarray", scales[:, 1]),
+        size=size.astype(np.float32),
+    )
 
 
 def scaled_to(target: np.ndarray, totals: np.ndarray, gene_scale: np.ndarray) -> np.ndarray:

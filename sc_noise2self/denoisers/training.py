@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..caveats import caveat
 from ..loss import Gain
-from .network import Counts, Network
+from .network import Counts, Network, StreamedCounts
 from .network_losses import Loss
 
 _CHECKS = 10  # of the molecules set aside, in a run
@@ -43,7 +43,7 @@ class History:
 def train(
     network: Network,
     loss: Loss,
-    counts: Counts,
+    counts: Counts | StreamedCounts,
     rng: np.random.Generator,
     *,
     check: Callable[[], Gain],
@@ -73,10 +73,9 @@ def train(
     FloatingPointError
         If the loss is not finite before the first check.
     """
-    cells = np.flatnonzero(counts.lengths > 0)
     network_and_loss = torch.nn.ModuleList([network, loss])
     optimizer = torch.optim.Adam(_parameter_groups(network, loss, counts, prior_scale), lr=learning_rate, fused=True)
-    n_steps = n_epochs * math.ceil(len(cells) / batch_size)
+    n_steps = n_epochs * counts.n_batches(batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
     bfloat16 = computes_in_bfloat16(counts.device)
     history = History()
@@ -84,17 +83,15 @@ def train(
     for epoch in range(1, n_epochs + 1):
         network_and_loss.train()
         total = torch.zeros((), device=counts.device)
-        order = rng.permutation(cells)
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        for batch in counts.batches(rng, batch_size):
             with torch.autocast(counts.device.type, dtype=torch.bfloat16, enabled=bfloat16):
-                batch_loss = loss(network, counts[batch])
+                batch_loss = loss(network, batch)
             optimizer.zero_grad()
             batch_loss.backward()
             optimizer.step()
             schedule.step()
-            total += batch_loss.detach() * len(batch)
-        mean = float(total) / len(cells)
+            total += batch_loss.detach() * len(batch.starts)
+        mean = float(total) / counts.n_trained
         if not math.isfinite(mean):
             message = (
                 f"the loss was {mean} in epoch {epoch} of {n_epochs}: the learning rate, {learning_rate:g}, is likely "
@@ -155,7 +152,9 @@ def computes_in_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def _parameter_groups(network: Network, loss: Loss, counts: Counts, prior_scale: float) -> list[dict[str, object]]:
+def _parameter_groups(
+    network: Network, loss: Loss, counts: Counts | StreamedCounts, prior_scale: float
+) -> list[dict[str, object]]:
     """Return the parameters, those of genes with a Gaussian prior.
 
     The loss is in nats per molecule, so the prior's share is that of all molecules: |W|^2 / (2 scale^2 molecules). Adam

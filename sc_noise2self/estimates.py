@@ -1,0 +1,65 @@
+"""What denoising in blocks will take, said before it starts: memory by what is held, time by what one block takes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from joblib import cpu_count
+
+from .chunks import Block, Chunks, Partial, block_rows
+from .counts import row_sums
+from .memory import gigabytes
+from .split import halves
+from .transform import Transform
+
+# Measured by benchmarks/scale.py on two cores; seconds of choosing do not grow with the cells.
+_CHOOSING_SECONDS, _PASSES = 8, 12  # passes of the kind that is timed: the others take a part of it
+_CHOOSING_BYTES = 600e6  # with the interpreter and its libraries
+_BYTES_OF_A_FACTOR, _VECTORS, _BYTES_OF_AN_ENTRY = 8, 2_500, 150
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of `denoise(adata, write_layer=False)` on counts that are not in memory."""
+
+    n_cells: int
+    n_genes: int
+    memory: float
+    seconds: float
+
+    def __str__(self) -> str:
+        """Return it in a line."""
+        how_long = f"{self.seconds:.0f} s" if self.seconds < 120 else f"{self.seconds / 60:.0f} min"
+        return f"{self.n_cells} cells x {self.n_genes} genes: about {gigabytes(self.memory)} of memory and {how_long}"
+
+
+def estimate(chunks: Chunks, n_components: int) -> Estimate:
+    """Return what denoising will take, from one block of the counts.
+
+    Parameters
+    ----------
+    n_components
+        Of PCA.
+    """
+    n_cells, n_genes = chunks.shape
+    n_rows = min(n_cells, block_rows(n_genes))
+    start = time.perf_counter()
+    first = Block(chunks.take(np.arange(n_rows)), 0)
+    _one_pass(first, n_components)
+    seconds = (time.perf_counter() - start) * n_cells / n_rows / cpu_count()
+    memory = (
+        _CHOOSING_BYTES
+        + n_cells * n_components * _BYTES_OF_A_FACTOR
+        + n_genes * n_components * _VECTORS / 25
+        + first.counts.nnz * _BYTES_OF_AN_ENTRY
+    )
+    return Estimate(n_cells, n_genes, memory, _CHOOSING_SECONDS + _PASSES * seconds)
+
+
+def _one_pass(block: Block, n_components: int) -> Partial:
+    """Return products of both halves with their Gram matrices, the dearest kind of pass."""
+    vectors = np.ones((block.counts.shape[1], n_components), np.float32)
+    z = [Transform("log1p", 1).apply(half, row_sums(half)) for half in halves(block.counts, 0, block.cells)]
+    return Partial([half.T @ (half @ vectors) for half in z])

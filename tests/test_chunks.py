@@ -1,0 +1,287 @@
+"""Counts in memory, on disk and in Dask arrays: the same passes, the same splits, the same result."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from helpers import dense, low_rank_profiles, poisson_counts
+
+import sc_noise2self as n2s
+from sc_noise2self.chunks import InMemory, OnDask, OnDisk, Partial, block_rows
+from sc_noise2self.counts import column_sums, row_sums
+from sc_noise2self.rank import n_passes
+from sc_noise2self.split import halves, split_matrix
+
+da = pytest.importorskip("dask.array")
+
+
+@pytest.fixture(scope="module")
+def counts():
+    return poisson_counts(low_rank_profiles(230, 40, 4, seed=0), 300, seed=1)
+
+
+@pytest.fixture
+def few_cells(monkeypatch):
+    """Blocks of 50 cells, and settings compared on 100: what otherwise needs thousands."""
+    monkeypatch.setattr("sc_noise2self.chunks._ENTRIES", 50 * 40)
+    monkeypatch.setattr("sc_noise2self.denoisers.members._COMPARED_CELLS", 100)
+
+
+def on_disk(counts, path, suffix):
+    adata = ad.AnnData(counts, obs=pd.DataFrame(index=[f"c{i}" for i in range(counts.shape[0])]))
+    adata.var_names = [f"g{i}" for i in range(counts.shape[1])]
+    if suffix == ".h5ad":
+        adata.write_h5ad(path / "x.h5ad")
+        return ad.read_h5ad(path / "x.h5ad", backed="r")
+    zarr = pytest.importorskip("zarr")
+    group = zarr.open_group(path / "x.zarr", mode="w", zarr_format=2)
+    ad.io.write_elem(group, "X", counts)
+    adata.X = ad.io.sparse_dataset(group["X"])
+    return adata
+
+
+def of_all(block):
+    return Partial([column_sums(block.counts), np.array(block.counts.nnz)], [row_sums(block.counts), block.cells])
+
+
+@pytest.mark.parametrize("rows", [7, 50, 1000])
+@pytest.mark.parametrize("kind", ["csr", "dense", "disk", "dask", "dask of dense"])
+def test_every_source_gives_the_same_sums_and_rows(counts, kind, rows):
+    chunks = {
+        "csr": lambda: InMemory(counts, rows),
+        "dense": lambda: InMemory(counts.toarray(), rows),
+        "disk": lambda: OnDisk(counts.toarray(), rows),
+        "dask": lambda: OnDask(da.from_array(counts, chunks=(33, 40), asarray=False), rows),
+        "dask of dense": lambda: OnDask(da.from_array(counts.toarray(), chunks=(100, 13)), rows),
+    }[kind]()
+    (totals, nnz), (size, cells) = chunks.run(of_all)
+    np.testing.assert_array_equal(totals, column_sums(counts))
+    assert nnz == counts.nnz
+    np.testing.assert_array_equal(size, row_sums(counts))
+    np.testing.assert_array_equal(cells, np.arange(230))
+    some = np.array([0, 6, 7, 100, 229])
+    taken = chunks.take(some)
+    assert taken.dtype == np.float32
+    np.testing.assert_array_equal(taken.toarray(), counts[some].toarray())
+    np.testing.assert_array_equal(chunks.in_memory().toarray(), counts.toarray())
+    genes = np.arange(40) % 3 == 0
+    np.testing.assert_array_equal(chunks.of_genes(genes).run(of_all).sums[0], totals[genes])
+
+
+def test_blocks_hold_no_zeros_and_repeat_no_entries():
+    x = sp.csr_matrix((np.array([1, 2, 0, 3]), np.array([0, 0, 1, 2]), np.array([0, 3, 4])), shape=(2, 3))
+    before = x.data.copy()
+    seen = InMemory(x).run(lambda block: Partial(rows=[block.counts])).rows[0]
+    assert (seen.nnz, seen.dtype) == (2, np.float32)
+    np.testing.assert_array_equal(seen.toarray(), [[3, 0, 0], [0, 0, 3]])
+    np.testing.assert_array_equal(x.data, before)
+
+
+def test_the_length_of_a_block_depends_on_the_genes_alone():
+    assert [block_rows(n) for n in (100, 2000, 20_000, 60_000)] == [200_000, 10_000, 1000, 500]
+    assert block_rows(10**9) == 1
+
+
+def test_an_error_in_a_block_is_raised(counts):
+    def fails(block):
+        if block.start > 100:
+            raise RuntimeError(f"at {block.start}")
+        return of_all(block)
+
+    for chunks in (InMemory(counts, 50), OnDask(da.from_array(counts, chunks=(50, 40), asarray=False), 50)):
+        with pytest.raises(RuntimeError, match="at (150|200)"):
+            chunks.run(fails)
+
+
+@pytest.mark.parametrize("step", [1, 7, 64])
+def test_any_piece_of_a_matrix_is_split_as_in_the_whole(counts, step):
+    whole = halves(counts, 5, np.arange(230))
+    pieces = [halves(counts[i : i + step], 5, np.arange(i, min(i + step, 230))) for i in range(0, 230, step)]
+    for each, parts in zip(whole, zip(*pieces, strict=True), strict=True):
+        np.testing.assert_array_equal(sp.vstack(parts).toarray(), each.toarray())
+    some = np.array([3, 70, 200])
+    np.testing.assert_array_equal(halves(counts[some], 5, some)[0].toarray(), whole[0][some].toarray())
+    assert (halves(counts, 6, np.arange(230))[0] != whole[0]).nnz > 0
+
+
+def test_all_formats_are_split_alike(counts, array_type):
+    expected = split_matrix(counts, 0.3)[0].toarray()
+    np.testing.assert_array_equal(dense(split_matrix(array_type(counts.toarray()), 0.3)[0]), expected)
+
+
+def results(adata, **options):
+    rank = n2s.select_rank(adata, max_rank=12)
+    n2s.denoise(adata, write_layer=False, **options)
+    factors = [np.asarray(adata.obsm[key]) for key in ("denoised", "denoised_scale")]
+    return rank, adata.uns["select_rank"]["loss"], adata.uns["denoised"]["gain"], *factors
+
+
+@pytest.mark.parametrize("source", [".h5ad", ".zarr", "dask 50", "dask 33", "dask whole"])
+def test_disk_and_dask_give_what_memory_gives(counts, source, tmp_path, few_cells):
+    expected = results(ad.AnnData(counts.copy()))
+    if source.startswith("dask"):
+        length = {"50": 50, "33": 33, "whole": 230}[source.split()[1]]
+        adata = ad.AnnData(da.from_array(counts, chunks=(length, -1), asarray=False))
+    else:
+        adata = on_disk(counts, tmp_path, source)
+    before = adata.X
+    found = results(adata)
+    assert found[0] == expected[0]
+    for a, b in zip(found[1:], expected[1:], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    assert type(adata.X) is type(before)
+    if source.startswith("."):
+        with pytest.raises(ValueError, match=r"'knn' needs all counts in memory, and these are not: load them"):
+            n2s.denoise(adata, "knn")
+        with pytest.raises(ValueError, match=r"mix=True needs all counts in memory"):
+            n2s.denoise(adata, mix=True)
+        with pytest.raises(ValueError, match=r"X is not in memory: load it first, adata = adata.to_memory\(\)"):
+            n2s.split_molecules(adata)
+
+
+def test_more_splits_and_a_mask_out_of_memory(counts, tmp_path, few_cells):
+    genes = np.arange(40) % 4 > 0
+    options = {"n_splits": 2, "mask_var": genes, "transform": "sqrt"}
+    expected, found = (
+        results(ad.AnnData(counts.copy()), **options),
+        results(on_disk(counts, tmp_path, ".h5ad"), **options),
+    )
+    np.testing.assert_allclose(found[3], expected[3], rtol=1e-5, atol=1e-7)
+
+
+def test_learning_from_all_cells_gains_over_those_compared(monkeypatch):
+    counts = poisson_counts(low_rank_profiles(3000, 60, 8, seed=0), 60, seed=1)
+    gains = []
+    for enough in (3000, 150):
+        monkeypatch.setattr("sc_noise2self.denoisers.members._COMPARED_CELLS", enough)
+        adata = ad.AnnData(counts.copy())
+        n2s.denoise(adata, write_layer=False, transform="log1p")
+        gains.append((adata.uns["denoised"]["gain"], adata.uns["denoised"]["gain_error"]))
+    # Scored on other cells, but what was learned is the same: halves of all 3000 cells.
+    assert abs(gains[0][0] - gains[1][0]) < 3 * np.hypot(gains[0][1], gains[1][1])
+    few = ad.AnnData(counts[:150].copy())
+    n2s.denoise(few, write_layer=False, transform="log1p")
+    assert gains[1][0] > 1.1 * few.uns["denoised"]["gain"]
+
+
+def test_layers_of_disk_and_dask_are_lazy(counts, tmp_path, few_cells):
+    expected = ad.AnnData(counts.copy())
+    n2s.denoise(expected, scale="log1p_cp10k")
+    backed = on_disk(counts, tmp_path, ".h5ad")
+    lazy = ad.AnnData(da.from_array(counts, chunks=(50, -1), asarray=False), var=backed.var)
+    for adata in (backed, lazy):
+        n2s.denoise(adata, scale="log1p_cp10k")
+        assert isinstance(adata.layers["denoised"], da.Array)
+        np.testing.assert_allclose(
+            np.asarray(adata.layers["denoised"]), expected.layers["denoised"], rtol=1e-4, atol=1e-6
+        )
+    assert isinstance(lazy.obsm["denoised"], da.Array)
+    np.testing.assert_allclose(
+        n2s.get.denoised(lazy, ["g3", "g7"], scale="log1p_cp10k"),
+        expected.layers["denoised"][:, [3, 7]],
+        rtol=1e-4,
+        atol=1e-6,
+    )
+    with pytest.raises(ValueError, match="copy=True was given with a backed object"):
+        n2s.denoise(backed, copy=True)
+
+
+def test_what_is_wrong_is_named_wherever_it_is(counts, tmp_path):
+    wrong = counts.copy()
+    wrong[151, 7] = 2.5
+    message = r'X holds 2.5 at cell "c151", gene "g7": molecule splitting needs raw counts'
+    backed = on_disk(wrong, tmp_path, ".h5ad")
+    lazy = ad.AnnData(da.from_array(wrong, chunks=(50, -1), asarray=False), obs=backed.obs, var=backed.var)
+    for adata in (backed, lazy, ad.AnnData(wrong, obs=backed.obs, var=backed.var)):
+        with pytest.raises(ValueError, match=message):
+            n2s.denoise(adata)
+        assert not adata.obsm
+        assert "denoised" not in adata.uns
+    by_gene = ad.AnnData(counts.tocsc())
+    by_gene.write_h5ad(tmp_path / "csc.h5ad")
+    with pytest.raises(ValueError, match="X is stored as CSC, by gene: .* store it as CSR"):
+        n2s.select_rank(ad.read_h5ad(tmp_path / "csc.h5ad", backed="r"))
+
+
+def test_empty_cells_are_warned_of_out_of_memory(counts, tmp_path, few_cells):
+    some = counts.tolil()
+    some[[0, 60, 229]] = 0
+    backed = on_disk(sp.csr_matrix(some), tmp_path, ".h5ad")
+    with pytest.warns(UserWarning, match=r"3 cell\(s\) hold no molecule"):
+        n2s.denoise(backed, write_layer=False)
+    assert (n2s.get.denoised(backed, ["g1"]).to_numpy()[[0, 60, 229]] == 0).all()
+
+
+def test_the_passes_are_those_documented(counts, few_cells, monkeypatch):
+    found = []
+    monkeypatch.setattr("sc_noise2self.annotated.InMemory", lambda matrix: found.append(InMemory(matrix)) or found[-1])
+    n2s.select_rank(ad.AnnData(counts.copy()), max_rank=12)
+    assert found[-1].n_passes == 1 + n_passes("loo") == 9
+    n2s.denoise(ad.AnnData(counts.copy()), write_layer=False)
+    # Checked; halves: sizes, genes, components (2), worth, noise edge (4);
+    # all molecules: sizes, genes, components (3), totals of genes, factors
+    assert found[-1].n_passes == 1 + 9 + 7
+    n2s.denoise(ad.AnnData(counts[:90].copy()), write_layer=False)
+    assert found[-1].n_passes == 1 + 7
+
+
+def test_a_layer_that_does_not_fit_is_refused_with_its_gigabytes(counts, monkeypatch):
+    monkeypatch.setattr("sc_noise2self.memory.available_memory", lambda: 10_000)
+    adata = ad.AnnData(counts.copy())
+    with pytest.raises(MemoryError, match=r"layer of 230 cells x 40 genes takes 0.0 GB and 0.0 GB of memory are free"):
+        n2s.denoise(adata)
+    n2s.denoise(adata, write_layer=False)
+
+
+CLUSTER = """
+import os, signal, sys, threading
+import anndata as ad, dask.array as da, numpy as np, scipy.sparse as sp
+import sc_noise2self as n2s
+from distributed import Client, LocalCluster
+
+if __name__ == "__main__":
+    counts = sp.load_npz(sys.argv[1])
+    with LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None, memory_limit=0) as cluster:
+        with Client(cluster) as client:
+            adata = ad.AnnData(da.from_array(counts, chunks=(500, -1), asarray=False))
+            if sys.argv[3] == "kill":
+                from sc_noise2self.chunks import OnDask
+                run, passes = OnDask.run, []
+
+                def killing(self, work):
+                    passes.append(1)
+                    if len(passes) == 5:
+                        victim = next(iter(client.run(os.getpid).values()))
+                        threading.Timer(0.2, os.kill, (victim, signal.SIGKILL)).start()
+                    return run(self, work)
+
+                OnDask.run = killing
+            n2s.denoise(adata, write_layer=False, transform="log1p", n_components=8)
+            rank = n2s.select_rank(adata, max_rank=10)
+            scores, gain = np.asarray(adata.obsm["denoised"]), adata.uns["denoised"]["gain"]
+            np.savez(sys.argv[2], scores=scores, gain=gain, rank=rank)
+"""
+
+
+@pytest.mark.parametrize("how", ["calm", "kill"])
+def test_on_a_cluster_of_processes(how, tmp_path):
+    """The same answer as in memory from workers of their own, one of them killed in the middle."""
+    pytest.importorskip("distributed")
+    counts = poisson_counts(low_rank_profiles(6000, 50, 4, seed=0), 100, seed=1)
+    sp.save_npz(tmp_path / "x.npz", counts)
+    (tmp_path / "run.py").write_text(textwrap.dedent(CLUSTER))
+    command = [sys.executable, "run.py", "x.npz", "out.npz", how]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=os.environ)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = np.load(tmp_path / "out.npz")
+    adata = ad.AnnData(counts)
+    n2s.denoise(adata, write_layer=False, transform="log1p", n_components=8)
+    np.testing.assert_allclose(found["scores"], adata.obsm["denoised"], rtol=1e-4, atol=1e-5)
+    assert found["gain"] == pytest.approx(adata.uns["denoised"]["gain"], rel=1e-4)
+    assert found["rank"] == n2s.select_rank(adata, max_rank=10)
