@@ -410,7 +410,7 @@ def test_cells_that_are_not_in_memory_train_it_too(counts, truth, loss, mean_div
     monkeypatch.setattr("sc_noise2self.denoisers.members._LEARNED_CELLS", 200)
     batch = pd.Categorical(np.where(np.arange(counts.shape[0]) % 2, "a", "b"))
     options = {"width": 8, "autoencoder": {"n_epochs": 30}, "loss": loss, "batch_key": "batch", "write_layer": False}
-    inside = ad.AnnData(counts.copy(), obs=pd.DataFrame({"batch": batch}))
+    inside = ad.AnnData(counts.copy(), obs=pd.DataFrame({"batch": batch}, index=[f"c{i}" for i in range(300)]))
     outside = ad.AnnData(da.from_array(counts, chunks=(50, -1), asarray=False), obs=inside.obs.copy())
     for adata in (inside, outside):
         n2s.denoise(adata, "autoencoder", **options)

@@ -122,12 +122,17 @@ def results(adata, **options):
     return rank, adata.uns["select_rank"]["loss"], adata.uns["denoised"]["gain"], *factors
 
 
-@pytest.mark.parametrize("source", [".h5ad", ".zarr", "dask 50", "dask 33", "dask whole"])
+@pytest.mark.parametrize("source", [".h5ad", ".zarr", "dask 50", "dask 33", "dask whole", "read_lazy"])
 def test_disk_and_dask_give_what_memory_gives(counts, source, tmp_path, few_cells):
     expected = results(ad.AnnData(counts.copy()))
     if source.startswith("dask"):
         length = {"50": 50, "33": 33, "whole": 230}[source.split()[1]]
         adata = ad.AnnData(da.from_array(counts, chunks=(length, -1), asarray=False))
+    elif source == "read_lazy":
+        pytest.importorskip("xarray")
+        on_disk(counts, tmp_path, ".h5ad").file.close()
+        adata = ad.experimental.read_lazy(tmp_path / "x.h5ad")
+        assert isinstance(adata.X, da.Array)
     else:
         adata = on_disk(counts, tmp_path, source)
     before = adata.X

@@ -10,11 +10,16 @@ from helpers import low_rank_profiles, poisson_counts
 
 import sc_noise2self as n2s
 from sc_noise2self.chunks import InMemory, Partial
-from sc_noise2self.denoisers.svd import gram_of, right_singular_vectors, start_block
+from sc_noise2self.denoisers.svd import right_singular_vectors, start_block, without_mean
 from sc_noise2self.rank import Piece, _HiddenGenes, fit
 from sc_noise2self.rank import rank_curve as curve_of
 from sc_noise2self.split import split_matrix
 from sc_noise2self.transform import Transform
+
+
+def gram_of(matrix, mean_row=None):
+    """Products with the Gram matrix of one matrix, its mean removed."""
+    return lambda blocks: [without_mean(matrix.T @ (matrix @ block), block, mean_row) for block in blocks]
 
 
 def rank_curve(x, *args, **options):

@@ -15,10 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import scipy.sparse as sp
 
 N_PASSES = 4
-"""Products with the Gram matrix: on four data sets a fifth moved no held-out gain by more than 1e-4."""
+"""Products with the Gram matrix: on three data sets they came as near to 100 components as seven of power iteration."""
 _OVERSAMPLES = 20
 _ROWS = 1 << 12  # taken to double precision at a time
 _ROUNDING = 1e-12  # of squared lengths, in single precision
@@ -65,17 +64,6 @@ def right_singular_vectors(
         _ritz(np.hstack(basis), np.hstack(product), n_components)
         for basis, product in zip(bases, products, strict=True)
     ]
-
-
-def gram_of(matrix: sp.csr_matrix, mean_row: np.ndarray | None = None) -> Gram:
-    """Return the products with the Gram matrix of one matrix in memory.
-
-    Parameters
-    ----------
-    mean_row
-        q'Z for a unit vector q of shape (cells,) that is to be removed: the Gram matrix is then that of (I - qq')Z.
-    """
-    return lambda blocks: [without_mean(matrix.T @ (matrix @ block), block, mean_row) for block in blocks]
 
 
 def without_mean(product: np.ndarray, block: np.ndarray, mean_row: np.ndarray | None) -> np.ndarray:
