@@ -7,7 +7,8 @@ never worse than power iteration (Halko, Martinsson & Tropp 2011), whose result 
 
 scikit-learn's `randomized_svd` takes neither a matrix that is read in pieces nor one whose mean is removed without
 making it dense; SciPy's `svds` takes both as an operator but multiplies one vector at a time. For few genes the Gram
-matrix itself, genes x genes, would be one pass; its dense products cost more than this below some 95 % zeros.
+matrix itself would be one pass; for 2 000 of them, a tenth of the counts not zero, it took ten times as long as one
+product.
 """
 
 from __future__ import annotations
