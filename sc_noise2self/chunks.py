@@ -75,11 +75,14 @@ class Chunks(ABC):
         (cells, genes).
     n_passes
         How often all counts have been read.
+    on_pass
+        Called after each time.
     """
 
     def __init__(self, shape: tuple[int, int], rows: int | None = None) -> None:
         self.shape = shape
         self.n_passes = 0
+        self.on_pass: Callable[[], object] = lambda: None
         self._rows = block_rows(shape[1]) if rows is None else rows
 
     @abstractmethod
@@ -111,6 +114,10 @@ class Chunks(ABC):
             starts = _STRETCH * np.sort(stretches[i : i + _STRETCHES])
             cells = [np.arange(start, min(start + _STRETCH, self.shape[0])) for start in starts]
             yield np.concatenate(cells), _stacked([_canonical(self._slice(each[0], each[-1] + 1)) for each in cells])
+
+    def _passed(self) -> None:
+        self.n_passes += 1
+        self.on_pass()
 
     def pools(self) -> list[int]:
         """Return how many cells `shuffled` yields at a time, at most."""
@@ -154,12 +161,13 @@ class _Local(Chunks):
 
     def run(self, work: Work) -> Partial:
         """See `Chunks`."""
-        self.n_passes += 1
 
         def of_block(item: tuple[int, Any]) -> Partial:
             return work(_block(*item))
 
-        return _gathered(in_threads(of_block, self._items()))
+        out = _gathered(in_threads(of_block, self._items()))
+        self._passed()
+        return out
 
     def take(self, cells: np.ndarray) -> sp.csr_matrix:
         """See `Chunks`; blocks without any of the cells are not read."""
@@ -200,7 +208,6 @@ class OfGenes(Chunks):
 
     def run(self, work: Work) -> Partial:
         """See `Chunks`."""
-        self.n_passes += 1
         genes = self._genes
         return self._chunks.run(lambda block: work(Block(block.counts[:, genes], block.start)))
 
@@ -235,12 +242,13 @@ class OnDask(Chunks):
         """See `Chunks`."""
         import dask
 
-        self.n_passes += 1
         add, parts = dask.delayed(_gathered), self._parts(work)
         while len(parts) > 1:
             parts = [add(parts[i : i + _FAN_IN]) for i in range(0, len(parts), _FAN_IN)]
         with one_blas_thread():
-            return parts[0].compute()
+            out = parts[0].compute()
+        self._passed()
+        return out
 
     def rows(self, work: Work, widths: Sequence[int]) -> list[np.ndarray | dask.array.Array]:
         """See `Chunks`."""

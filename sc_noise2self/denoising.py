@@ -275,7 +275,11 @@ def denoise(
         candidates.insert(0, MeanMember())
     start = logg.info(f"denoising {describe_counts(adata, layer)}")
 
-    with written_down(warned), progress_bar("denoise", n_steps(candidates, average, n_splits) + 1) as bar:
+    pcas = [member for member in candidates if isinstance(member, PCAMember)]
+    total = n_steps(candidates, average, n_splits) + 1
+    total += sum(member.n_passes(n_cells, n_splits) for member in (pcas if average else pcas[:1]))
+    with written_down(warned), progress_bar("denoise", total) as bar:
+        counted.chunks.on_pass = bar.update
         for network in networks:
             network.on_check = bar.set_postfix_str
         selection = select(

@@ -75,6 +75,8 @@ def denoise_file(
     >>> n2s.denoise_file("big.h5ad", "big.zarr", write_layer=False)  # doctest: +SKIP
     """
     source, target = Path(source), Path(target)
+    if "copy" in options:
+        raise TypeError("copy was given: the target is the copy, so leave it out.")
     _check_paths(source, target, overwrite)
     with _opened(source, "r") as stored:
         adata = _without_matrices(stored)
@@ -200,6 +202,7 @@ def _beside(target: Path, overwrite: bool) -> Iterator[Path]:
         if not _is_running(left.stem.removeprefix(here)):
             _remove(left)
     partial = target.with_name(f"{here}{os.getpid()}{target.suffix}")
+    _remove(partial)  # of a run that had the same number
     try:
         yield partial
         if target.exists() and not overwrite:

@@ -15,6 +15,7 @@ from helpers import dense, low_rank_profiles, poisson_counts
 import sc_noise2self as n2s
 from sc_noise2self.chunks import InMemory, OnDask, OnDisk, Partial, block_rows
 from sc_noise2self.counts import column_sums, row_sums
+from sc_noise2self.denoisers.members import PCAMember
 from sc_noise2self.rank import n_passes
 from sc_noise2self.split import halves, split_matrix
 
@@ -232,8 +233,9 @@ def test_the_passes_are_those_documented(counts, few_cells, monkeypatch):
     # Checked; halves: sizes, genes, components (2), worth, noise edge (4);
     # all molecules: sizes, genes, components (3), totals of genes, factors
     assert found[-1].n_passes == 1 + 9 + 7
+    assert PCAMember.n_passes(230, 1) == 9 + 7
     n2s.denoise(ad.AnnData(counts[:90].copy()), write_layer=False)
-    assert found[-1].n_passes == 1 + 7
+    assert found[-1].n_passes == 1 + 7 == 1 + PCAMember.n_passes(90, 1)
 
 
 def test_a_layer_that_does_not_fit_is_refused_with_its_gigabytes(counts, monkeypatch):

@@ -111,6 +111,7 @@ def test_an_earlier_target_is_replaced_only_when_asked(source):
         ({"layer": None}, ValueError, 'X holds [0-9.]*5 at cell "c0", gene "g'),
         ({"key_added": "counts", "layer": "counts"}, ValueError, "key_added is 'counts'|layer 'counts' exists"),
         ({"n_splits": 0}, ValueError, "n_splits is 0"),
+        ({"copy": True}, TypeError, "copy was given: the target is the copy"),
     ],
 )
 def test_what_cannot_be_done_is_said_and_leaves_nothing(source, given, error, message):

@@ -19,6 +19,7 @@ from ..transform import TransformName
 from .autoencoder import WIDTHS, Autoencoder
 from .pca import PCADenoiser, fit_together, halves_of, noise_edge, shrinkage, whole, worth_of_halves
 from .profiles import LowRankProfiles
+from .svd import N_PASSES
 
 _COMPARED_CELLS = 5_000  # that settings of PCA are compared on
 _FURTHER_PASSES = 2  # over all cells, for components that start from those of some cells
@@ -172,6 +173,12 @@ class PCAMember:
         """See `Member`."""
         denoiser = self._new(3, rng).fit(half.seen, self.genes)
         self._fits.append((denoiser, half, denoiser.worth(half.seen, half.held_out, half.folds)))
+
+    @staticmethod
+    def n_passes(n_cells: int, n_splits: int) -> int:
+        """Return how often `learn_all`, where there are more cells than are compared, and `refit` read all counts."""
+        of_halves = (3 + _FURTHER_PASSES) * n_splits + N_PASSES if n_cells > _COMPARED_CELLS else 0
+        return of_halves + 4 + _FURTHER_PASSES + 1
 
     def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
         """See `Member`. Each half starts from what some of its own cells gave, which has seen nothing of the other."""
