@@ -12,11 +12,13 @@ import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import anndata as ad
 from anndata import AnnData
+from packaging.version import Version
 from scanpy import logging as logg
 
 from .annotated import chunks_of
@@ -113,7 +115,7 @@ def denoise_file(
                 if write_layer:
                     scale = {name: options[name] for name in ("scale", "scale_depth") if name in options}
                     chunks = lazy(adata, key=key_added, **scale).rechunk((_ROWS, _COLUMNS))
-                    ad.io.write_elem(out, f"layers/{key_added}", chunks)
+                    ad.io.write_elem(out["layers"], key_added, chunks)
             logg.info("    written", time=start)
     return said
 
@@ -151,8 +153,9 @@ def _opened(path: Path, mode: Literal["r", "a"]) -> Iterator[Any]:
     else:
         import zarr
 
-        # What exists has its own format; a new file that of anndata.
-        new: dict[str, Any] = {} if path.exists() else {"zarr_format": getattr(ad.settings, "zarr_write_format", 2)}
+        # What exists has its own format; a new store that of anndata.
+        new: dict[str, Any] = {"zarr_format": 3 if Version(version("anndata")) >= Version("0.13") else 2}
+        new = {} if path.exists() else new
         yield zarr.open_group(path, mode=mode, **new)
 
 
@@ -179,15 +182,19 @@ def _copy_matrices(stored: Any, out: Any) -> None:
     for name in stored:
         if name in _SLOTS:
             continue
-        if name != "X":
-            out.require_group(name).attrs.update(stored[name].attrs)
-        for key in [name] if name == "X" else [f"{name}/{key}" for key in stored[name]]:
-            element = stored[key]
-            is_matrix = element.attrs.get("encoding-type") in ("csr_matrix", "csc_matrix", "array")
-            ad.io.write_elem(
-                out, key, ad.experimental.read_elem_lazy(element) if is_matrix else ad.io.read_elem(element)
-            )
+        if name == "X":
+            _copy(stored, out, name)
+            continue
+        out.require_group(name).attrs.update(stored[name].attrs)
+        for key in stored[name]:
+            _copy(stored[name], out[name], key)
     out.attrs.update(stored.attrs)
+
+
+def _copy(stored: Any, out: Any, key: str) -> None:
+    is_matrix = stored[key].attrs.get("encoding-type") in ("csr_matrix", "csc_matrix", "array")
+    read = ad.experimental.read_elem_lazy if is_matrix else ad.io.read_elem
+    ad.io.write_elem(out, key, read(stored[key]))
 
 
 def _size(path: Path) -> int:
