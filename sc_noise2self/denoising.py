@@ -351,7 +351,7 @@ def _check_out_of_memory(adata: AnnData, used: Sequence[MemberName], mix: bool, 
         needs = "mix=True" if mix else repr(whole[0])
         raise ValueError(
             f"{needs} needs all counts in memory, and these are not: load them, adata = adata.to_memory(), or take "
-            " 'pca' or 'autoencoder' without mix, which read them in pieces."
+            "'pca' or 'autoencoder' without mix, which read them in pieces."
         )
     if copy and adata.isbacked:
         raise ValueError("copy=True was given with a backed object: leave it out, the file itself is not written to.")
