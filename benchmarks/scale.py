@@ -4,8 +4,9 @@
         [--jobs disk memory splits pca magic] [--python magic=ENV/bin/python] [--out RESULTS]
 
 makes the sizes in FOLDER once (`.h5ad`, CSR, not compressed), runs every job on every size that it is able to take,
-each in a process of its own, one after another, and writes RESULTS.md (the table, and the exponent of growth with
-cells) and RESULTS.png. A finished run is kept in FOLDER as JSON and is not repeated; delete it to repeat it.
+each in a process of its own, one after another, and writes RESULTS.md (the table, and the powers of growth with
+cells and with genes) and RESULTS.png. A finished run is kept in FOLDER as JSON and is not repeated; delete it to
+repeat it.
 
 The cells are real ones resampled: COUNTS is denoised by `sc_noise2self.denoise(adata, mix=True)`, and a new cell is a
 Poisson sample of a random cell's expected counts. So structure, depths and sparsity are those of real counts, no two
@@ -142,7 +143,7 @@ def run(name: str, path: Path, python: str) -> dict[str, float]:
 
 
 def table(results: dict[tuple[str, int, int], dict[str, float]]) -> str:
-    """Return the results as a table, with the exponent b of seconds ~ cells^b and of peak memory for each job."""
+    """Return the results as a table, with the powers b of seconds ~ cells^b and genes^b, and those of peak memory."""
     lines = ["| cells | genes | job | seconds | microseconds a cell | peak, GB | gain |", "|" + "---|" * 7]
     for (name, n_cells, n_genes), found in sorted(
         results.items(), key=lambda item: (item[0][2], item[0][0], item[0][1])
@@ -153,22 +154,25 @@ def table(results: dict[tuple[str, int, int], dict[str, float]]) -> str:
         gain = f"{found['gain']:.4f}" if "gain" in found else ""
         seconds, peak, each = found["seconds"], found["peak_gb"], 1e6 * found["seconds"] / n_cells
         lines.append(f"| {n_cells} | {n_genes} | {name} | {seconds:.1f} | {each:.0f} | {peak:.2f} | {gain} |")
-    lines += ["", "| job | genes | growth of seconds with cells | of peak memory |", "|---|---|---|---|"]
-    for (name, n_genes), points in groups(results).items():
-        cells, seconds, peak = np.log(np.array(points)).T
-        if len(points) > 1:
-            lines.append(
-                f"| {name} | {n_genes} | {np.polyfit(cells, seconds, 1)[0]:.2f} | {np.polyfit(cells, peak, 1)[0]:.2f} |"
-            )
+    for along, fixed in (("cells", "genes"), ("genes", "cells")):
+        lines += ["", f"| job | {fixed} | growth of seconds with {along} | of peak memory |", "|---|---|---|---|"]
+        for (name, n), points in groups(results, along).items():
+            if len(points) > 1:
+                size, *values = np.log(np.array(points)).T
+                powers = [f"{np.polyfit(size, each, 1)[0]:.2f}" for each in values]
+                lines.append(f"| {name} | {n} | {powers[0]} | {powers[1]} |")
     return "\n".join(lines) + "\n"
 
 
-def groups(results: dict[tuple[str, int, int], dict[str, float]]) -> dict[tuple[str, int], list[tuple[float, ...]]]:
-    """Return (cells, seconds, peak) of every job and number of genes."""
+def groups(
+    results: dict[tuple[str, int, int], dict[str, float]], along: str = "cells"
+) -> dict[tuple[str, int], list[tuple[float, ...]]]:
+    """Return (cells, seconds, peak) of every job and number of genes, or the other way round."""
     out: dict[tuple[str, int], list[tuple[float, ...]]] = {}
     for (name, n_cells, n_genes), found in sorted(results.items()):
+        fixed, size = (n_genes, n_cells) if along == "cells" else (n_cells, n_genes)
         if "failed" not in found:
-            out.setdefault((name, n_genes), []).append((n_cells, found["seconds"], found["peak_gb"]))
+            out.setdefault((name, fixed), []).append((size, found["seconds"], found["peak_gb"]))
     return out
 
 
