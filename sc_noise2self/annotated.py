@@ -121,7 +121,7 @@ def read_counts(adata: AnnData, layer: str | None) -> CountMatrix:
         If they are not in memory, the layer is missing, or what it holds is not counts.
     """
     matrix, name = _matrix(adata, layer)
-    if not isinstance(chunks_of(matrix, name), InMemory):
+    if not sp.issparse(matrix) and not isinstance(matrix, np.ndarray):
         raise ValueError(f"{name} is not in memory: load it first, adata = adata.to_memory().")
     counts = check_counts(matrix, name=name, cells=adata.obs_names, genes=adata.var_names)
     _warn_if_transposed(adata, stacklevel=5)

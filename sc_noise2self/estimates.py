@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from joblib import cpu_count
 
-from .chunks import Block, Chunks, Partial, block_rows
+from .chunks import Block, Chunks, block_rows
 from .counts import row_sums
 from .memory import gigabytes
 from .split import halves
@@ -17,7 +17,7 @@ from .transform import Transform
 # Measured by benchmarks/scale.py on two cores; seconds of choosing do not grow with the cells.
 _CHOOSING_SECONDS, _PASSES = 8, 12  # passes of the kind that is timed: the others take a part of it
 _CHOOSING_BYTES = 600e6  # with the interpreter and its libraries
-_BYTES_OF_A_FACTOR, _VECTORS, _BYTES_OF_AN_ENTRY = 8, 2_500, 150
+_BYTES_OF_A_SCORE, _BYTES_OF_A_LOADING, _BYTES_OF_AN_ENTRY = 8, 100, 150
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,16 @@ def estimate(chunks: Chunks, n_components: int) -> Estimate:
     seconds = (time.perf_counter() - start) * n_cells / n_rows / cpu_count()
     memory = (
         _CHOOSING_BYTES
-        + n_cells * n_components * _BYTES_OF_A_FACTOR
-        + n_genes * n_components * _VECTORS / 25
+        + n_cells * n_components * _BYTES_OF_A_SCORE
+        + n_genes * n_components * _BYTES_OF_A_LOADING
         + first.counts.nnz * _BYTES_OF_AN_ENTRY
     )
     return Estimate(n_cells, n_genes, memory, _CHOOSING_SECONDS + _PASSES * seconds)
 
 
-def _one_pass(block: Block, n_components: int) -> Partial:
-    """Return products of both halves with their Gram matrices, the dearest kind of pass."""
+def _one_pass(block: Block, n_components: int) -> None:
+    """Multiply both halves with their Gram matrices, the dearest kind of pass."""
     vectors = np.ones((block.counts.shape[1], n_components), np.float32)
-    z = [Transform("log1p", 1).apply(half, row_sums(half)) for half in halves(block.counts, 0, block.cells)]
-    return Partial([half.T @ (half @ vectors) for half in z])
+    for half in halves(block.counts, 0, block.cells):
+        z = Transform("log1p", 1).apply(half, row_sums(half))
+        z.T @ (z @ vectors)
