@@ -11,15 +11,15 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from .caveats import caveat
-from .chunks import Block, Chunks, InMemory, OnDask, OnDisk, Partial, Survey
+from .chunks import Block, Chunks, InMemory, OnDask, OnDisk, Partial, Survey, block_of
 from .counts import (
+    SINGLE,
     CountMatrix,
     NotACount,
     check_counts,
     check_format,
+    check_values,
     column_sums,
-    first_non_count,
-    position,
     row_sums,
 )
 from .random import RandomState
@@ -68,14 +68,17 @@ def split_molecules(
 
     Returns
     -------
-    Two parts, or as many as `folds`. A matrix gives matrices of its own type and dtype; an AnnData object gives
-    AnnData objects with the part in `X` and the same `obs` and `var` (what `denoise` wrote there left out).
-    Disjoint parts add up to the counts exactly. The input is not modified.
+    Two parts, or as many as `folds`. A matrix gives matrices of its own type and dtype (of a wider one if it repeats
+    entries that add up to more than the dtype holds); an AnnData object gives AnnData objects with the part in `X` and
+    the same `obs` and `var` (what `denoise` wrote there left out). Disjoint parts add up to the counts exactly. An
+    entry is dealt by the seed, its cell and its gene alone: the same seed splits a matrix of any format and dtype, and
+    its first rows alone, in the same way. The input is not modified.
 
     Raises
     ------
     ValueError, TypeError
-        If the counts are not whole, non-negative numbers, or a parameter is out of range.
+        If the counts are not whole, non-negative numbers up to 2^53 (2^24 in float32, which holds no more digits), or a
+        parameter is out of range.
 
     Notes
     -----
@@ -112,8 +115,10 @@ def with_counts(adata: AnnData, counts: CountMatrix) -> AnnData:
     return AnnData(counts, obs=obs, var=var)
 
 
-def read_counts(adata: AnnData, layer: str | None) -> CountMatrix:
+def read_counts(adata: AnnData, layer: str | None, largest: int = 2**53) -> CountMatrix:
     """Return the checked counts of `X` or a layer; nothing is copied unless the matrix repeats entries.
+
+    Counts up to `largest` are taken.
 
     Raises
     ------
@@ -123,7 +128,7 @@ def read_counts(adata: AnnData, layer: str | None) -> CountMatrix:
     matrix, name = _matrix(adata, layer)
     if not sp.issparse(matrix) and not isinstance(matrix, np.ndarray):
         raise ValueError(f"{name} is not in memory: load it first, adata = adata.to_memory().")
-    counts = check_counts(matrix, name=name, cells=adata.obs_names, genes=adata.var_names)
+    counts = check_counts(matrix, name=name, cells=adata.obs_names, genes=adata.var_names, largest=largest)
     _warn_if_transposed(adata, stacklevel=5)
     values: Any = counts.data if sp.issparse(counts) else counts
     _warn_if_reads(_histogram(values), name, stacklevel=5)
@@ -138,7 +143,7 @@ def read_csr(adata: AnnData, layer: str | None) -> sp.csr_matrix:
     ValueError
         As `read_counts`, and if there are fewer than two cells or two genes.
     """
-    counts = read_counts(adata, layer)
+    counts = read_counts(adata, layer, SINGLE)
     _check_shape(counts.shape)
     out = sp.csr_matrix(counts, dtype=np.float32)
     if out.count_nonzero() < out.nnz:
@@ -160,7 +165,7 @@ def survey(adata: AnnData, layer: str | None) -> Survey:
     chunks = chunks_of(matrix, name)
     _check_shape(chunks.shape)
     try:
-        (totals, histogram), (size,) = chunks.run(_counted)
+        (totals, histogram), (size,) = chunks.run(_counted, _checked)
     except NotACount as error:
         raise error.named(name, adata.obs_names, adata.var_names) from None
     if not totals.any():
@@ -174,11 +179,18 @@ def survey(adata: AnnData, layer: str | None) -> Survey:
 def _counted(block: Block) -> Partial:
     """Return totals of genes, a histogram of counts, and sizes of cells."""
     counts = block.counts
-    wrong = first_non_count(counts.data)
-    if wrong is not None:
-        cell, gene = position(counts, wrong)
-        raise NotACount(block.start + cell, gene, float(counts.data[wrong]))
     return Partial((column_sums(counts), _histogram(counts.data)), (row_sums(counts),))
+
+
+def _checked(start: int, rows: Any) -> Block:
+    """Return a block whose entries are counts, before and after repeated entries were added up."""
+    try:
+        check_values(rows, SINGLE)
+        block = block_of(start, rows)
+        check_values(block.counts, SINGLE)
+    except NotACount as error:
+        raise NotACount(start + error.cell, error.gene, error.value, error.largest) from None
+    return block
 
 
 def _matrix(adata: AnnData, layer: str | None) -> tuple[Any, str]:
@@ -263,7 +275,7 @@ def _warn_if_transposed(adata: AnnData, stacklevel: int) -> None:
 def _histogram(values: np.ndarray) -> np.ndarray:
     """Return how many of a sample of the counts are 0, 1, ..., and as large as the last or larger."""
     sample = values.reshape(-1)[:: max(1, values.size // 100_000)]
-    return np.bincount(np.minimum(sample, _LARGE).astype(np.intp), minlength=_LARGE + 1)
+    return np.bincount(np.minimum(sample.astype(np.float64), _LARGE).astype(np.intp), minlength=_LARGE + 1)
 
 
 def _warn_if_reads(histogram: np.ndarray, name: str, stacklevel: int) -> None:

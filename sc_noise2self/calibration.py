@@ -23,7 +23,7 @@ from .annotated import read_csr
 from .arguments import check_one_of, check_positive, describe_counts, seed_of
 from .candidates import ArrayDenoiser, Denoiser, Parameters, describe, expand_grid
 from .comparison import Comparison, Rule, compare
-from .counts import check_counts
+from .counts import SINGLE, check_counts
 from .partitions import Loss, Masks, as_partition, check_loss
 from .random import RandomState, as_generator
 from .transform import TransformName
@@ -163,7 +163,7 @@ def calibrate(
         _check_key(adata, key_added, layer, refit)
         values, called = read_csr(adata, layer), Denoiser(denoiser, transform, adata.obs_names, adata.var_names)
     else:
-        values = sp.csr_matrix(check_counts(data), dtype=np.float32)
+        values = sp.csr_matrix(check_counts(data, largest=SINGLE), dtype=np.float32)
         called = Denoiser(denoiser, transform, *(pd.RangeIndex(n).astype(str) for n in values.shape))
     loss = check_loss(loss, partition)
 

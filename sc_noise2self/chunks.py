@@ -64,6 +64,8 @@ class Partial(NamedTuple):
 
 
 Work = Callable[[Block], Partial]
+ToBlock = Callable[[int, Any], Block]
+"""(number of the first cell, rows as they are stored) -> their block."""
 
 
 class Chunks(ABC):
@@ -86,8 +88,11 @@ class Chunks(ABC):
         self._rows = block_rows(shape[1]) if rows is None else rows
 
     @abstractmethod
-    def run(self, work: Work) -> Partial:
-        """Return the sums over all blocks, float64, and the rows of all cells: one pass."""
+    def run(self, work: Work, to_block: ToBlock | None = None) -> Partial:
+        """Return the sums over all blocks, float64, and the rows of all cells: one pass.
+
+        `to_block` makes blocks of stored rows, `block_of` unless another is given.
+        """
 
     def rows(self, work: Work, widths: Sequence[int]) -> list[np.ndarray | dask.array.Array]:
         """Return the rows of all cells: those of a Dask array as Dask arrays, computed where they are read.
@@ -159,11 +164,11 @@ class Survey:
 class _Local(Chunks):
     """Counts that this process reads."""
 
-    def run(self, work: Work) -> Partial:
+    def run(self, work: Work, to_block: ToBlock | None = None) -> Partial:
         """See `Chunks`."""
 
         def of_block(item: tuple[int, Any]) -> Partial:
-            return work(_block(*item))
+            return work((to_block or block_of)(*item))
 
         out = _gathered(in_threads(of_block, self._items()))
         self._passed()
@@ -172,7 +177,7 @@ class _Local(Chunks):
     def take(self, cells: np.ndarray) -> sp.csr_matrix:
         """See `Chunks`; blocks without any of the cells are not read."""
         wanted = ((start, rows) for start, rows in self._items(cells))
-        return _stacked([(block := _block(*item)).counts[_within(block, cells)] for item in wanted])
+        return _stacked([(block := block_of(*item)).counts[_within(block, cells)] for item in wanted])
 
     def _items(self, cells: np.ndarray | None = None) -> Iterator[tuple[int, Any]]:
         for start in range(0, self.shape[0], self._rows):
@@ -206,10 +211,10 @@ class OfGenes(Chunks):
         self._chunks = chunks
         self._genes = np.flatnonzero(genes)
 
-    def run(self, work: Work) -> Partial:
+    def run(self, work: Work, to_block: ToBlock | None = None) -> Partial:
         """See `Chunks`."""
         genes = self._genes
-        return self._chunks.run(lambda block: work(Block(block.counts[:, genes], block.start)))
+        return self._chunks.run(lambda block: work(Block(block.counts[:, genes], block.start)), to_block)
 
     def _slice(self, start: int, stop: int) -> Any:
         return self._chunks._slice(start, stop)[:, self._genes]
@@ -238,11 +243,11 @@ class OnDask(Chunks):
         self._array = array
         self._starts = [int(start) for start in np.cumsum([0, *array.chunks[0][:-1]])]
 
-    def run(self, work: Work) -> Partial:
+    def run(self, work: Work, to_block: ToBlock | None = None) -> Partial:
         """See `Chunks`."""
         import dask
 
-        add, parts = dask.delayed(_gathered), self._parts(work)
+        add, parts = dask.delayed(_gathered), self._parts(work, to_block)
         while len(parts) > 1:
             parts = [add(parts[i : i + _FAN_IN]) for i in range(0, len(parts), _FAN_IN)]
         with one_blas_thread():
@@ -268,19 +273,22 @@ class OnDask(Chunks):
     def _slice(self, start: int, stop: int) -> Any:
         return self._array[start:stop].compute()
 
-    def _parts(self, work: Work) -> list[Any]:
+    def _parts(self, work: Work, to_block: ToBlock | None = None) -> list[Any]:
         """Return what is learned from each chunk, not computed yet."""
         import dask
 
         of_chunk, shared = dask.delayed(_of_chunk), dask.delayed(work, traverse=False)
         chunks = self._array.to_delayed()[:, 0]
-        return [of_chunk(shared, start, chunk, self._rows) for start, chunk in zip(self._starts, chunks, strict=True)]
+        return [
+            of_chunk(shared, to_block or block_of, start, chunk, self._rows)
+            for start, chunk in zip(self._starts, chunks, strict=True)
+        ]
 
 
-def _of_chunk(work: Work, start: int, rows: Any, step: int) -> Partial:
+def _of_chunk(work: Work, to_block: ToBlock, start: int, rows: Any, step: int) -> Partial:
     """Return what is learned from the blocks of a chunk, in one thread: the scheduler has its own."""
     starts = range(0, rows.shape[0], step)
-    return alone(lambda: _gathered(work(_block(start + i, rows[i : i + step])) for i in starts))
+    return alone(lambda: _gathered(work(to_block(start + i, rows[i : i + step])) for i in starts))
 
 
 def _gathered(partials: Iterable[Partial]) -> Partial:
@@ -303,7 +311,8 @@ def _stacked(parts: Sequence[Any]) -> Any:
     return sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
 
 
-def _block(start: int, rows: Any) -> Block:
+def block_of(start: int, rows: Any) -> Block:
+    """Return the block of rows as they are stored, from the number of the first cell."""
     return Block(_canonical(rows), start)
 
 

@@ -16,18 +16,28 @@ CountMatrix: TypeAlias = np.ndarray | sp.csr_matrix | sp.csc_matrix | sp.csr_arr
 """Cells x genes: dense, or compressed sparse by row or column, `scipy`'s matrices and arrays alike."""
 
 
-class NotACount(Exception):
-    """An entry that is not a count: `cell` and `gene` by number, and its value."""
+SINGLE = 2**24
+"""Up to here single precision, which denoisers work in, holds every whole number."""
 
-    def __init__(self, cell: int, gene: int, value: float) -> None:
-        super().__init__(cell, gene, value)
-        self.cell, self.gene, self.value = cell, gene, value
+
+class NotACount(Exception):
+    """An entry that is not a count, or is too large: `cell` and `gene` by number, its value, the largest allowed."""
+
+    def __init__(self, cell: int, gene: int, value: Any, largest: int) -> None:
+        super().__init__(cell, gene, value, largest)
+        self.cell, self.gene, self.value, self.largest = cell, gene, value, largest
 
     def named(self, name: str, cells: Sequence[str] | None, genes: Sequence[str] | None) -> ValueError:
         """Return the error for a user, with the names of matrix, cell and gene."""
         where = f"cell {_label(cells, self.cell)}, gene {_label(genes, self.gene)}"
+        if self.largest < self.value < np.inf:
+            value = f"{self.value:.17g}" if isinstance(self.value, np.floating) else self.value
+            return ValueError(
+                f"{name} holds {value} at {where}: counts are exact up to 2^{self.largest.bit_length() - 1} "
+                "here, and no cell has so many molecules of a gene. Pass raw UMI counts."
+            )
         return ValueError(
-            f"{name} holds {self.value:.4g} at {where}: molecule splitting needs raw counts. "
+            f"{name} holds {self.value} at {where}: molecule splitting needs raw counts. "
             'Pass the matrix before normalisation, e.g. layer="counts".'
         )
 
@@ -38,6 +48,7 @@ def check_counts(
     name: str = "the matrix",
     cells: Sequence[str] | None = None,
     genes: Sequence[str] | None = None,
+    largest: int = 2**53,
 ) -> CountMatrix:
     """Return `counts` when it is a matrix of counts, else raise saying which entry is not one.
 
@@ -49,29 +60,31 @@ def check_counts(
         What the matrix is called in messages, e.g. ``'layer "counts"'``.
     cells, genes
         Names used in messages; indices are given where these are None.
+    largest
+        Counts up to here are taken, a power of two, or up to the number to which the matrix's own type is exact.
 
     Returns
     -------
-    The same object, or a copy in canonical form where a sparse matrix repeats entries or a matrix is boolean.
+    The same object, or a copy in canonical form where a sparse matrix repeats entries; of a wider type if they add up
+    to more than its own holds.
 
     Raises
     ------
     TypeError
         If it is not a two-dimensional CSR, CSC or dense numeric matrix.
     ValueError
-        If an entry is negative, not finite or not a whole number, or if there is no molecule at all.
+        If an entry is negative, not finite, not a whole number or too large, if the indices of a sparse matrix are
+        out of range, or if there is no molecule at all.
     """
     counts = check_format(counts, name=name)
-    if counts.dtype.kind == "b":
-        counts = counts.astype(np.int8)
-    if sp.issparse(counts) and not counts.has_canonical_format:
-        counts = counts.copy()
-        counts.sum_duplicates()
+    try:
+        check_values(counts, largest)
+        if sp.issparse(counts) and not counts.has_canonical_format:
+            counts = _canonical(counts)
+            check_values(counts, largest)
+    except NotACount as error:
+        raise error.named(name, cells, genes) from None
     values = counts.data if sp.issparse(counts) else counts
-    if counts.dtype.kind in "if":
-        wrong = first_non_count(values)
-        if wrong is not None:
-            raise NotACount(*position(counts, wrong), float(values.flat[wrong])).named(name, cells, genes)
     if values.size == 0 or not values.any():
         raise ValueError(f"{name} holds no molecule (shape {counts.shape}): there is nothing to denoise.")
     return counts
@@ -86,7 +99,8 @@ def check_format(counts: Any, *, name: str = "the matrix") -> CountMatrix:
             raise TypeError(
                 f"{name} is a sparse matrix of format {counts.format!r}: pass CSR or CSC, e.g. counts.tocsr()."
             )
-    elif not isinstance(counts, np.ndarray):
+        check_indices(counts, name)
+    elif not isinstance(counts, np.ndarray) or isinstance(counts, np.ma.MaskedArray):
         raise TypeError(
             f"{name} is of type {type(counts).__name__}: molecule splitting needs a NumPy array or a SciPy "
             "CSR or CSC matrix, cells x genes."
@@ -96,6 +110,54 @@ def check_format(counts: Any, *, name: str = "the matrix") -> CountMatrix:
     if counts.dtype.kind not in "biuf":
         raise TypeError(f"{name} holds {counts.dtype}: counts are numbers.")
     return counts
+
+
+def check_indices(counts: sp.csr_matrix | sp.csc_matrix, name: str) -> None:
+    """Raise where a compressed matrix names rows or columns that it does not have: reading them would end the process.
+
+    Raises
+    ------
+    ValueError
+        In one sentence; the matrix itself is not touched.
+    """
+    try:
+        # SciPy's check casts and trims what it checks, so it is given another matrix of the same arrays.
+        type(counts)((counts.data, counts.indices, counts.indptr), shape=counts.shape, copy=False).check_format()
+    except ValueError as error:
+        raise ValueError(
+            f"{name} is a broken sparse matrix: {error}. Write the file, or build the matrix, anew."
+        ) from None
+
+
+def check_values(counts: CountMatrix, largest: int) -> None:
+    """Raise for the first entry that is negative, not finite, not whole, or above `largest`.
+
+    A floating type lowers `largest` to the number up to which it holds every whole number.
+
+    Raises
+    ------
+    NotACount
+        With the position of the entry.
+    """
+    if counts.dtype.kind == "f":
+        largest = min(largest, 2 ** (np.finfo(counts.dtype).nmant + 1))
+    values: Any = counts.data if sp.issparse(counts) else counts
+    wrong = _first_wrong(values, largest)
+    if wrong is not None:
+        raise NotACount(*_position(counts, wrong), values.flat[wrong], largest)
+
+
+def _canonical(counts: Any) -> CountMatrix:
+    """Return a copy with one entry a place, in the matrix's own type if that holds the sums."""
+    wide = counts.astype(np.int64 if counts.dtype.kind in "biu" else np.float64)
+    wide.sum_duplicates()
+    return narrowed(wide, counts.dtype)
+
+
+def narrowed(counts: Any, dtype: np.dtype) -> CountMatrix:
+    """Return a sparse matrix in another type, or as it is where that type does not hold its counts."""
+    narrow = counts.astype(dtype)
+    return narrow if np.array_equal(narrow.data, counts.data) else counts
 
 
 def row_sums(counts: CountMatrix) -> np.ndarray:
@@ -108,21 +170,22 @@ def column_sums(counts: CountMatrix) -> np.ndarray:
     return np.asarray(counts.sum(axis=0, dtype=np.float64)).ravel()
 
 
-def first_non_count(values: np.ndarray, block: int = 1 << 20) -> int | None:
-    """Return the flat index of the first entry that is not a count, by blocks that stay in cache."""
+def _first_wrong(values: np.ndarray, largest: int, block: int = 1 << 20) -> int | None:
+    """Return the flat index of the first entry that is not a count up to the largest, by blocks that stay in cache."""
     flat = values.reshape(-1) if values.flags.c_contiguous else values.flat
     for start in range(0, values.size, block):
         part = np.asarray(flat[start : start + block])
-        wrong = ~(part >= 0)  # also NaN
+        if part.dtype.kind == "b":
+            return None
+        wrong = ~(part >= 0) | (part > largest)  # also NaN
         if part.dtype.kind == "f":
             wrong |= part != np.rint(part)
-            wrong |= np.isinf(part)
         if wrong.any():
             return start + int(np.argmax(wrong))
     return None
 
 
-def position(counts: CountMatrix, index: int) -> tuple[int, int]:
+def _position(counts: CountMatrix, index: int) -> tuple[int, int]:
     """Return (cell, gene) of the entry at this index of the stored values."""
     if isinstance(counts, np.ndarray):
         cell, gene = np.unravel_index(index, counts.shape)

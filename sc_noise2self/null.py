@@ -10,11 +10,13 @@ from anndata import AnnData
 
 from .annotated import read_counts, with_counts
 from .arguments import check_one_of
-from .counts import CountMatrix, check_counts, row_sums
+from .counts import CountMatrix, check_counts, narrowed, row_sums
+from .memory import available_memory, gigabytes
 from .random import RandomState, as_generator
 
 Kind = Literal["shuffled", "permuted"]
 _N_BINS = 20  # of depth, equal in cells
+_BYTES = 8  # a molecule, at least, while labels are shuffled
 _BLOCK = 1 << 22  # dense entries permuted at a time
 
 Counts = TypeVar("Counts", bound="AnnData | CountMatrix")
@@ -46,13 +48,16 @@ def null_counts(
 
     Returns
     -------
-    Counts of the same type and dtype; an AnnData object with them in `X` and the same `obs` and `var` (what `denoise`
-    wrote there left out). The input is not modified. Shuffling holds 4 bytes a molecule twice.
+    Counts of the same type and dtype (a wider one if a shuffled count does not fit in it); an AnnData object with them
+    in `X` and the same `obs` and `var` (what `denoise` wrote there left out). The input is not modified. Shuffling
+    holds 8 bytes a molecule.
 
     Raises
     ------
     ValueError, TypeError
         If the counts are not whole, non-negative numbers, or there is no such kind.
+    MemoryError
+        If so many molecules do not fit in memory.
 
     Examples
     --------
@@ -79,12 +84,19 @@ def _null(counts: CountMatrix, kind: Kind, rng: np.random.Generator) -> CountMat
 
 def _shuffled(counts: sp.csr_matrix, rng: np.random.Generator) -> sp.csr_matrix:
     """Deal the gene labels of all molecules anew, as many to each cell as it has."""
+    n_molecules = int(counts.data.sum(dtype=np.float64))
+    if n_molecules * _BYTES > (free := available_memory()):
+        raise MemoryError(
+            f"shuffling {n_molecules:,} molecules takes {gigabytes(n_molecules * _BYTES)} and {gigabytes(free)} of "
+            "memory are free: pass fewer cells, or kind='permuted'."
+        )
     genes = np.repeat(counts.indices, counts.data.astype(np.int64))
     rng.shuffle(genes)
     ends = np.concatenate([[0], np.cumsum(row_sums(counts))]).astype(np.int64)
-    out = sp.csr_matrix((np.ones(len(genes), counts.dtype), genes, ends), shape=counts.shape)
+    ones = np.ones(len(genes), np.int32 if n_molecules < 2**31 else np.int64)
+    out = sp.csr_matrix((ones, genes, ends), shape=counts.shape)
     out.sum_duplicates()
-    return out
+    return narrowed(out, counts.dtype)
 
 
 def _permuted(counts: sp.csr_matrix, rng: np.random.Generator) -> sp.csr_matrix:

@@ -5,8 +5,8 @@ X1 ~ Binomial(X, p), X2 = X - X1. Given the cell's true rates (Poisson counts) t
 function of X1 is J-invariant for X2 and its squared error against X2 is its squared error against the truth plus a
 constant (Noise2Self, Batson & Royer 2019, Proposition 1 and section 3.1).
 
-The draw of an entry depends on the seed, its cell and its gene alone (`sc_noise2self.random.random_words`), so the
-same split comes from the whole matrix, from any piece of it, and from any format.
+The draw of an entry depends on the seed, its cell and its gene alone (`sc_noise2self.dealing`), so the same split comes
+from the whole matrix, from any piece of it, and from any format and dtype.
 
 Capture fractions are those of Batson, Royer & Webber 2019 (Molecular cross-validation); the Dirichlet-multinomial
 split for overdispersed counts is that of Neufeld et al. 2023 (Negative binomial count splitting).
@@ -14,24 +14,49 @@ split for overdispersed counts is that of Neufeld et al. 2023 (Negative binomial
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from numbers import Integral, Real
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import scipy.sparse as sp
-from scipy.special import betaincinv
-from scipy.stats import binom
 
 from .counts import CountMatrix, check_counts
-from .random import RandomState, as_generator, as_key, random_uniforms, random_words, random_words_at, row_keys
+from .dealing import deal, row_keys
+from .random import RandomState, as_generator, as_key
 
-_BLOCK = 1 << 15  # entries drawn at a time: they and their random words stay in the cache
-_FEW = 16  # molecules of an entry up to which an uneven split deals them one by one
-_LOW_BYTE = ((1 << np.arange(9)) - 1).astype(np.uint8)
-_LOW_BITS = np.array([(1 << n) - 1 for n in range(65)], dtype=np.uint64)
+_BLOCK = 1 << 15  # entries dealt at a time: they and their parts stay in the cache
 
-Draw = Callable[[np.ndarray, np.ndarray, np.ndarray], list[np.ndarray]]
-"""(counts, random word of each entry, gene of each entry) -> the parts of each count."""
+
+class Law(NamedTuple):
+    """How a molecule is dealt.
+
+    Attributes
+    ----------
+    shares
+        Probability of each category, summing to 1, shape (categories,).
+    overlap
+        Whether the first category is that of both of two parts, and each other of one; else each category is a part.
+    phi
+        Overdispersion of each gene, shape (genes,).
+    """
+
+    shares: np.ndarray
+    overlap: bool
+    phi: np.ndarray
+
+    @classmethod
+    def even(cls, n_genes: int) -> Self:
+        """Return that of even halves."""
+        return cls(np.array([0.5, 0.5]), False, np.zeros(n_genes))
+
+    @property
+    def n_parts(self) -> int:
+        """How many parts there are."""
+        return len(self.shares) - int(self.overlap)
+
+    def arguments(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+        """Return shares, each with those after it, overdispersions and overlap, as the kernel takes them."""
+        return self.shares, np.cumsum(self.shares[::-1])[::-1].copy(), self.phi, self.overlap
 
 
 def split_matrix(
@@ -57,18 +82,15 @@ def split_matrix(
         shares = np.array([fraction, 1 - fraction])
     if capture is not None and overdispersion is not None:
         raise ValueError("capture and overdispersion were both given: they assume different noise, so pass one.")
-    key = as_key(as_generator(random_state))
     if capture is not None:
         _check_share("capture", capture)
-        draw = _overlapping(*overlap_probabilities(fraction, capture))
-    elif overdispersion is not None:
-        draw = _disjoint(shares, _check_overdispersion(overdispersion, counts.shape[1]))
-    else:
-        draw = _disjoint(shares)
-    n_parts = 2 if capture is not None else len(shares)
-    rows = row_keys(key, np.arange(counts.shape[0]))
+        first, second, both = overlap_probabilities(fraction, capture)
+        shares = np.array([both, first - both, second - both])
+    phi = np.zeros(counts.shape[1]) if overdispersion is None else _phi(overdispersion, counts.shape[1])
+    law = Law(shares, capture is not None, phi)
+    keys = row_keys(as_key(as_generator(random_state)), np.arange(counts.shape[0]))
     split = _split_dense if isinstance(counts, np.ndarray) else _split_sparse
-    return split(counts, rows, draw, n_parts)
+    return split(counts, keys, law)
 
 
 def halves(counts: sp.csr_matrix, key: int, cells: np.ndarray) -> tuple[sp.csr_matrix, sp.csr_matrix]:
@@ -83,7 +105,7 @@ def halves(counts: sp.csr_matrix, key: int, cells: np.ndarray) -> tuple[sp.csr_m
     cells
         Which rows of the whole they are, shape (rows,).
     """
-    first, second = _split_sparse(counts, row_keys(key, cells), _disjoint(np.array([0.5, 0.5])), 2)
+    first, second = _split_sparse(counts, row_keys(key, cells), Law.even(counts.shape[1]))
     return first, second
 
 
@@ -95,140 +117,67 @@ def overlap_probabilities(fraction: float, capture: float) -> tuple[float, float
     p' = ((1 + a) - sqrt((1 + a)^2 - 4 a c)) / 2a, p'' = a p' (Batson, Royer & Webber 2019).
     """
     a = (1 - fraction) / fraction
-    first = ((1 + a) - np.sqrt((1 + a) ** 2 - 4 * a * capture)) / (2 * a)
+    first = 2 * capture / ((1 + a) + np.sqrt((1 + a) ** 2 - 4 * a * capture))  # the same, with its digits for a small c
     second = a * first
     return first / capture, second / capture, first * second / capture
 
 
-def _disjoint(shares: np.ndarray, overdispersion: np.ndarray | None = None) -> Draw:
-    """Deal molecules to disjoint parts: a multinomial as a chain of binomials, or a Dirichlet-multinomial."""
-    later = np.append(np.cumsum(shares[::-1])[::-1][1:], 0)
-
-    def draw(counts: np.ndarray, words: np.ndarray, genes: np.ndarray) -> list[np.ndarray]:
-        parts, rest = [], counts
-        for i, (share, left) in enumerate(zip(shares[:-1], later[:-1], strict=True)):
-            if i:
-                words = random_words(words)
-            if overdispersion is None:
-                part = _binomial(rest, share / (share + left), words)
-            else:
-                size = 1 / np.maximum(overdispersion[genes], 1e-12)
-                part = _beta_binomial(rest, share * size, left * size, words)
-            parts.append(part)
-            rest = rest - part
-        return [*parts, rest]
-
-    return draw
-
-
-def _overlapping(first: float, second: float, both: float) -> Draw:
-    """Deal molecules to X1, to X2, or to both."""
-
-    def draw(counts: np.ndarray, words: np.ndarray, genes: np.ndarray) -> list[np.ndarray]:
-        shared = _binomial(counts, both, words)
-        only_first = _binomial(counts - shared, (first - both) / (1 - both), random_words(words))
-        return [shared + only_first, counts - only_first]
-
-    return draw
-
-
-def _binomial(n: np.ndarray, p: float, words: np.ndarray) -> np.ndarray:
-    """Draw Binomial(n, p) in n's type, from one random word an entry and those that follow it."""
-    if p == 0.5:
-        return _fair(n, words)
-    return _beta_binomial(n, p, 1 - p, words, adds=0)
-
-
-def _fair(n: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Draw Binomial(n, 1/2): the number of ones among n random bits. Most counts are below 9 and need one byte."""
-    drawn = np.bitwise_count(words.astype(np.uint8) & _LOW_BYTE[np.minimum(n, 8).astype(np.uint8)]).astype(n.dtype)
-    many = np.nonzero(n > 8)
-    if many[0].size:
-        left, words, total = n[many].astype(np.int64), words[many], np.zeros(many[0].size, np.int64)
-        while True:
-            total += np.bitwise_count(words & _LOW_BITS[np.minimum(left, 64)])
-            left = np.maximum(left - 64, 0)
-            if not left.any():
-                break
-            words = random_words(words)
-        drawn[many] = total
-    return drawn
-
-
-def _beta_binomial(
-    n: np.ndarray, a: float | np.ndarray, b: float | np.ndarray, words: np.ndarray, adds: int = 1
-) -> np.ndarray:
-    """Draw by Polya's urn: a molecule is dealt to the first part with probability a / (a + b), and `adds` to its own.
-
-    With `adds` 1 that is beta-binomial, with 0 binomial. Few molecules are dealt one by one; for many, the quantile
-    of a uniform number has the same distribution.
-    """
-    drawn = ((random_uniforms(words) * (a + b) < a) & (n > 0)).astype(n.dtype)
-    more = np.nonzero(n > 1)
-    left, words, dealt = n[more].astype(np.int64), words[more], drawn[more].astype(np.int64)
-    a, b = (np.broadcast_to(each, n.shape)[more] for each in (a, b))
-    many = left > _FEW
-    at = np.flatnonzero(~many)
-    for j in range(1, _FEW):
-        at = at[left[at] > j]
-        word = words[at] = random_words(words[at])
-        first = a[at] + adds * dealt[at]
-        dealt[at] += random_uniforms(word) * (a[at] + b[at] + adds * j) < first
-    if many.any():
-        word = words[many]
-        p = betaincinv(a[many], b[many], random_uniforms(word)) if adds else a[many]
-        dealt[many] = binom.ppf(random_uniforms(random_words(word)), left[many], p)
-    drawn[more] = dealt
-    return drawn
-
-
-def _split_sparse(
-    counts: sp.csr_matrix | sp.csc_matrix, rows: np.ndarray, draw: Draw, n_parts: int
-) -> tuple[CountMatrix, ...]:
-    """Sample the stored entries block by block; only entries that are not zero are kept."""
-    by_row = counts.format == "csr"
+def _split_sparse(counts: Any, keys: np.ndarray, law: Law) -> tuple[Any, ...]:
+    """Deal the stored entries, some rows (columns) at a time; only entries that are not zero are kept."""
+    by_row, n_parts = counts.format == "csr", law.n_parts
+    shares, rest, phi, overlap = law.arguments()
+    indptr, n_major = counts.indptr.astype(np.int64), len(counts.indptr) - 1
     # As long as the counts' own, then cut to what is stored: pages never written to take no memory.
     data = [np.empty_like(counts.data) for _ in range(n_parts)]
     indices = [np.empty_like(counts.indices) for _ in range(n_parts)]
-    indptr = [np.zeros_like(counts.indptr) for _ in range(n_parts)]
-    stored = [0] * n_parts
-    for start in range(0, counts.nnz, _BLOCK):
-        stop = min(start + _BLOCK, counts.nnz)
-        minor = counts.indices[start:stop]
-        # The rows (columns) that end inside this block, and the one that each entry lies in.
-        ends = slice(*np.searchsorted(counts.indptr, [start, stop], side="right"))
-        major = np.repeat(
-            np.arange(ends.start - 1, ends.stop),
-            np.diff(counts.indptr[ends], prepend=start, append=stop),
+    ends = np.zeros((n_parts, n_major + 1), np.int64)
+    first = 0
+    while first < n_major:
+        last = max(first + 1, int(np.searchsorted(indptr, indptr[first] + _BLOCK, side="right")) - 1)
+        entries, rows = slice(indptr[first], indptr[last]), slice(first + 1, last + 1)
+        values, minors = np.empty((2, n_parts, entries.stop - entries.start), np.int64)
+        of_block = np.empty((n_parts, last - first), np.int64)
+        deal(
+            counts.data[entries].astype(np.int64),
+            counts.indices[entries].astype(np.int64),
+            indptr[first : last + 1] - indptr[first],
+            keys[first:last] if by_row else keys,
+            first,
+            by_row,
+            shares,
+            rest,
+            phi,
+            overlap,
+            values,
+            minors,
+            of_block,
         )
-        cells, genes = (major, minor) if by_row else (minor, major)
-        words = random_words_at(rows[cells], genes)
-        for i, part in enumerate(draw(counts.data[start:stop], words, genes)):
-            kept = np.flatnonzero(part > 0)
-            filled = slice(stored[i], stored[i] + kept.size)
-            np.take(part, kept, out=data[i][filled])
-            np.take(minor, kept, out=indices[i][filled])
-            indptr[i][ends] = stored[i] + np.searchsorted(kept, counts.indptr[ends] - start)
-            stored[i] += kept.size
+        for i, end in enumerate(of_block):
+            stored, n_new = ends[i, first], end[-1]
+            data[i][stored : stored + n_new] = values[i, :n_new]
+            indices[i][stored : stored + n_new] = minors[i, :n_new]
+            ends[i, rows] = stored + end
+        first = last
     parts = []
-    for i in range(n_parts):
-        data[i].resize(stored[i], refcheck=False)
-        indices[i].resize(stored[i], refcheck=False)
-        part = type(counts)((data[i], indices[i], indptr[i]), shape=counts.shape, copy=False)
+    for own_data, own_indices, end in zip(data, indices, ends, strict=True):
+        own_data.resize(end[-1], refcheck=False)
+        own_indices.resize(end[-1], refcheck=False)
+        own_indptr = end.astype(counts.indptr.dtype)
+        part = type(counts)((own_data, own_indices, own_indptr), shape=counts.shape, copy=False)
         part.has_canonical_format = True
         parts.append(part)
     return tuple(parts)
 
 
-def _split_dense(counts: np.ndarray, rows: np.ndarray, draw: Draw, n_parts: int) -> tuple[CountMatrix, ...]:
-    parts = tuple(np.empty_like(counts) for _ in range(n_parts))
+def _split_dense(counts: np.ndarray, keys: np.ndarray, law: Law) -> tuple[CountMatrix, ...]:
+    """Deal a block of rows at a time, its entries that are not zero."""
+    parts = tuple(np.empty_like(counts) for _ in range(law.n_parts))
     step = max(1, _BLOCK // max(1, counts.shape[1]))
     for start in range(0, counts.shape[0], step):
-        block = counts[start : start + step]
-        genes = np.broadcast_to(np.arange(counts.shape[1]), block.shape)
-        words = random_words_at(rows[start : start + step, None], genes)
-        for part, drawn in zip(parts, draw(block, words, genes), strict=True):
-            part[start : start + step] = drawn
+        rows = slice(start, start + step)
+        block = sp.csr_matrix(np.asarray(counts[rows], dtype=np.int64))
+        for part, dealt in zip(parts, _split_sparse(block, keys[rows], law), strict=True):
+            part[rows] = dealt.toarray()
     return parts
 
 
@@ -237,7 +186,7 @@ def _check_share(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value!r}: pass a number between 0 and 1, both excluded.")
 
 
-def _check_overdispersion(overdispersion: float | np.ndarray, n_genes: int) -> np.ndarray:
+def _phi(overdispersion: float | np.ndarray, n_genes: int) -> np.ndarray:
     values = np.asarray(overdispersion, dtype=np.float64)
     if values.ndim > 1 or (values.ndim == 1 and values.size != n_genes):
         raise ValueError(
@@ -247,4 +196,5 @@ def _check_overdispersion(overdispersion: float | np.ndarray, n_genes: int) -> n
         raise ValueError(
             "overdispersion holds a negative or non-finite value: it is phi >= 0 in variance = mean + phi mean^2."
         )
-    return np.broadcast_to(values, n_genes)
+    # Beyond these bounds parts are, to rounding, binomial, and all or nothing.
+    return np.broadcast_to(np.where(values < 1e-18, 0, np.minimum(values, 1e12)), n_genes).copy()

@@ -261,12 +261,12 @@ if __name__ == "__main__":
                 from sc_noise2self.chunks import OnDask
                 run, passes = OnDask.run, []
 
-                def killing(self, work):
+                def killing(self, *args):
                     passes.append(1)
                     if len(passes) == 5:
                         victim = next(iter(client.run(os.getpid).values()))
                         threading.Timer(0.2, os.kill, (victim, signal.SIGKILL)).start()
-                    return run(self, work)
+                    return run(self, *args)
 
                 OnDask.run = killing
             n2s.denoise(adata, write_layer=False, transform="log1p", n_components=8)

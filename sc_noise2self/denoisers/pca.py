@@ -20,7 +20,8 @@ import scipy.sparse as sp
 
 from ..chunks import Block, Chunks, InMemory, Partial
 from ..counts import column_sums, row_sums
-from ..random import RandomState, as_generator, row_keys
+from ..dealing import row_keys
+from ..random import RandomState, as_generator
 from ..split import halves
 from ..transform import Transform, TransformName
 from .profiles import LowRankProfiles, profiles_in_blocks
