@@ -23,7 +23,7 @@ Source = Literal["factors", "layer"]
 
 # Of a record, and of its parameters; what else it holds is for one method or another.
 _NEEDED = {
-    *("method", "version", "params", "scale", "members", "learned", "warnings"),
+    *("method", "version", "params", "scale", "members", "warnings"),
     *("gain", "gain_error", "gain_molecules", "gain_cells", "fingerprint", "n_cells", "n_genes"),
 }
 _NEEDED_PARAMS = {"mix", "random_state"}
