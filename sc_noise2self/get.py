@@ -113,10 +113,11 @@ def adata(
     (700, 2)
     """
     values = denoised(adata, genes, cells=cells, key=key, scale=scale, scale_depth=scale_depth, source=source)
-    own = adata[positions(adata.obs_names, cells, "cell"), positions(adata.var_names, genes, "gene")]
-    obs, var = own.obs.copy(), own.var.copy()
-    obs.index, var.index = obs.index.astype(str), var.index.astype(str)
-    return AnnData(values.to_numpy(), obs=obs, var=var, obsm=dict(own.obsm), uns=dict(adata.uns))
+    rows, columns = positions(adata.obs_names, cells, "cell"), positions(adata.var_names, genes, "gene")
+    obs, var = adata.obs.iloc[rows].copy(), adata.var.iloc[columns].copy()
+    obs.index, var.index = obs.index.astype(str), var.index.astype(str)  # anndata takes no other
+    obsm = {name: value.iloc[rows] if hasattr(value, "iloc") else value[rows] for name, value in adata.obsm.items()}
+    return AnnData(values.to_numpy(), obs=obs, var=var, obsm=obsm, uns=dict(adata.uns))
 
 
 def lazy(
