@@ -153,11 +153,14 @@ def denoise(
     `.obsm["denoised"]`, `.varm["denoised"]`, `.obsm["denoised_scale"]`, `.varm["denoised_scale"]`,
     `.obs["denoised_size"]`
         The factors: scores (cells, k), loadings (genes, k), the scales of cells (two columns a member) and of genes
-        (one a member, then the mean profile), and the molecules of each cell. Their formula is that of
-        `sc_noise2self.denoisers.profiles.LowRankProfiles`, for an ensemble the weighted mean.
+        (one a member, then the mean profile), each with the fingerprint of the model as the last column, and the
+        molecules of each cell. Their formula is that of `sc_noise2self.denoisers.profiles.LowRankProfiles`, for an
+        ensemble the weighted mean. What was put together from several results is refused where it is read.
     `.var["denoised_gain"]`, `.var["denoised_gain_error"]`
         What each gene gained, nats per held-out molecule of it above its mean, and its standard error over cells: see
         `sc_noise2self.loss.GeneGains`. Where the gain is not clearly above 0, believe the mean, not the pattern.
+    `.var["denoised_total"]`
+        The molecules of each gene.
     `.var["denoised_phi"]`, `.var["denoised_mixed"]`
         With `mix=True`: each gene's dispersion around the prediction, and the mean weight of a cell's own count.
     `.uns["denoised"]`
@@ -167,8 +170,8 @@ def denoise(
         noise alone has there, or the gain of each width with its error and the learning curve, or the gain of every
         number of components, neighbours and steps that was tried; every candidate's `gain` with the standard error of
         its difference to the best; `gain`, `gain_error` (nats per held-out molecule above the mean profile),
-        `gain_molecules` and `gain_cells` that it was measured on; with `mix=True` also `unmixed_gain`; and the
-        `warnings`. `sc_noise2self.report` says the same in a paragraph.
+        `gain_molecules` and `gain_cells` that it was measured on; with `mix=True` also `unmixed_gain`; `n_cells`,
+        `n_genes` and the `fingerprint`; and the `warnings`. `sc_noise2self.remove` removes all of it. `sc_noise2self.report` says the same in a paragraph.
 
     Raises
     ------
