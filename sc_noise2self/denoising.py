@@ -171,7 +171,8 @@ def denoise(
         number of components, neighbours and steps that was tried; every candidate's `gain` with the standard error of
         its difference to the best; `gain`, `gain_error` (nats per held-out molecule above the mean profile),
         `gain_molecules` and `gain_cells` that it was measured on; with `mix=True` also `unmixed_gain`; `n_cells`,
-        `n_genes` and the `fingerprint`; and the `warnings`. `sc_noise2self.remove` removes all of it. `sc_noise2self.report` says the same in a paragraph.
+        `n_genes` and the `fingerprint`; and the `warnings`. `sc_noise2self.report` says the same in a paragraph,
+        `sc_noise2self.remove` removes all of it.
 
     Raises
     ------
