@@ -37,10 +37,10 @@ def denoised() -> ad.AnnData:
     out.obs["group"] = pd.Categorical.from_codes(rng.integers(0, 10, N_CELLS), [f"group {i}" for i in range(10)])
     out.uns["denoised"] = small.uns["denoised"]
     out.uns["denoised"]["members"] |= {"link": np.array(["log1p"]), "n_factors": np.array([RANK + 1])}
-    for slot, n in ((out.obsm, N_CELLS), (out.varm, N_GENES)):
+    for slot, n, scale in ((out.obsm, N_CELLS, 1.0), (out.varm, N_GENES, 1 / N_GENES)):
         slot["denoised"] = rng.standard_normal((n, RANK + 1), dtype=np.float32) / RANK
-    out.obsm["denoised_scale"] = np.ones((N_CELLS, 2), np.float32)
-    out.varm["denoised_scale"] = np.full((N_GENES, 2), 1 / N_GENES, np.float32)
+        slot["denoised_scale"] = np.full((n, 3), scale, np.float32)
+        slot["denoised_scale"][:, -1] = out.uns["denoised"]["fingerprint"]
     out.obs["denoised_size"] = np.full(N_CELLS, 5000.0)
     return out
 

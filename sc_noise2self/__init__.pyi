@@ -8,6 +8,7 @@ __all__ = [
     "null_counts",
     "partitions",
     "pl",
+    "remove",
     "report",
     "select_rank",
     "split_molecules",
@@ -22,3 +23,4 @@ from .null import null_counts
 from .ranking import select_rank
 from .reporting import report
 from .transfer import denoise_with
+from .written import remove

@@ -27,6 +27,7 @@ from .counts import SINGLE, check_counts
 from .partitions import Loss, Masks, as_partition, check_loss
 from .random import RandomState, as_generator
 from .transform import TransformName
+from .written import check_key, committed, owned
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +161,7 @@ def calibrate(
             )
         values, called = np.asarray(data), ArrayDenoiser(denoiser)
     elif adata is not None:
-        _check_key(adata, key_added, layer, refit)
+        check_key(adata, key_added, layer, "calibrate", refit)
         values, called = read_csr(adata, layer), Denoiser(denoiser, transform, adata.obs_names, adata.var_names)
     else:
         values = sp.csr_matrix(check_counts(data, largest=SINGLE), dtype=np.float32)
@@ -175,9 +176,7 @@ def calibrate(
     denoised = called.refit(values, best) if refit else None
     found = Calibration(best, table, compared.split_losses(), denoised)
     if adata is not None:
-        if _was_refitted(adata, key_added):
-            del adata.layers[key_added]
-        adata.uns[key_added] = {
+        record = {
             "best": {name: _plain(value) for name, value in best.items()},
             "table": table.apply(lambda column: column.map(_plain) if column.dtype == object else column),
             "split_losses": found.split_losses,
@@ -187,15 +186,16 @@ def calibrate(
             "rule": rule,
             "version": version("sc-noise2self"),
             "params": {
-                "layer": "X" if layer is None else layer,
+                **({} if layer is None else {"layer": layer}),
                 "transform": transform,
                 "n_splits": n_splits,
                 "refit": refit,
                 "random_state": seed_of(random_state),
             },
         }
-        if refit:
-            adata.layers[key_added] = denoised
+        layers = {key_added: denoised} if refit or ("layers", key_added) in owned(adata, key_added) else {}
+        with committed(adata, {"uns": {key_added: record}, "layers": layers}):
+            pass
     logg.info(
         f"    {describe(best)}: loss {table['loss'][table['chosen']].iloc[0]:.4f}",
         time=start,
@@ -245,26 +245,6 @@ def _ends_of_grid(table: pd.DataFrame, candidates: Sequence[Parameters]) -> str:
         if isinstance(value, Number) and not isinstance(value, bool) and len(tried) > 2 and value == max(tried):  # type: ignore[type-var]
             ends[name] = value
     return describe(ends)
-
-
-def _check_key(adata: AnnData, key: str, layer: str | None, refit: bool) -> None:
-    """Refuse a key under which something stands that `calibrate` did not write."""
-    if not isinstance(key, str) or not key or "/" in key:
-        raise ValueError(f"key_added is {key!r}: pass a name without '/'.")
-    if key == layer:
-        raise ValueError(f"key_added is {key!r}, the layer that holds the counts: choose another name.")
-    old = adata.uns.get(key)
-    is_ours = isinstance(old, Mapping) and "split_losses" in old
-    layer_is_ours = _was_refitted(adata, key)
-    if (old is not None and not is_ours) or (refit and key in adata.layers and not layer_is_ours):
-        slot = "layers" if old is None or is_ours else "uns"
-        raise ValueError(f"adata.{slot}[{key!r}] exists and is not an earlier calibration: choose another key_added.")
-
-
-def _was_refitted(adata: AnnData, key: str) -> bool:
-    """Whether an earlier calibration wrote the layer of this name."""
-    old = adata.uns.get(key)
-    return isinstance(old, Mapping) and "split_losses" in old and bool(old["params"]["refit"]) and key in adata.layers
 
 
 def _plain(value: Any) -> Any:

@@ -23,13 +23,14 @@ from .denoisers.autoencoder import FURTHER, WIDTHS, LossName, require_torch
 from .denoisers.members import AutoencoderMember, MeanMember, Member, PCAMember
 from .denoisers.neighbor_member import GRIDS, Kind, NeighborsMember
 from .denoisers.profiles import MixedProfiles
-from .get import lazy, require_dask
+from .factors import GeneFactors
+from .get import lazy_of, require_dask
 from .memory import check_fits_memory
 from .random import RandomState, as_generator
 from .scale import Scale, check_scale, sample_depth, to_scale
 from .selection import Selection, combine, n_steps, select
 from .transform import TransformName
-from .written import check_key, compared, summary, write
+from .written import changes_of, check_key, committed, compared, summary
 
 Method = Literal["pca", "autoencoder", "diffusion", "knn", "ensemble"]
 MemberName = Literal["pca", "autoencoder", "diffusion", "knn"]
@@ -152,11 +153,14 @@ def denoise(
     `.obsm["denoised"]`, `.varm["denoised"]`, `.obsm["denoised_scale"]`, `.varm["denoised_scale"]`,
     `.obs["denoised_size"]`
         The factors: scores (cells, k), loadings (genes, k), the scales of cells (two columns a member) and of genes
-        (one a member, then the mean profile), and the molecules of each cell. Their formula is that of
-        `sc_noise2self.denoisers.profiles.LowRankProfiles`, for an ensemble the weighted mean.
+        (one a member, then the mean profile), each with the fingerprint of the model as the last column, and the
+        molecules of each cell. Their formula is that of `sc_noise2self.denoisers.profiles.LowRankProfiles`, for an
+        ensemble the weighted mean. What was put together from several results is refused where it is read.
     `.var["denoised_gain"]`, `.var["denoised_gain_error"]`
         What each gene gained, nats per held-out molecule of it above its mean, and its standard error over cells: see
         `sc_noise2self.loss.GeneGains`. Where the gain is not clearly above 0, believe the mean, not the pattern.
+    `.var["denoised_total"]`
+        The molecules of each gene.
     `.var["denoised_phi"]`, `.var["denoised_mixed"]`
         With `mix=True`: each gene's dispersion around the prediction, and the mean weight of a cell's own count.
     `.uns["denoised"]`
@@ -166,8 +170,9 @@ def denoise(
         noise alone has there, or the gain of each width with its error and the learning curve, or the gain of every
         number of components, neighbours and steps that was tried; every candidate's `gain` with the standard error of
         its difference to the best; `gain`, `gain_error` (nats per held-out molecule above the mean profile),
-        `gain_molecules` and `gain_cells` that it was measured on; with `mix=True` also `unmixed_gain`; and the
-        `warnings`. `sc_noise2self.report` says the same in a paragraph.
+        `gain_molecules` and `gain_cells` that it was measured on; with `mix=True` also `unmixed_gain`; `n_cells`,
+        `n_genes` and the `fingerprint`; and the `warnings`. `sc_noise2self.report` says the same in a paragraph,
+        `sc_noise2self.remove` removes all of it.
 
     Raises
     ------
@@ -303,7 +308,7 @@ def denoise(
         bar.update()
 
     params: dict[str, Any] = {
-        "layer": "X" if layer is None else layer,
+        **({} if layer is None else {"layer": layer}),
         "n_components": n_components,
         "n_splits": n_splits,
         "mix": mix,
@@ -322,19 +327,25 @@ def denoise(
             if value is not None
         }
     record = summary(method, params, scale, fitted, selection.choices, selection.gain, warned) | compared(selection)
-    target = adata.copy() if copy else adata
-    if save_model is not None and networks[0].fitted is not None and selection.beats_mean:
-        networks[0].fitted.feature_names_in_ = np.array(adata.var_names, dtype=str)
-        networks[0].fitted.batch_names_ = np.array([] if batches is None else batches.cat.categories, dtype=str)
-        networks[0].fitted.save(save_model)
-    write(target, key_added, fitted, size, selection.gene_gains.mean_and_error(), dense)
+    weights = [choice.weight for choice in selection.choices]
+    of_genes = GeneFactors.of(fitted, weights, selection.phi, scale, scale_depth)
+    more: dict[str, dict[str, Any]] = {}
     if isinstance(profiles, MixedProfiles):
-        target.obs[f"{key_added}_cell_scale"] = profiles.cell_scale
-        target.var[f"{key_added}_phi"] = profiles.phi
-        target.var[f"{key_added}_mixed"] = mixed
-    target.uns[key_added] = record
+        more = {
+            "obs": {f"{key_added}_cell_scale": profiles.cell_scale},
+            "var": {f"{key_added}_phi": profiles.phi, f"{key_added}_mixed": mixed},
+        }
+    gene_gains = selection.gene_gains.mean_and_error()
+    changes = changes_of(key_added, record, of_genes, fitted, size, counted.totals, gene_gains, dense, more)
     if write_layer and not in_memory:
-        target.layers[key_added] = lazy(target, key=key_added, scale=scale, scale_depth=scale_depth)
+        scores, scales = (changes["obsm"][name] for name in (key_added, f"{key_added}_scale"))
+        changes["layers"][key_added] = lazy_of(of_genes, scores, scales, size, scale, scale_depth)
+    target = adata.copy() if copy else adata
+    with committed(target, changes):
+        if save_model is not None and networks[0].fitted is not None and selection.beats_mean:
+            networks[0].fitted.feature_names_in_ = np.array(adata.var_names, dtype=str)
+            networks[0].fitted.batch_names_ = np.array([] if batches is None else batches.cat.categories, dtype=str)
+            networks[0].fitted.save(save_model)
     logg.info(
         f"    {_described(selection, record['members']['rank'])}: {_gain(selection)}",
         time=start,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,8 @@ from anndata import AnnData
 
 from .arguments import check_one_of
 from .denoisers.profiles import Profiles
-from .results import Source, positions, profiles, rebuilder, sizes, values_of
+from .factors import GeneFactors
+from .results import Source, gene_factors, positions, profiles, record, sizes, values_of
 from .scale import Scale, check_scale, sample_depth, to_scale
 
 if TYPE_CHECKING:
@@ -112,8 +113,11 @@ def adata(
     (700, 2)
     """
     values = denoised(adata, genes, cells=cells, key=key, scale=scale, scale_depth=scale_depth, source=source)
-    own = adata[values.index, values.columns]
-    return AnnData(values.to_numpy(), obs=own.obs.copy(), var=own.var.copy(), obsm=dict(own.obsm), uns=dict(adata.uns))
+    rows, columns = positions(adata.obs_names, cells, "cell"), positions(adata.var_names, genes, "gene")
+    obs, var = adata.obs.iloc[rows].copy(), adata.var.iloc[columns].copy()
+    obs.index, var.index = obs.index.astype(str), var.index.astype(str)  # anndata takes no other
+    obsm = {name: value.iloc[rows] if hasattr(value, "iloc") else value[rows] for name, value in adata.obsm.items()}
+    return AnnData(values.to_numpy(), obs=obs, var=var, obsm=obsm, uns=dict(adata.uns))
 
 
 def lazy(
@@ -152,23 +156,37 @@ def lazy(
     >>> adata.layers["denoised"] = n2s.get.lazy(adata)
     >>> axes = sc.pl.dotplot(adata, ["CD79A", "NKG7"], "bulk_labels", layer="denoised", show=False)
     """
-    da = require_dask()
+    require_dask()
     check_scale(scale, scale_depth)
     size = sizes(adata, key)
     depth = sample_depth(scale, scale_depth, size)
-    scores, scales = (adata.obsm[name] for name in (key, f"{key}_scale"))
+    if record(adata, key)["params"]["mix"]:
+        return _lazy(profiles(adata, key), size, scale, depth)
+    return lazy_of(gene_factors(adata, key), adata.obsm[key], adata.obsm[f"{key}_scale"], size, scale, depth)
+
+
+def lazy_of(
+    of_genes: GeneFactors, scores: Any, scales: Any, size: np.ndarray, scale: Scale, depth: float | None
+) -> dask.array.Array:
+    """Return the denoised matrix as a dask array from factors, which may be dask arrays themselves; see `lazy`."""
+    da = require_dask()
     if not isinstance(scores, da.Array):
-        rebuilt = _Rebuilt(profiles(adata, key), size, scale, depth)
-        return da.from_array(rebuilt, chunks=_CHUNKS, name=False, asarray=False, meta=np.empty((0, 0), np.float32))
-    rebuild = rebuilder(adata, key)
+        return _lazy(of_genes.profiles(scores, scales, size), size, scale, depth)
 
     def of_block(scores: np.ndarray, scales: np.ndarray, size: np.ndarray) -> np.ndarray:
-        return to_scale(rebuild(scores, scales, size[:, 0]).counts(), size[:, 0], scale, depth)
+        size = size[:, 0]
+        return to_scale(of_genes.profiles(scores, scales, size).counts(), size, scale, depth)
 
     scores, scales = scores.rechunk({1: -1}), scales.rechunk({1: -1})
     column = da.from_array(size[:, None], chunks=(scores.chunks[0], 1))
-    n_genes = (adata.n_vars,)
+    n_genes = (len(of_genes.loadings),)
     return da.map_blocks(of_block, scores, scales, column, chunks=(scores.chunks[0], n_genes), dtype=np.float32)
+
+
+def _lazy(profiles: Profiles, size: np.ndarray, scale: Scale, depth: float | None) -> dask.array.Array:
+    rebuilt = _Rebuilt(profiles, size, scale, depth)
+    meta = np.empty((0, 0), np.float32)
+    return require_dask().from_array(rebuilt, chunks=_CHUNKS, name=False, asarray=False, meta=meta)
 
 
 def require_dask() -> ModuleType:
@@ -199,6 +217,11 @@ class _Rebuilt:
         self._scale: Scale = scale
         self._depth = depth
 
-    def __getitem__(self, index: tuple[slice | np.ndarray, slice | np.ndarray]) -> np.ndarray:
-        cells, genes = index
-        return to_scale(self._profiles.counts(cells, genes), self._size[cells], self._scale, self._depth)
+    def __getitem__(self, index: tuple[Any, Any]) -> np.ndarray:
+        """Return what NumPy does for an index of cells and one of genes, of which one may be an array."""
+        found = [np.arange(n)[each] for n, each in zip(self.shape, index, strict=True)]
+        if all(each.ndim for each in found) and not any(isinstance(each, slice) for each in index):
+            raise IndexError("two arrays were given: index cells first, then genes.")
+        rows, columns = (i if isinstance(i, slice) else np.atleast_1d(at) for i, at in zip(index, found, strict=True))
+        values = to_scale(self._profiles.counts(rows, columns), self._size[rows], self._scale, self._depth)
+        return values.reshape(found[0].shape + found[1].shape)

@@ -22,7 +22,7 @@ def as_generator(random_state: RandomState) -> np.random.Generator:
     TypeError
         If `random_state` is neither a whole number nor a `numpy.random.Generator`.
     ValueError
-        If it is negative.
+        If it is negative, or larger than a file can keep.
     """
     if isinstance(random_state, np.random.Generator):
         return random_state
@@ -32,6 +32,8 @@ def as_generator(random_state: RandomState) -> np.random.Generator:
         )
     if random_state < 0:
         raise ValueError(f"random_state is {random_state}: a seed is 0 or more.")
+    if random_state >= 1 << 63:
+        raise ValueError(f"random_state is {random_state}: a seed is below 2**63, which is what files keep.")
     return np.random.default_rng(int(random_state))
 
 

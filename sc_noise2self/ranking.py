@@ -15,6 +15,7 @@ from .arguments import bounded, check_one_of, check_positive, describe_counts, p
 from .random import RandomState, as_generator
 from .rank import Protocol, RankCurve, learned_shape, n_passes, rank_curve
 from .transform import TransformName
+from .written import check_key, committed
 
 _MAX_RANK = 50
 
@@ -86,6 +87,7 @@ def select_rank(
     rng = as_generator(random_state)
     check_positive("n_splits", n_splits)
     chunks = survey(adata, layer).chunks
+    check_key(adata, key_added, layer, "select_rank")
     genes = read_mask(adata, mask_var)
     if genes is not None:
         chunks = chunks.of_genes(genes)
@@ -105,7 +107,7 @@ def select_rank(
         )
     _warn_of_rank(curve)
     within = curve.within_one_error
-    adata.uns[key_added] = {
+    record = {
         "rank": curve.rank,
         "split_rank": curve.split_rank,
         "within_one_error": within,
@@ -116,7 +118,7 @@ def select_rank(
         **({} if curve.full_depth_loss is None else {"full_depth_loss": curve.full_depth_loss}),
         "params": {
             "protocol": protocol,
-            "layer": "X" if layer is None else layer,
+            **({} if layer is None else {"layer": layer}),
             "transform": curve.transform,
             "center": curve.center,
             "max_rank": max_rank,
@@ -125,6 +127,8 @@ def select_rank(
             "random_state": seed_of(random_state),
         },
     }
+    with committed(adata, {"uns": {key_added: record}}):
+        pass
     logg.info(
         f"    rank {curve.rank} (least loss on a half at {curve.split_rank}, as good within one error: "
         f"{within.min()} to {within.max()})",

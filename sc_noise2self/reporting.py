@@ -64,7 +64,7 @@ def _what_was_done(written: Mapping[str, Any]) -> str:
             members["name"], members["rank"], members["setting"], members["weight"], strict=True
         )
     ]
-    source = "the counts in X" if params["layer"] == "X" else f"the counts in layer {params['layer']!r}"
+    source = f"the counts in layer {params['layer']!r}" if "layer" in params else "the counts in X"
     how = f"{_listed(parts)} of {source}"
     if "model" in params:
         how = f"A model fitted to other cells, {parts[0]}, applied to {source}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import numpy as np
@@ -10,88 +11,105 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
-from .annotated import read_csr
-from .counts import row_sums
-from .denoisers.profiles import Index, LowRankProfiles, MixedProfiles, Profiles
+from .annotated import chunks_of
+from .chunks import Block, Partial
+from .counts import NotACount, column_sums, first_non_count, position, row_sums
+from .denoisers.profiles import Index, MixedProfiles, Profiles
+from .factors import GeneFactors, is_stamped
 from .scale import Scale, sample_depth, to_scale
-from .selection import combine
+from .written import kind_of, owned, results_in
 
 Source = Literal["factors", "layer"]
 
+# Of a record, and of its parameters; what else it holds is for one method or another.
+_NEEDED = {
+    *("method", "version", "params", "scale", "members", "warnings"),
+    *("gain", "gain_error", "gain_molecules", "gain_cells", "fingerprint", "n_cells", "n_genes"),
+}
+_NEEDED_PARAMS = {"mix", "random_state"}
+
 
 def record(adata: AnnData, key: str) -> Mapping[str, Any]:
-    """Return what `sc_noise2self.denoise` wrote to `.uns[key]`.
+    """Return what `sc_noise2self.denoise` wrote to `.uns[key]`, if cells and genes belong to the same result.
+
+    Whatever reads a result begins here.
 
     Raises
     ------
     KeyError
-        If it wrote nothing there.
+        If it wrote nothing there, or the record is gone.
+    ValueError
+        If the record, the cells and the genes are not of one result.
     """
-    found = adata.uns.get(key)
-    if not isinstance(found, Mapping) or "scale_meaning" not in found:
-        raise KeyError(f"there is no result {key!r}: run sc_noise2self.denoise(adata, key_added={key!r}).")
+    again = f"call sc_noise2self.remove(adata, {key!r}) and denoise again"
+    if kind_of(adata, key) != "denoise":
+        left = [f"adata.{slot}[{name!r}]" for slot, name in owned(adata, key) if slot != "uns"]
+        if left:
+            raise KeyError(
+                f"the record of result {key!r} is gone from adata.uns, as after anndata.concat or where something else "
+                f"was written there, while {', '.join(left)} is left: {again}."
+            )
+        raise KeyError(
+            f"there is no result {key!r}: run sc_noise2self.denoise(adata, key_added={key!r}), or pass another key: "
+            f"the results in adata are {results_in(adata, 'denoise')}."
+        )
+    found = adata.uns[key]
+    missing = sorted((_NEEDED - set(found)) | (_NEEDED_PARAMS - set(found.get("params", ()))))
+    if missing:
+        raise ValueError(f"the record of result {key!r} in adata.uns has lost {', '.join(missing)}: {again}.")
+    for slot, what in (("varm", "genes"), ("obsm", "cells")):
+        scales = getattr(adata, slot).get(f"{key}_scale")
+        # Those of a Dask array are looked at where they are computed.
+        if isinstance(scales, np.ndarray) and not is_stamped(scales, int(found["fingerprint"])):
+            raise ValueError(
+                f"result {key!r} was put together from several: its {what} (adata.{slot}) do not belong to the record "
+                f"in adata.uns, as after anndata.concat of objects that were denoised one by one. To denoise them "
+                f"together, {again}; to read results of one object each, do so before they are joined."
+            )
     return found
 
 
 def sizes(adata: AnnData, key: str) -> np.ndarray:
     """Return the molecules of each cell as `denoise` saw them, shape (cells,)."""
     record(adata, key)
+    if f"{key}_size" not in adata.obs:
+        raise KeyError(f"adata.obs[{f'{key}_size'!r}], the molecules of each cell, is gone: run denoise again.")
     return adata.obs[f"{key}_size"].to_numpy()
 
 
-def profiles(adata: AnnData, key: str = "denoised") -> Profiles:
+def gene_factors(adata: AnnData, key: str) -> GeneFactors:
+    """Return what a result knows of genes; it holds nothing else of `adata`."""
+    written = record(adata, key)
+    names = [key, f"{key}_scale"]
+    if any(name not in slot for slot in (adata.obsm, adata.varm) for name in names):
+        raise KeyError(f"the factors of {key!r} are gone from adata.obsm or adata.varm: pass source='layer'.")
+    return GeneFactors.read(written, *(np.asarray(adata.varm[name]) for name in names))
+
+
+def profiles(adata: AnnData, key: str = "denoised", layer: str | None = None) -> Profiles:
     """Return the profiles that `sc_noise2self.denoise` wrote in factors under `key`.
+
+    Parameters
+    ----------
+    layer
+        As in `observed`, for counts that were mixed in.
 
     Raises
     ------
     KeyError
         If there is no such result.
     ValueError
-        If counts were mixed in and are no longer where they were.
+        If it was put together from several, or if counts were mixed in and are no longer where they were.
     """
-    written = record(adata, key)
-    if key not in adata.obsm or key not in adata.varm:
-        raise KeyError(f"the factors of {key!r} are gone from adata.obsm or adata.varm: pass source='layer'.")
-    size = adata.obs[f"{key}_size"].to_numpy()
-    combined = rebuilder(adata, key)(np.asarray(adata.obsm[key]), np.asarray(adata.obsm[f"{key}_scale"]), size)
-    if not written["params"]["mix"]:
+    scores, scales = (np.asarray(adata.obsm.get(name)) for name in (key, f"{key}_scale"))
+    combined = gene_factors(adata, key).profiles(scores, scales, sizes(adata, key))
+    if not record(adata, key)["params"]["mix"]:
         return combined
-    layer = written["params"]["layer"]
-    counts = read_csr(adata, None if layer == "X" else layer)
-    if (row_sums(counts) > adata.obs[f"{key}_size"] * (1 + 1e-6)).any():
-        raise ValueError(f"the counts in {layer!r} have changed since they were mixed in: run denoise again.")
-    return MixedProfiles(
-        combined, counts, adata.var[f"{key}_phi"].to_numpy(), adata.obs[f"{key}_cell_scale"].to_numpy()
-    )
-
-
-def rebuilder(adata: AnnData, key: str) -> Callable[[np.ndarray, np.ndarray, np.ndarray], Profiles]:
-    """Return the function that makes profiles of cells from their rows of `.obsm[key]` and its scale, and their sizes.
-
-    It holds nothing of `adata` but what belongs to genes.
-    """
-    members = record(adata, key)["members"]
-    loadings, gene_scales = np.asarray(adata.varm[key]), np.asarray(adata.varm[f"{key}_scale"])
-    links, weights = [str(link) for link in members["link"]], [float(weight) for weight in members["weight"]]
-    ends = [int(end) for end in np.cumsum(members["n_factors"])]
-
-    def profiles(scores: np.ndarray, scales: np.ndarray, size: np.ndarray) -> Profiles:
-        fitted = [
-            LowRankProfiles(
-                link,  # type: ignore[arg-type]  # one of the links, as written
-                scores[:, start:end],
-                loadings[:, start:end],
-                gene_scales[:, i],
-                scales[:, 2 * i],
-                scales[:, 2 * i + 1],
-                gene_scales[:, -1],
-                size.astype(np.float32),
-            )
-            for i, (link, start, end) in enumerate(zip(links, [0, *ends[:-1]], ends, strict=True))
-        ]
-        return combine(fitted, weights)
-
-    return profiles
+    mixed = [f"{key}_phi", f"{key}_cell_scale"]
+    if mixed[0] not in adata.var or mixed[1] not in adata.obs:
+        raise KeyError(f"the weights of the counts that were mixed into {key!r} are gone: pass source='layer'.")
+    phi, cell_scale = adata.var[mixed[0]].to_numpy(), adata.obs[mixed[1]].to_numpy()
+    return MixedProfiles(combined, observed(adata, key, layer=layer), phi, cell_scale)
 
 
 def values_of(
@@ -102,12 +120,13 @@ def values_of(
     scale: Scale,
     scale_depth: float | None = None,
     source: Source = "factors",
+    layer: str | None = None,
 ) -> np.ndarray:
     """Return denoised values by position, float32 of shape (cells asked, genes asked); see `denoised`."""
     size = sizes(adata, key)
     depth = sample_depth(scale, scale_depth, size)
     if source == "factors":
-        return to_scale(profiles(adata, key).counts(rows, columns), size[rows], scale, depth)
+        return to_scale(profiles(adata, key, layer).counts(rows, columns), size[rows], scale, depth)
     if key not in adata.layers:
         raise KeyError(f"there is no layer {key!r}: pass source='factors'.")
     written, params = adata.uns[key]["scale"], adata.uns[key]["params"]
@@ -119,25 +138,71 @@ def values_of(
     return values
 
 
-def observed(adata: AnnData, key: str, columns: Index) -> np.ndarray:
-    """Return the counts that were denoised, dense of shape (cells, genes asked)."""
-    layer = record(adata, key)["params"]["layer"]
-    if layer != "X" and layer not in adata.layers:
+def observed(adata: AnnData, key: str, columns: np.ndarray | None = None, layer: str | None = None) -> sp.csr_matrix:
+    """Return the counts that were denoised, in one pass over them that makes sure that they still are those.
+
+    Parameters
+    ----------
+    columns
+        Positions of the genes asked, None for all.
+    layer
+        Where the counts are now; None for where they were.
+
+    Returns
+    -------
+    CSR float32 of shape (cells, genes asked).
+
+    Raises
+    ------
+    KeyError
+        If the layer is not there.
+    ValueError
+        If it holds other numbers than were denoised.
+    """
+    written, size = record(adata, key), sizes(adata, key)
+    layer = written["params"].get("layer") if layer is None else layer
+    name = "adata.X" if layer is None else f"layer {layer!r}"
+    matrix = adata.X if layer is None else adata.layers.get(layer)
+    if matrix is None:
+        layers = [each for each in adata.layers if each is not None]
         raise KeyError(
-            f"layer {layer!r}, which was denoised to {key!r}, is gone: there are no counts to show beside it."
+            f"{name} with the counts that were denoised to {key!r} is gone: pass layer= to a plot, or source='layer' "
+            f"to sc_noise2self.get; adata.layers has {layers}."
         )
-    counts = (adata.X if layer == "X" else adata.layers[layer])[:, columns]
-    return counts.toarray() if sp.issparse(counts) else np.asarray(counts)
+
+    def checked(block: Block) -> Partial:
+        wrong = first_non_count(block.counts.data)
+        if wrong is not None:
+            raise NotACount(*position(block.counts, wrong), float(block.counts.data[wrong]))
+        asked = block.counts if columns is None else block.counts[:, columns]
+        return Partial((column_sums(block.counts),), (row_sums(block.counts), asked))
+
+    try:
+        (totals,), (found, counts) = chunks_of(matrix, name).run(checked)
+        n_cells, n_genes = int(written["n_cells"]), int(written["n_genes"])
+        all_genes, all_cells = adata.n_vars == n_genes, adata.n_obs == n_cells and f"{key}_total" in adata.var
+        changed = (found != size) if all_genes else ~(found <= size)
+        changed_genes = all_cells and (totals != adata.var[f"{key}_total"].to_numpy()).any()
+    except NotACount:
+        changed, changed_genes = np.ones(1, bool), False
+    if changed.any() or changed_genes:
+        raise ValueError(
+            f"{name} does not hold the counts that were denoised to {key!r} any more (normalised since?): keep them, "
+            'adata.layers["counts"] = adata.X.copy() before normalising and denoise(adata, layer="counts"), and where '
+            "they are in a layer now, pass layer= to the plot; sc_noise2self.get reads a denoised layer with "
+            "source='layer'."
+        )
+    return counts
 
 
-def gains_of_genes(adata: AnnData, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the gain of each gene and its error, shape (genes,) each."""
+def gains_of_genes(adata: AnnData, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the gain of each gene, its error, and the molecules of the gene, shape (genes,) each."""
     record(adata, key)
-    columns = [f"{key}_gain", f"{key}_gain_error"]
+    columns = [f"{key}_gain", f"{key}_gain_error", f"{key}_total"]
     if not set(columns) <= set(adata.var):
         raise KeyError(f"the gains of genes of {key!r} are gone from adata.var: run denoise again.")
-    gain, error = adata.var[columns].to_numpy().T
-    return gain, error
+    gain, error, molecules = adata.var[columns].to_numpy().T
+    return gain, error, molecules
 
 
 def clear_gains(adata: AnnData, key: str) -> dict[str, np.ndarray]:
@@ -146,12 +211,12 @@ def clear_gains(adata: AnnData, key: str) -> dict[str, np.ndarray]:
     `"gained"`, `"lost"`, and `"unclear"`: no difference to the mean profile was seen, or too few molecules to see one.
     Genes without molecules are in none.
     """
-    gain, error = gains_of_genes(adata, key)
+    gain, error, _ = gains_of_genes(adata, key)
     gained, lost = gain > 2 * error, gain < -2 * error
     return {"gained": gained, "unclear": ~(gained | lost) & ~np.isnan(gain), "lost": lost}
 
 
-def positions(names: pd.Index, wanted: Sequence[str] | None, what: str) -> np.ndarray:
+def positions(names: pd.Index, wanted: str | Sequence[str] | None, what: str) -> np.ndarray:
     """Return where these names of genes or cells stand; None for all.
 
     Raises
@@ -161,11 +226,19 @@ def positions(names: pd.Index, wanted: Sequence[str] | None, what: str) -> np.nd
     """
     if wanted is None:
         return np.arange(len(names))
+    wanted = [wanted] if isinstance(wanted, str) else list(wanted)
     if not names.is_unique:
         axis = "var" if what == "gene" else "obs"
         raise KeyError(f"{what} names are not unique: call adata.{axis}_names_make_unique().")
     positions = names.get_indexer(wanted)
-    if (positions < 0).any():
-        missing = [name for name, position in zip(wanted, positions, strict=True) if position < 0]
-        raise KeyError(f"{what}(s) not in adata: {', '.join(map(repr, missing[:5]))}.")
+    missing = [name for name, position in zip(wanted, positions, strict=True) if position < 0]
+    if missing:
+        raise KeyError(f"{what}(s) not in adata: {', '.join(map(repr, missing[:5]))}{_near(names, str(missing[0]))}.")
     return positions
+
+
+def _near(names: pd.Index, name: str) -> str:
+    """Return names that look like one that is not there, for a message."""
+    known = {str(each).lower(): str(each) for each in names}
+    near = [known[each] for each in get_close_matches(name.lower(), known, n=3, cutoff=0.8)]
+    return f"; near {name!r} are {', '.join(map(repr, near))}" if near else ""

@@ -19,12 +19,13 @@ from .counts import column_sums, row_sums
 from .denoisers.autoencoder import Autoencoder, require_torch
 from .denoisers.members import AutoencoderMember
 from .denoisers.profiles import LowRankProfiles
+from .factors import GeneFactors
 from .loss import Gain, GeneGains, held_out_gain, held_out_probabilities
 from .random import RandomState, as_generator
 from .scale import Scale, check_scale, sample_depth, to_scale
 from .selection import Choice
 from .split import split_matrix
-from .written import check_key, summary, write
+from .written import changes_of, check_key, committed, summary
 
 
 def denoise_with(
@@ -110,7 +111,7 @@ def denoise_with(
     dense = to_scale(profiles.counts(), size, scale, scale_depth) if write_layer else None
 
     params = {
-        "layer": "X" if layer is None else layer,
+        **({} if layer is None else {"layer": layer}),
         "model": os.fspath(model),
         "mix": False,
         "device": device,
@@ -119,10 +120,22 @@ def denoise_with(
         **({} if scale_depth is None else {"scale_depth": float(scale_depth)}),
     }
     choice = Choice(AutoencoderMember(fitted=fitted), f"width {fitted.width_}", 1.0)
-    target = adata.copy() if copy else adata
+    record = summary("autoencoder", params, scale, [profiles], [choice], gain, warned)
+    factors = GeneFactors.of([profiles], [1.0], scale, scale_depth)
     gain_of_genes, error_of_genes = gene_gains
-    write(target, key_added, [profiles], size, (gain_of_genes[own_order], error_of_genes[own_order]), dense)
-    target.uns[key_added] = summary("autoencoder", params, scale, [profiles], [choice], gain, warned)
+    changes = changes_of(
+        key_added,
+        record,
+        factors,
+        [profiles],
+        size,
+        column_sums(counts)[own_order],
+        (gain_of_genes[own_order], error_of_genes[own_order]),
+        dense,
+    )
+    target = adata.copy() if copy else adata
+    with committed(target, changes):
+        pass
     logg.info(f"    {gain.mean:.4f} +- {gain.error:.4f} nats per held-out molecule", time=start)
     return target if copy else None
 

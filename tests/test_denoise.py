@@ -37,7 +37,7 @@ def test_what_is_written_and_nothing_else(adata):
         "obsm": {"denoised", "denoised_scale"},
         "varm": {"denoised", "denoised_scale"},
         "obs": {"denoised_size"},
-        "var": {"denoised_gain", "denoised_gain_error"},
+        "var": {"denoised_gain", "denoised_gain_error", "denoised_total"},
         "uns": {"denoised"},
         "obsp": set(),
         "varp": set(),
@@ -56,7 +56,7 @@ def test_the_record_says_what_was_chosen_and_gained(adata):
     n2s.denoise(adata, n_components=20)
     record = adata.uns["denoised"]
     assert record["method"] == "pca"
-    assert record["params"]["layer"] == "X"
+    assert "layer" not in record["params"]
     assert record["gain"] == record["candidates"]["gain"].max()
     best = record["candidates"]["gain"].argmax()
     members = record["members"]
@@ -144,7 +144,9 @@ def test_a_mixture_needs_the_counts_that_were_mixed_in(adata):
     adata.X = sp.csr_matrix(np.log1p(adata.X.toarray()))
     assert n2s.get.denoised(adata, "gene-1").shape == (300, 1)
     adata.layers["counts"] = adata.layers["counts"] * 2
-    with pytest.raises(ValueError, match="the counts in 'counts' have changed since they were mixed in"):
+    with pytest.raises(
+        ValueError, match="layer 'counts' does not hold the counts that were denoised to 'denoised' any more"
+    ):
         n2s.get.denoised(adata, "gene-1")
 
 

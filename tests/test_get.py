@@ -1,6 +1,7 @@
 """Getters give what was written: as a table, an AnnData object, or a lazy matrix."""
 
 import anndata as ad
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -142,6 +143,80 @@ class TestLazy:
         pytest.importorskip("dask")
         n2s.denoise(pbmc, mix=True)
         np.testing.assert_allclose(n2s.get.lazy(pbmc)[:, :5].compute(), pbmc.layers["denoised"][:, :5], rtol=1e-4)
+
+
+# What scanpy sorts by colour it sorts with NumPy, for which dask computes the gene and says that it does.
+@pytest.mark.filterwarnings("ignore:The `numpy.argsort` function is not implemented by Dask array:FutureWarning")
+@pytest.mark.parametrize("source", ["lazy", "backed", "dask"])
+def test_scanpy_plots_a_lazy_layer_like_a_dense_one(source, pbmc, written, tmp_path):
+    da = pytest.importorskip("dask.array")
+    if source == "backed":
+        pbmc.write_h5ad(tmp_path / "a.h5ad")
+        pbmc = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+    elif source == "dask":
+        pbmc.X = da.from_array(pbmc.X, chunks=(300, -1))
+    n2s.denoise(pbmc, write_layer=source != "lazy")
+    if source == "lazy":
+        pbmc.layers["denoised"] = n2s.get.lazy(pbmc)
+    assert isinstance(pbmc.layers["denoised"], da.Array)
+    plots = {
+        "umap": lambda a: sc.pl.umap(a, color="NKG7", layer="denoised", show=False),
+        "embedding": lambda a: sc.pl.embedding(a, "umap", color="CD79A", layer="denoised", show=False),
+        "scatter": lambda a: sc.pl.scatter(a, *GENES, layers="denoised", show=False),
+        "scatter on a basis": lambda a: sc.pl.scatter(a, basis="umap", color="NKG7", layers="denoised", show=False),
+    }
+    for plot in plots.values():
+        found, expected = (plot(each).collections[0] for each in (pbmc, written))
+        np.testing.assert_allclose(found.get_offsets(), expected.get_offsets(), rtol=1e-4)
+        if expected.get_array() is not None:
+            np.testing.assert_allclose(found.get_array(), expected.get_array(), rtol=1e-4)
+    axes = sc.pl.dotplot(pbmc, GENES, "bulk_labels", layer="denoised", show=False)
+    assert "mainplot_ax" in axes
+    plt.close("all")
+
+
+def test_a_lazy_layer_is_indexed_as_numpy_does(written):
+    pytest.importorskip("dask")
+    lazy, dense = n2s.get.lazy(written), n2s.get.denoised(written).to_numpy()
+    genes, cells = np.arange(765) % 7 == 0, np.arange(700) % 5 == 0
+    for index in (
+        (3, 5),
+        (slice(None), 5),
+        (-1, slice(4, 9)),
+        (slice(None), np.int64(700)),
+        ([9, 2, 2], slice(None)),
+        (slice(None), [700, 3]),
+        (cells, slice(2, 4)),
+        (slice(3), genes),
+        (cells, 5),
+        (5, genes),
+        ([9, 2], 5),
+        (slice(None, None, -3), slice(None, None, 100)),
+    ):
+        found = lazy[index].compute()
+        assert found.shape == dense[index].shape
+        np.testing.assert_allclose(found, dense[index], rtol=1e-5)
+    np.testing.assert_allclose(lazy[cells][:, genes][2:4].compute(), dense[cells][:, genes][2:4], rtol=1e-5)
+
+
+def test_adata_of_names_that_repeat_or_are_numbers(written):
+    repeated = written[:, :5].copy()
+    expected = n2s.get.denoised(repeated).to_numpy()
+    repeated.var_names = ["a", "a", "b", "c", "d"]
+    with pytest.warns(UserWarning, match="Variable names are not unique"):
+        found = n2s.get.adata(repeated)
+    np.testing.assert_array_equal(found.X, expected)
+    numbered = written[:6, :5].copy()
+    numbered.obs.index, numbered.var.index = range(6)[::-1], [4, 3, 2, 1, 0]
+    found = n2s.get.adata(numbered, genes=[3, 0], cells=[5, 0])
+    np.testing.assert_allclose(found.X, expected[:6][[0, 5]][:, [1, 4]], rtol=1e-5)
+    assert list(found.var_names) == ["3", "0"]
+
+
+def test_a_name_that_is_nearly_right(written):
+    with pytest.raises(KeyError, match=r"gene\(s\) not in adata: 'nkg7'; near 'nkg7' are 'NKG7'"):
+        n2s.get.denoised(written, "nkg7")
+    assert n2s.get.denoised(written, "NKG7", cells=written.obs_names[3]).shape == (1, 1)
 
 
 def test_without_dask_it_says_what_to_install(written, monkeypatch):

@@ -237,7 +237,8 @@ def test_markers_take_the_colours_of_groups_from_uns(written):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda a: n2s.pl.markers(a, ["gene-0"]), r"genes has 1 name\(s\): pass two, x and y, or three"),
+        (lambda a: n2s.pl.markers(a, ["gene-0"]), r"genes has 1 name\(s\), \['gene-0'\]: pass two, x and y"),
+        (lambda a: n2s.pl.markers(a, "gene-0"), r"genes has 1 name\(s\), \['gene-0'\]: pass two, x and y"),
         (lambda a: n2s.pl.markers(a, TRIPLE, color="group"), "color was given with three genes"),
         (lambda a: n2s.pl.markers(a, TRIPLE, panels=()), "panels is empty: pass some of raw"),
         (lambda a: n2s.pl.markers(a, TRIPLE, ax=plt.figure().subplots(1, 3)), "ax holds 3 Axes: pass 2"),
@@ -274,7 +275,7 @@ def test_markers_need_the_counts_for_raw(written):
     written.layers["counts"] = written.X.copy()
     n2s.denoise(written, layer="counts", write_layer=False)
     del written.layers["counts"]
-    with pytest.raises(KeyError, match="layer 'counts', which was denoised to 'denoised', is gone"):
+    with pytest.raises(KeyError, match="layer 'counts' with the counts that were denoised to 'denoised' is gone"):
         n2s.pl.markers(written, TRIPLE)
     assert len(n2s.pl.markers(written, TRIPLE, panels=("denoised",))) == 1
 

@@ -19,7 +19,7 @@ def gain_per_gene(
     adata: AnnData,
     *,
     key: str = "denoised",
-    genes: Sequence[str] | None = None,
+    genes: str | Sequence[str] | None = None,
     ax: Axes | None = None,
     show: bool | None = None,
 ) -> Axes:
@@ -47,9 +47,7 @@ def gain_per_gene(
     KeyError
         If there is no such result or gene.
     """
-    gain, error = gains_of_genes(adata, key)
-    share = np.asarray(adata.varm[f"{key}_scale"])[:, -1]
-    molecules = share * float(adata.obs[f"{key}_size"].sum())
+    gain, error, molecules = gains_of_genes(adata, key)
     own = new_axes(ax, 6.0, 4.0)
     styles: dict[str, dict[str, Any]] = {
         "unclear": {"color": GREY, "s": 4, "marker": "o"},

@@ -12,6 +12,7 @@ from anndata import AnnData
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from ..written import kind_of, results_in
 from ._style import COLORS, GREY, MARKERS, finish, new_axes
 
 _MANY_LINES = 6
@@ -113,8 +114,11 @@ class _Run:
 
 
 def _run(adata: AnnData, key: str, member: str | None) -> _Run:
-    if key not in adata.uns:
-        raise KeyError(f"there is no result {key!r}: run sc_noise2self.select_rank, calibrate or denoise to {key!r}.")
+    if kind_of(adata, key) is None:
+        raise KeyError(
+            f"there is no result {key!r}: run sc_noise2self.select_rank, calibrate or denoise to {key!r}, or pass key: "
+            f"the results in adata are {results_in(adata)}."
+        )
     written = adata.uns[key]
     learned = written.get("learned", {})
     if member is not None and member not in learned:

@@ -28,6 +28,7 @@ def markers(
     genes: Sequence[str],
     *,
     key: str = "denoised",
+    layer: str | None = None,
     color: str | None = None,
     panels: Sequence[Panel | int] = ("raw", "denoised"),
     ax: Axes | Sequence[Axes] | None = None,
@@ -43,6 +44,8 @@ def markers(
         Two names, x and y, or three, x, y and colour.
     key
         Its `key_added`.
+    layer
+        The layer with the raw counts, if they are not where they were denoised, as after `sc.pp.normalize_total`.
     color
         With two genes: a categorical column of `obs`.
     panels
@@ -62,17 +65,19 @@ def markers(
     Raises
     ------
     KeyError, ValueError
-        If there is no such result, gene or column, or a panel does not belong to the result.
+        If there is no such result, gene or column, if a panel does not belong to the result, or if the counts are
+        not those that were denoised.
     """
-    genes = list(genes)
+    record(adata, key)
+    genes = [genes] if isinstance(genes, str) else list(genes)
     if len(genes) not in (2, 3):
-        raise ValueError(f"genes has {len(genes)} name(s): pass two, x and y, or three, x, y and colour.")
+        raise ValueError(f"genes has {len(genes)} name(s), {genes}: pass two, x and y, or three, x, y and colour.")
     if color is not None and len(genes) == 3:
         raise ValueError("color was given with three genes: the third is the colour, so pass two.")
     if not panels:
         raise ValueError(f"panels is empty: pass some of {', '.join(_PANELS)}.")
     columns = positions(adata.var_names, genes, "gene")
-    shown = [_panel(adata, key, columns, panel) for panel in panels]
+    shown = [_panel(adata, key, columns, panel, layer) for panel in panels]
     groups, colors = (None, {}) if color is None else groups_and_colors(adata, color)
     axes = _axes(ax, len(panels), 3.5 if groups is None and len(genes) == 2 else 3.9)
     points = None
@@ -115,6 +120,7 @@ def embedding(
     basis: str = "umap",
     *,
     key: str = "denoised",
+    layer: str | None = None,
     scale: Scale = "log1p_cp10k",
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
@@ -132,6 +138,8 @@ def embedding(
         Of `scanpy.pl.embedding`: `"umap"`, `"pca"`, ... . Where it was computed from the counts it does not change.
     key
         The `key_added` of `denoise`.
+    layer
+        As in `markers`.
     scale
         As in `denoise`. The counts are shown on it as they are.
     ax
@@ -149,9 +157,10 @@ def embedding(
     Raises
     ------
     KeyError, ValueError
-        If there is no such result, gene or embedding.
+        If there is no such result, gene or embedding, or if the counts are not those that were denoised.
     """
     check_scale(scale, None)
+    record(adata, key)
     genes = [genes] if isinstance(genes, str) else list(genes)
     if not genes:
         raise ValueError("genes is empty: pass a name or several.")
@@ -160,7 +169,8 @@ def embedding(
     if name not in adata.obsm:
         raise KeyError(f"there is no embedding {basis!r}: adata.obsm has {list(adata.obsm)}. Run sc.tl.{basis} first.")
     columns = positions(adata.var_names, genes, "gene")
-    raw, denoised = _raw(adata, key, columns, scale), values_of(adata, key, slice(None), columns, scale)
+    raw = _raw(adata, key, columns, scale, layer)
+    denoised = values_of(adata, key, slice(None), columns, scale, layer=layer)
     own = _axes(ax, 2 * len(genes), 3.4, n_columns=2, sharing=False).reshape(len(genes), 2)
     for row, gene, before, after in zip(own, genes, raw.T, denoised.T, strict=True):
         top = max(float(np.quantile(before, 0.99)), float(np.quantile(after, 0.99))) or 1.0
@@ -195,15 +205,17 @@ def _axes(
     return axes
 
 
-def _panel(adata: AnnData, key: str, columns: np.ndarray, panel: Panel | int) -> tuple[np.ndarray, str]:
+def _panel(
+    adata: AnnData, key: str, columns: np.ndarray, panel: Panel | int, layer: str | None
+) -> tuple[np.ndarray, str]:
     """Return log1p(CP10k) of the genes as a panel shows them, shape (cells, genes), and its title."""
     if panel == "raw":
-        return _raw(adata, key, columns, "log1p_cp10k"), "raw counts"
+        return _raw(adata, key, columns, "log1p_cp10k", layer), "raw counts"
     if panel == "denoised":
-        return values_of(adata, key, slice(None), columns, "log1p_cp10k"), "denoised"
+        return values_of(adata, key, slice(None), columns, "log1p_cp10k", layer=layer), "denoised"
     if panel not in _PANELS and (isinstance(panel, bool) or not isinstance(panel, Integral) or panel < 1):
         raise ValueError(f"panels has {panel!r}: pass {', '.join(_PANELS)}, or a number of components.")
-    written, found = record(adata, key), profiles(adata, key)
+    written, found = record(adata, key), profiles(adata, key, layer)
     name = str(written["members"]["name"][0])
     if not isinstance(found, LowRankProfiles) or not name.startswith("pca"):
         raise ValueError(
@@ -224,10 +236,10 @@ def _panel(adata: AnnData, key: str, columns: np.ndarray, panel: Panel | int) ->
     return values, f"{what}{n_components} components"
 
 
-def _raw(adata: AnnData, key: str, columns: np.ndarray, scale: Scale) -> np.ndarray:
+def _raw(adata: AnnData, key: str, columns: np.ndarray, scale: Scale, layer: str | None) -> np.ndarray:
     """Return the counts of genes on a scale, shape (cells, genes)."""
     as_is: Scale = "log1p_cp10k" if scale == "expected_log1p_cp10k" else scale
-    return to_scale(observed(adata, key, columns).astype(np.float32), sizes(adata, key), as_is)
+    return to_scale(observed(adata, key, columns, layer).toarray(), sizes(adata, key), as_is)
 
 
 def _unit(scale: Scale) -> str:

@@ -49,7 +49,7 @@ def spectrum(
     pcas = {
         name: (float(weight), int(rank))
         for name, weight, rank in zip(names, written["members"]["weight"], written["members"]["rank"], strict=True)
-        if "singular_values" in written["learned"].get(name, {})
+        if "singular_values" in written.get("learned", {}).get(name, {})
     }
     if not pcas or (member is not None and member not in pcas):
         raise KeyError(f"result {key!r} has no {member or 'PCA'}: its members are {', '.join(names)}.")

@@ -1,0 +1,452 @@
+"""A result is whole or not there, knows what it belongs to, and is read only where that holds."""
+
+import sys
+import warnings
+
+import anndata as ad
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import scanpy as sc
+import scipy.sparse as sp
+from helpers import layer_names, low_rank_profiles, poisson_counts
+
+import sc_noise2self as n2s
+
+SLOTS = ("layers", "obsm", "varm", "obs", "var", "uns")
+TINY = {"width": 2, "n_components": 3, "device": "cpu", "autoencoder": {"n_hidden": 16, "n_epochs": 40}}
+QUICK = {"transform": "none", "n_components": 3}
+PACKAGE = str(next(iter(n2s.__path__)))
+
+
+@pytest.fixture(autouse=True)
+def _close():
+    yield
+    plt.close("all")
+
+
+def cells(n=60, seed=0, rank=3):
+    out = ad.AnnData(poisson_counts(low_rank_profiles(n, 20, rank, seed=9), 300, seed=seed))
+    out.obs_names = [f"cell-{seed}-{i}" for i in range(n)]
+    out.var_names = [f"gene-{i}" for i in range(20)]
+    return out
+
+
+def denoised(n=60, seed=0, **options):
+    out = cells(n, seed)
+    n2s.denoise(out, **{**QUICK, **options})
+    return out
+
+
+def identity(counts, share):
+    mean = np.asarray(counts.sum(axis=0)) / counts.sum()
+    return share * counts.toarray() + (1 - share) * np.asarray(counts.sum(axis=1)) @ mean
+
+
+def names(adata):
+    return {slot: set(getattr(adata, slot)) - {None} for slot in SLOTS}
+
+
+READERS = {
+    "get.denoised": lambda adata: n2s.get.denoised(adata, "gene-1"),
+    "get.layer": lambda adata: n2s.get.denoised(adata, "gene-1", source="layer"),
+    "get.adata": lambda adata: n2s.get.adata(adata, "gene-1"),
+    "get.lazy": lambda adata: n2s.get.lazy(adata),
+    "report": lambda adata: n2s.report(adata),
+    "markers": lambda adata: n2s.pl.markers(adata, ["gene-0", "gene-1"]),
+    "gain_per_gene": lambda adata: n2s.pl.gain_per_gene(adata),
+    "spectrum": lambda adata: n2s.pl.spectrum(adata),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    pytest.importorskip("torch")
+    path = tmp_path_factory.mktemp("model") / "m.pt"
+    n2s.denoise(cells(300), "autoencoder", save_model=path, **TINY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def merged():
+    return ad.concat([denoised(seed=0), denoised(seed=1)], merge="first", uns_merge="first")
+
+
+class TestParts:
+    """What `anndata.concat` puts together from results of several objects."""
+
+    @pytest.mark.parametrize("reader", READERS)
+    def test_two_results_in_one_are_refused(self, merged, reader):
+        with pytest.raises(ValueError, match=r"was put together from several.*sc_noise2self.remove\(adata, 'denoised'"):
+            READERS[reader](merged)
+
+    def test_they_are_removed_and_denoised_again(self, merged):
+        joined = merged.copy()
+        n2s.remove(joined)
+        assert not any(names(joined).values())
+        n2s.denoise(joined, **QUICK)
+        assert n2s.get.denoised(joined).shape == (120, 20)
+
+    def test_loadings_of_another_result_are_refused(self):
+        one, other = denoised(seed=0), denoised(seed=1)
+        one.varm = other.varm
+        with pytest.raises(ValueError, match=r"its genes \(adata.varm\) do not belong to the record"):
+            n2s.get.denoised(one)
+
+    def test_what_concat_leaves_names_the_way_out(self):
+        left = ad.concat([denoised(seed=0), denoised(seed=1)])
+        for call in (n2s.denoise, n2s.get.denoised, n2s.report):
+            with pytest.raises((KeyError, ValueError), match=r"obsm\['denoised'\].*sc_noise2self.remove\(adata, 'deno"):
+                call(left)
+        n2s.remove(left, "denoised")
+        assert not any(names(left).values())
+        n2s.denoise(left, **QUICK)
+
+    def test_one_result_in_parts_and_together_again(self, tmp_path):
+        whole = denoised()
+        expected = n2s.get.denoised(whole)
+        back = ad.concat([whole[:25].copy(), whole[25:].copy()], merge="same", uns_merge="same")
+        pd.testing.assert_frame_equal(n2s.get.denoised(back), expected)
+        part = whole[10:30, ::2].copy()
+        part.write_h5ad(tmp_path / "part.h5ad")
+        np.testing.assert_allclose(n2s.get.denoised(ad.read_h5ad(tmp_path / "part.h5ad")), expected.iloc[10:30, ::2])
+
+    def test_cells_denoised_with_one_model_are_joined(self, model):
+        parts = [cells(50, seed=3), cells(50, seed=4)[:, ::-1].copy()]
+        for part in parts:
+            n2s.denoise_with(part, model, device="cpu")
+        joined = ad.concat(parts, merge="first", uns_merge="first")
+        expected = pd.concat([n2s.get.denoised(part)[joined.var_names] for part in parts])
+        pd.testing.assert_frame_equal(n2s.get.denoised(joined), expected, rtol=1e-5)
+
+    def test_a_record_that_something_else_overwrote_is_missed_in_one_sentence(self):
+        adata = denoised()
+        adata.uns["denoised"] = {"params": {}}
+        with pytest.raises(KeyError, match=r"record of result 'denoised' is gone from adata.uns.*remove\(adata, 'den"):
+            n2s.get.denoised(adata)
+        n2s.remove(adata)
+        assert names(adata)["uns"] == {"denoised"}  # which is not of a result
+        assert not names(adata)["obsm"]
+
+    def test_a_record_in_part_is_refused(self):
+        adata = denoised()
+        del adata.uns["denoised"]["gain"], adata.uns["denoised"]["params"]["mix"]
+        with pytest.raises(ValueError, match="record of result 'denoised' in adata.uns has lost gain, mix"):
+            n2s.report(adata)
+
+
+class TestRemove:
+    def test_it_leaves_everything_else(self):
+        adata = cells()
+        adata.layers["other"], adata.obs["denoised_by"], adata.uns["x"] = adata.X.copy(), "me", 1
+        before = names(adata)
+        n2s.denoise(adata, mix=True, **QUICK)
+        n2s.denoise(adata, key_added="second", **QUICK)
+        assert n2s.remove(adata) is None
+        assert n2s.get.denoised(adata, key="second").shape == adata.shape
+        n2s.remove(adata, "second")
+        assert names(adata) == before
+
+    def test_results_of_other_functions(self):
+        adata = cells()
+        n2s.select_rank(adata, max_rank=3)
+        n2s.calibrate(adata, identity, {"share": [0.5, 0.9]}, refit=True)
+        for key in ("select_rank", "calibrate"):
+            n2s.remove(adata, key)
+        assert not any(names(adata).values())
+
+    def test_nothing_of_others_is_removed(self):
+        adata = denoised(key_added="mine")
+        adata.layers["counts"], adata.uns["counts"] = adata.X.copy(), {"a": 1}
+        adata.obs["cell_size"], adata.obsm["cell"], adata.obsm["cell_scale"] = 1.0, np.ones((60, 2)), np.ones((60, 3))
+        before = names(adata)
+        for key in ("counts", "cell", "denoised"):
+            with pytest.raises(
+                KeyError, match=rf"nothing of a result '{key}' to remove: the results in adata are 'min"
+            ):
+                n2s.remove(adata, key)
+        assert names(adata) == before
+
+
+CHANGES = {
+    "normalised": lambda x: sp.csr_matrix(np.log1p(x.toarray())),
+    "scaled by a whole number": lambda x: x * 2,
+    "fewer": lambda x: sp.csr_matrix(np.maximum(x.toarray() - 1, 0)),
+    "genes in another order": lambda x: x[:, ::-1],
+    "cells in another order": lambda x: x[::-1],
+}
+
+
+PLOTS = {
+    "markers": lambda a, **more: n2s.pl.markers(a, ["gene-0", "gene-1"], **more),
+    "embedding": lambda a, **more: n2s.pl.embedding(a, "gene-0", "here", **more),
+}
+
+
+class TestCounts:
+    """The counts beside a result are those that were denoised, or there is a sentence."""
+
+    @pytest.mark.parametrize("change", CHANGES)
+    @pytest.mark.parametrize("plot", PLOTS)
+    def test_plots_notice_a_change_and_take_a_layer(self, plot, change):
+        adata = denoised(write_layer=False)
+        adata.obsm["here"] = np.random.default_rng(0).normal(size=(60, 2))
+        expected = drawn(PLOTS[plot](adata))
+        adata.layers["kept"], adata.X = adata.X.copy(), CHANGES[change](adata.X)
+        with pytest.raises(ValueError, match=r"adata.X does not hold the counts that were denoised .* pass layer="):
+            PLOTS[plot](adata)
+        for before, after in zip(expected, drawn(PLOTS[plot](adata, layer="kept")), strict=True):
+            np.testing.assert_allclose(before, after)
+
+    def test_the_usual_next_step(self, pbmc):
+        n2s.denoise(pbmc, transform="log1p", write_layer=False)
+        pbmc.layers["counts"] = pbmc.X.copy()
+        sc.pp.normalize_total(pbmc)
+        sc.pp.log1p(pbmc)
+        with pytest.raises(ValueError, match="normalised since"):
+            n2s.pl.markers(pbmc, ["NKG7", "CD79A"])
+        raw, _ = drawn(n2s.pl.markers(pbmc, ["NKG7", "CD79A"], layer="counts"))
+        rates = pbmc[:, ["NKG7", "CD79A"]].layers["counts"].toarray() / pbmc.obs[["denoised_size"]].to_numpy()
+        np.testing.assert_allclose(raw, np.log1p(1e4 * rates), rtol=1e-5)
+
+    def test_a_part_of_cells_and_genes_still_has_its_counts(self):
+        adata = denoised(write_layer=False)
+        part = adata[5:40, ["gene-0", "gene-1", "gene-7"]].copy()
+        assert len(n2s.pl.markers(part, ["gene-0", "gene-1"])) == 2
+        part.X = part.X * 100
+        with pytest.raises(ValueError, match="does not hold the counts"):
+            n2s.pl.markers(part, ["gene-0", "gene-1"])
+
+    @pytest.mark.parametrize("change", CHANGES)
+    def test_a_mixture_is_rebuilt_from_what_was_mixed_in_or_not_at_all(self, change):
+        adata = denoised(mix=True)
+        expected = n2s.get.denoised(adata)
+        adata.X = CHANGES[change](adata.X)
+        for read in (n2s.get.denoised, n2s.get.adata, n2s.get.lazy):
+            with pytest.raises(ValueError, match=r"adata.X does not hold the counts .* source='layer'"):
+                read(adata)
+        np.testing.assert_allclose(n2s.get.denoised(adata, source="layer"), expected, rtol=1e-4)
+
+    def test_a_layer_called_x_is_not_x(self):
+        adata = cells()
+        adata.layers["X"], adata.X = adata.X, sp.csr_matrix(adata.X.toarray()[::-1])
+        n2s.denoise(adata, layer="X", mix=True, key_added="mixed", **QUICK)
+        np.testing.assert_allclose(n2s.get.denoised(adata, key="mixed"), adata.layers["mixed"], rtol=1e-4)
+        assert "the counts in layer 'X'" in n2s.report(adata, key="mixed")
+        n2s.denoise(adata, **QUICK)
+        assert "the counts in X" in n2s.report(adata)
+        del adata.layers["X"]
+        assert len(n2s.pl.markers(adata, ["gene-0", "gene-1"])) == 2
+        with pytest.raises(KeyError, match="layer 'X' with the counts .* is gone"):
+            n2s.pl.markers(adata, ["gene-0", "gene-1"], key="mixed")
+
+    @pytest.mark.parametrize("kind", ["backed", "dask", "csc", "dense"])
+    def test_counts_wherever_they_are(self, kind, tmp_path):
+        adata = cells()
+        expected = drawn(n2s.pl.markers(denoised(write_layer=False), ["gene-0", "gene-1"]))[0]
+        if kind == "backed":
+            adata.write_h5ad(tmp_path / "a.h5ad")
+            adata = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+        elif kind == "dask":
+            adata.X = pytest.importorskip("dask.array").from_array(adata.X, chunks=(25, -1))
+        else:
+            adata.X = sp.csc_matrix(adata.X) if kind == "csc" else adata.X.toarray()
+        n2s.denoise(adata, write_layer=False, **QUICK)
+        np.testing.assert_allclose(drawn(n2s.pl.markers(adata, ["gene-0", "gene-1"]))[0], expected, rtol=1e-5)
+
+
+def drawn(axes):
+    """The points, or the colours where points are coloured, of each of the axes."""
+    points = [ax.collections[0] for ax in np.ravel(axes)]
+    return [np.asarray(each.get_offsets()) if each.get_array() is None else each.get_array() for each in points]
+
+
+class Lines:
+    """Calls a function at every line that the package runs."""
+
+    def __init__(self, work):
+        self.work = work
+
+    def __call__(self, frame, event, argument):
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line":
+            self.work()
+        return self
+
+
+def traced(write, adata, at_line):
+    sys.settrace(Lines(at_line))
+    try:
+        write(adata)
+    finally:
+        sys.settrace(None)
+
+
+WRITERS = {
+    "denoise": lambda adata, seed: n2s.denoise(adata, key_added="key", random_state=seed, **QUICK),
+    "mix": lambda adata, seed: n2s.denoise(adata, key_added="key", mix=True, random_state=seed, **QUICK),
+    "select_rank": lambda adata, seed: n2s.select_rank(adata, key_added="key", max_rank=3, random_state=seed),
+    "calibrate": lambda adata, seed: n2s.calibrate(
+        adata, identity, {"share": [0.5, 0.9]}, key_added="key", refit=True, random_state=seed
+    ),
+}
+
+
+def outcome(adata):
+    """All that stands under the key, comparable."""
+
+    def comparable(value):
+        if isinstance(value, pd.DataFrame):
+            return value.drop(columns="seconds").to_csv()
+        if isinstance(value, dict):
+            return {name: comparable(each) for name, each in value.items()}
+        return repr(value) if np.ndim(value) == 0 else np.asarray(value).tobytes()
+
+    slots = {slot: dict(getattr(adata, slot)) for slot in SLOTS}
+    return {
+        f"{slot}/{name}": comparable(value)
+        for slot, found in slots.items()
+        for name, value in found.items()
+        if name is not None
+    }
+
+
+def check_interrupts(write, old):
+    """Interrupt at 40 lines from before the first change on: the old or the new is there, whole."""
+    before, after, watched = cells(), cells(), cells()
+    for adata in (before, after, watched):
+        old(adata)
+    write(after)
+    start, new = outcome(before), outcome(after)
+    assert start != new
+    changes = []
+    traced(write, watched, lambda: changes.append(unlike(watched, start)))
+    first, n_lines = changes.index(True), len(changes)
+    met = 0
+    for k in np.unique(np.linspace(first - 30, n_lines, 40).astype(int)):
+        adata, left = before.copy(), [int(k)]
+
+        def interrupt(left=left):
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+
+        try:
+            traced(write, adata, interrupt)
+        except KeyboardInterrupt:
+            met += 1
+        assert outcome(adata) in (start, new)
+    assert met >= 10
+
+
+def unlike(adata, start):
+    return {f"{slot}/{name}" for slot in SLOTS for name in getattr(adata, slot)} != start.keys()
+
+
+NOTHING = {"nothing": lambda adata, seed: None}
+
+
+@pytest.mark.parametrize(
+    ("name", "old"),
+    [
+        ("denoise", "nothing"),
+        ("denoise", "mix"),
+        ("mix", "denoise"),
+        ("select_rank", "nothing"),
+        ("calibrate", "nothing"),
+    ],
+)
+def test_an_interrupt_leaves_the_old_or_the_new(name, old):
+    check_interrupts(lambda adata: WRITERS[name](adata, 0), lambda adata: (WRITERS | NOTHING)[old](adata, 1))
+
+
+@pytest.mark.parametrize("old", ["nothing", "mix"])
+def test_an_interrupt_of_a_model_leaves_the_old_or_the_new(old, model):
+    def write(adata):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the model predicts held-out molecules")
+            n2s.denoise_with(adata, model, key_added="key", device="cpu")
+
+    check_interrupts(write, lambda adata: (WRITERS | NOTHING)[old](adata, 1))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_view_becomes_an_object_of_its_own(name):
+    parent = cells(80)
+    before = outcome(parent)
+    view, own = parent[:60], parent[:60].copy()
+    with pytest.warns(ad.ImplicitModificationWarning, match="adata is a view: it is made an object of its own"):
+        WRITERS[name](view, 0)
+    WRITERS[name](own, 0)
+    assert outcome(parent) == before
+    assert outcome(view) == outcome(own)
+
+
+def test_a_part_of_a_backed_object_is_refused(tmp_path):
+    cells().write_h5ad(tmp_path / "a.h5ad")
+    backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+    with pytest.raises(ValueError, match="adata is a part of a backed object, which cannot be written to"):
+        n2s.denoise(backed[:30])
+
+
+TO_KEYS = {
+    "denoise": lambda adata, key: n2s.denoise(adata, key_added=key, **QUICK),
+    "select_rank": lambda adata, key: n2s.select_rank(adata, key_added=key, max_rank=3),
+    "calibrate": lambda adata, key: n2s.calibrate(adata, identity, {"share": [0.5]}, key_added=key),
+}
+
+
+class TestKeys:
+    @pytest.mark.parametrize("name", TO_KEYS)
+    def test_names_that_files_do_not_keep_or_that_scanpy_writes_to(self, name):
+        adata = cells()
+        for key in ("", ".", "..", ".x", "a/b", "a\\b", "a\0b", "\ud800", 3):
+            with pytest.raises(ValueError, match="because files keep no other"):
+                TO_KEYS[name](adata, key)
+        for key in ("pca", "neighbors", "umap", "log1p", "X_pca", "group_colors", "dendrogram_group"):
+            with pytest.raises(ValueError, match=f"key_added is '{key}', a name that .* writes to: choose another"):
+                TO_KEYS[name](adata, key)
+        assert not any(names(adata).values())
+
+    @pytest.mark.parametrize("name", TO_KEYS)
+    def test_what_another_wrote_is_not_overwritten(self, name):
+        adata = cells()
+        adata.uns["mine"] = {"a": 1}
+        with pytest.raises(ValueError, match=r"adata.uns\['mine'\] exists and is not an earlier"):
+            TO_KEYS[name](adata, "mine")
+        for other in TO_KEYS.keys() - {name}:
+            TO_KEYS[other](adata, other)
+            kept = outcome(adata)
+            with pytest.raises(ValueError, match=rf"sc_noise2self.remove\(adata, '{other}'\) first"):
+                TO_KEYS[name](adata, other)
+            assert outcome(adata) == kept
+        TO_KEYS[name](adata, "again")
+        TO_KEYS[name](adata, "again")
+
+    def test_results_survive_what_scanpy_writes(self):
+        adata = denoised(key_added="n2s_pca")
+        expected = n2s.get.denoised(adata, key="n2s_pca")
+        sc.pp.normalize_total(adata)
+        sc.pp.log1p(adata)
+        sc.pp.pca(adata, n_comps=3)
+        pd.testing.assert_frame_equal(n2s.get.denoised(adata, key="n2s_pca"), expected)
+
+    def test_seeds_that_files_do_not_keep(self, tmp_path):
+        with pytest.raises(ValueError, match=r"a seed is below 2\*\*63"):
+            n2s.denoise(cells(), random_state=2**63, **QUICK)
+        adata = denoised(random_state=2**63 - 1, write_layer=False)
+        adata.write_h5ad(tmp_path / "a.h5ad")
+        assert ad.read_h5ad(tmp_path / "a.h5ad").uns["denoised"]["params"]["random_state"] == 2**63 - 1
+
+
+def test_a_wrong_key_lists_the_results():
+    adata = denoised(key_added="mine")
+    n2s.select_rank(adata, max_rank=3)
+    for read in (n2s.get.denoised, n2s.report, n2s.get.lazy):
+        with pytest.raises(KeyError, match="there is no result 'denoised': .* the results in adata are 'mine'"):
+            read(adata)
+    with pytest.raises(KeyError, match="the results in adata are 'mine', 'select_rank'"):
+        n2s.pl.loss(adata, key="denoised")
+    assert layer_names(adata) == {"mine"}
