@@ -198,7 +198,7 @@ def test_entries_in_no_mask_are_denoised_as_they_are():
         (lambda: Molecules(5, 0.5), "n_folds and fraction were both given"),
         (lambda: Genes(1), "sets is 1"),
         (lambda: Blocks(2, 1.5), "genes is 1.5"),
-        (lambda: folds_of(Genes(41), np.eye(40)), "40 cells or genes cannot be dealt to 41 groups"),
+        (lambda: folds_of(Genes(41), np.eye(40)), "40 genes cannot be dealt to 41 groups"),
         (lambda: as_partition("molecule", None), "partition is 'molecule': pass one of molecules, genes, blocks"),
         (lambda: as_partition({"a": ["x"]}, None), "pathways name genes, and a matrix has no names"),
         (lambda: as_partition({"a": ["x", "q"]}, ["x", "y"]), "pathway 'a' has genes that adata lacks: q"),
