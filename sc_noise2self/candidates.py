@@ -21,7 +21,7 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
-from .counts import row_sums
+from .counts import column_sums, row_sums
 from .denoisers.profiles import Profiles
 from .partitions import Rows, as_numbers
 from .transform import Transform, TransformName, rates
@@ -67,7 +67,7 @@ def _lists(grid: Any) -> dict[str, list[Any]]:
             lists[name] = list(islice(values, _MOST + 1))
         except TypeError:
             raise TypeError(
-                f"grid has {name!r}: {_short(values)}: pass its values in a list, e.g. [{_short(values)}]."
+                f"grid has {name!r}: {_short(values)}: pass its values in a list, e.g. [1, 2, 3]."
             ) from None
         if not lists[name]:
             raise ValueError(f"grid has no candidate: {name!r} has no value, so pass at least one.")
@@ -167,11 +167,16 @@ class Denoiser:
         return predict
 
     def refit(self, counts: sp.csr_matrix, parameters: Parameters) -> np.ndarray:
-        """Return expected counts at each cell's own depth, from all counts, dense float32 of shape (cells, genes)."""
+        """Return expected counts at each cell's own depth, from all counts, dense float32 of shape (cells, genes).
+
+        A cell of which nothing was predicted gets the mean profile, as where it was scored.
+        """
         rows = self.on(counts)(parameters)
         out = np.maximum(rows[np.arange(counts.shape[0])], 0).astype(np.float32)
         total = out.sum(axis=1, dtype=np.float64)
-        out *= np.where(total > 0, row_sums(counts) / np.where(total > 0, total, 1), 0).astype(np.float32)[:, None]
+        out[total == 0] = column_sums(counts)
+        total[total == 0] = counts.sum(dtype=np.float64)
+        out *= (row_sums(counts) / total).astype(np.float32)[:, None]
         return out
 
     def _divide(self, parameters: Parameters) -> tuple[Parameters, Parameters]:
@@ -313,7 +318,7 @@ class ArrayDenoiser:
 def describe(parameters: Parameters) -> str:
     """Return e.g. ``"t=3, knn=5"``."""
     values = {name: value.item() if isinstance(value, np.generic) else value for name, value in parameters.items()}
-    return ", ".join(f"{name}={_short(value)}" for name, value in values.items())
+    return ", ".join(f"{''.join(_first_line(name, 80))}={_short(value)}" for name, value in values.items())
 
 
 def in_words(error: BaseException) -> str:

@@ -7,14 +7,16 @@ pool of its own, fed by a thread.
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from numbers import Integral
 from queue import SimpleQueue
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from joblib import cpu_count
-from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor, TerminatedWorkerError
+from joblib.externals.loky import BrokenProcessPool, ProcessPoolExecutor
+from joblib.externals.loky.backend.reduction import dumps
 
 _THREADS = (
     "OMP_NUM_THREADS",
@@ -78,6 +80,12 @@ def in_jobs(
             worker.close()
 
 
+def _call(sent: bytes) -> Any:
+    """Return what the work that was sent returns of its item, in the process that it was sent to."""
+    work, item = pickle.loads(sent)
+    return work(item)
+
+
 class _Here:
     """The thread that asks."""
 
@@ -103,19 +111,21 @@ class _Process:
 
         Raises
         ------
+        TypeError
+            If they cannot be sent there.
         ChildProcessError
             If the process ended.
         """
         try:
-            return self._executor.submit(work, item).result()
+            sent = bytes(dumps((work, item)))
+        except Exception as error:
+            raise TypeError(f"it cannot be sent to another process, so pass prefer='threads': {error}") from error
+        try:
+            return self._executor.submit(_call, sent).result()
         except BrokenProcessPool as error:
             self.close()
             self._start()
-            if isinstance(error, TerminatedWorkerError):
-                raise ChildProcessError(
-                    "its process ended, as by a segmentation fault or for want of memory"
-                ) from error
-            raise
+            raise ChildProcessError("its process ended, as by a segmentation fault or for want of memory") from error
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
