@@ -367,7 +367,7 @@ def _each_alone(function: Callable[..., Any], name: str, candidates: Sequence[Pa
 
 
 def _check_finite(values: np.ndarray, name: str) -> None:
-    if values.size and not (values.max() <= _LARGEST and values.min() >= -_LARGEST):
+    if values.size and not (float(values.max()) <= _LARGEST and float(values.min()) >= -_LARGEST):
         raise ValueError(f"{name} returned NaN or infinite values, or values beyond {_LARGEST:g}.")
 
 
