@@ -215,7 +215,10 @@ class Genes:
         groups = _random_groups("cells", n_cells, n_groups, rng)
         none = np.zeros((n_groups - len(sets), n_genes), bool)
         turns = np.vstack([sets, none])
-        return [_hide(data, groups, np.roll(turns, shift, axis=0), rng) for shift in range(n_groups)]
+        return [
+            _hide(data, groups, np.roll(turns, shift, axis=0), own)
+            for shift, own in enumerate(_one_each(n_groups, rng))
+        ]
 
 
 @dataclass(frozen=True)
@@ -244,11 +247,11 @@ class Blocks:
         groups = _random_groups("cells", data.shape[0], self.cells, rng)
         sets = _random_groups("genes", data.shape[1], self.genes, rng)
         folds = []
-        for group in range(self.cells):
-            for which in range(self.genes):
-                hidden = np.zeros((self.cells, data.shape[1]), bool)
-                hidden[group] = sets == which
-                folds.append(_hide(data, groups, hidden, rng))
+        for number, own in enumerate(_one_each(self.cells * self.genes, rng)):
+            group, which = divmod(number, self.genes)
+            hidden = np.zeros((self.cells, data.shape[1]), bool)
+            hidden[group] = sets == which
+            folds.append(_hide(data, groups, hidden, own))
         return folds
 
 
@@ -531,6 +534,11 @@ def _random_groups(what: str, n: int, n_groups: int, rng: np.random.Generator) -
     if n_groups > n:
         raise ValueError(f"{n} {what} cannot be dealt to {n_groups} groups: ask for fewer.")
     return rng.permutation(n) % n_groups
+
+
+def _one_each(n: int, rng: np.random.Generator) -> list[np.random.Generator]:
+    """Return a generator for each fold: with one for all, a fold's draws would tell how many others had made."""
+    return [np.random.default_rng(key) for key in rng.integers(1 << 63, size=n)]
 
 
 def _check_folds(name: str, value: int) -> None:
