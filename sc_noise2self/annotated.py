@@ -165,7 +165,7 @@ def survey(adata: AnnData, layer: str | None) -> Survey:
     chunks = chunks_of(matrix, name)
     _check_shape(chunks.shape)
     try:
-        (totals, histogram), (size,) = chunks.run(_counted, _checked)
+        (totals, histogram), (size,) = chunks.run(_counted, checked_block)
     except NotACount as error:
         raise error.named(name, adata.obs_names, adata.var_names) from None
     if not totals.any():
@@ -182,7 +182,7 @@ def _counted(block: Block) -> Partial:
     return Partial((column_sums(counts), _histogram(counts.data)), (row_sums(counts),))
 
 
-def _checked(start: int, rows: Any) -> Block:
+def checked_block(start: int, rows: Any) -> Block:
     """Return a block whose entries are counts, before and after repeated entries were added up."""
     try:
         check_values(rows, SINGLE)

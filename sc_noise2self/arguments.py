@@ -44,7 +44,7 @@ def bounded(name: str, value: int | None, default: int, n_cells: int, n_genes: i
 
 def check_one_of(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise unless the value is one of the choices."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} is {value!r}: pass one of {', '.join(choices)}.")
 
 
@@ -52,6 +52,12 @@ def check_positive(name: str, value: int) -> None:
     """Raise unless the value is a whole number from 1."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} is {value!r}: pass a whole number, 1 or more.")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise unless the value is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} is {value!r}: pass True or False.")
 
 
 def describe_counts(adata: AnnData, layer: str | None) -> str:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from numbers import Number
+from numbers import Number, Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,11 +20,12 @@ from anndata import AnnData
 from scanpy import logging as logg
 
 from .annotated import read_csr
-from .arguments import check_one_of, check_positive, describe_counts, seed_of
-from .candidates import ArrayDenoiser, Denoiser, Parameters, describe, expand_grid
+from .arguments import check_flag, check_one_of, check_positive, describe_counts, seed_of
+from .candidates import ArrayDenoiser, Denoiser, Parameters, describe, expand_grid, in_words
 from .comparison import Comparison, Rule, compare
 from .counts import SINGLE, check_counts
-from .partitions import Loss, Masks, as_partition, check_loss
+from .jobs import as_n_jobs
+from .partitions import Loss, Masks, as_numbers, as_partition, check_loss, folds_of
 from .random import RandomState, as_generator
 from .transform import TransformName
 from .written import check_key, committed, owned
@@ -111,7 +112,8 @@ def calibrate(
     n_jobs
         Candidates that run at a time; -1 for as many as there are cores.
     prefer
-        Whether they run in processes or in threads.
+        Whether they run in processes or in threads. A candidate that ends its process, as by a segmentation fault or
+        for want of memory, failed, and the others go on; with threads, or one job, there is no process but this one.
     random_state
         Seed or generator of the partition. A denoiser's own randomness is its own affair.
 
@@ -144,7 +146,9 @@ def calibrate(
     check_one_of("rule", rule, get_args(Rule))
     check_one_of("prefer", prefer, ("processes", "threads"))
     check_one_of("transform", transform, get_args(TransformName))
+    check_flag("refit", refit)
     check_positive("n_splits", n_splits)
+    n_jobs = as_n_jobs(n_jobs)
     candidates = expand_grid(grid)
     rng = as_generator(random_state)
     adata = data if isinstance(data, AnnData) else None
@@ -159,7 +163,7 @@ def calibrate(
             raise ValueError(
                 "partitions.Masks hides entries of an array: pass one, without transform, for instance an image."
             )
-        values, called = np.asarray(data), ArrayDenoiser(denoiser)
+        values, called = as_numbers(data, "the data hold"), ArrayDenoiser(denoiser)
     elif adata is not None:
         check_key(adata, key_added, layer, "calibrate", refit)
         values, called = read_csr(adata, layer), Denoiser(denoiser, transform, adata.obs_names, adata.var_names)
@@ -168,12 +172,12 @@ def calibrate(
         called = Denoiser(denoiser, transform, *(pd.RangeIndex(n).astype(str) for n in values.shape))
     loss = check_loss(loss, partition)
 
-    splits = [partition.folds(values, rng) for _ in range(n_splits)]
+    splits = [folds_of(partition, values, rng) for _ in range(n_splits)]
     compared = compare(called, candidates, splits, loss, n_jobs, prefer)
     table = compared.table(rule, loss)
     best = candidates[int(np.argmax(table["chosen"]))]
     _warn(table, candidates, compared)
-    denoised = called.refit(values, best) if refit else None
+    denoised = _refitted(called, values, best) if refit else None
     found = Calibration(best, table, compared.split_losses(), denoised)
     if adata is not None:
         record = {
@@ -202,6 +206,16 @@ def calibrate(
         deep=None if adata is None else f"added\n    {key_added!r}, the loss of every candidate (adata.uns)",
     )
     return found
+
+
+def _refitted(called: Denoiser | ArrayDenoiser, values: Any, best: Parameters) -> np.ndarray:
+    try:
+        return called.refit(values, best)
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"{describe(best) or called.name} was chosen, and failed on all of the data: {in_words(error)}. Without "
+            "refit=True the choice is kept."
+        ) from error
 
 
 def _warn(table: pd.DataFrame, candidates: Sequence[Parameters], compared: Comparison) -> None:
@@ -241,10 +255,14 @@ def _ends_of_grid(table: pd.DataFrame, candidates: Sequence[Parameters]) -> str:
     best = candidates[int(np.argmax(table["chosen"]))]
     ends = {}
     for name, value in best.items():
-        tried = {other.get(name) for other in candidates if isinstance(other.get(name), Number)}
-        if isinstance(value, Number) and not isinstance(value, bool) and len(tried) > 2 and value == max(tried):  # type: ignore[type-var]
+        tried = {other[name] for other in candidates if _is_number(other.get(name))}
+        if _is_number(value) and not isinstance(value, bool) and len(tried) > 2 and value == max(tried):
             ends[name] = value
     return describe(ends)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and value == value  # NaN is not
 
 
 def _plain(value: Any) -> Any:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from functools import partial
+from itertools import islice, product
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,15 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
-from .counts import row_sums
+from .counts import column_sums, row_sums
 from .denoisers.profiles import Profiles
-from .partitions import Rows
+from .partitions import Rows, as_numbers
 from .transform import Transform, TransformName, rates
 
 _NEGATIVE = 0.1  # share of all that is negative, above which values are no expected counts
+_LARGEST = 1e30  # value whose sums are still numbers in single precision
+_MOST = 100_000  # candidates
+_GRID = "pass a dict of lists, e.g. {'t': [1, 2, 3]}, or a list of such dicts"
 
 Parameters = dict[str, Any]
 
@@ -37,21 +42,36 @@ def expand_grid(grid: Mapping[str, Iterable[Any]] | Sequence[Mapping[str, Iterab
     ValueError, TypeError
         If the grid is empty or its values are no lists.
     """
-    grids = [grid] if isinstance(grid, Mapping) else list(grid)
-    out: list[Parameters] = []
-    for each in grids:
-        if not isinstance(each, Mapping):
-            raise TypeError(
-                f"grid holds {each!r}: pass a dict of lists, e.g. {{'t': [1, 2, 3]}}, or a list of such dicts."
-            )
-        for name, values in each.items():
-            if isinstance(values, str) or not isinstance(values, Iterable):
-                raise TypeError(f"grid has {name!r}: {values!r}: pass its values in a list, e.g. [{values!r}].")
-        lists = {name: list(values) for name, values in each.items()}
-        out += [dict(zip(lists, values, strict=True)) for values in product(*lists.values())]
+    if not isinstance(grid, Iterable) or isinstance(grid, str | bytes):
+        raise TypeError(f"grid is {_short(grid)}: {_GRID}.")
+    grids = [_lists(each) for each in ([grid] if isinstance(grid, Mapping) else grid)]
+    if sum(prod(map(len, each.values())) for each in grids) > _MOST:
+        raise ValueError(f"grid has more than {_MOST} candidates: pass fewer values, or fewer parameters at a time.")
+    out = [dict(zip(each, values, strict=True)) for each in grids for values in product(*each.values())]
     if not out:
-        raise ValueError("grid has no candidate: pass at least one value of each parameter.")
+        raise ValueError(f"grid has no candidate: {_GRID}.")
     return out
+
+
+def _lists(grid: Any) -> dict[str, list[Any]]:
+    """Return the values of each parameter of a grid."""
+    if not isinstance(grid, Mapping):
+        raise TypeError(f"grid holds {_short(grid)}: {_GRID}.")
+    lists = {}
+    for name, values in grid.items():
+        if not isinstance(name, str):
+            raise TypeError(f"grid has {_short(name)} for a parameter's name: {_GRID}.")
+        try:
+            if isinstance(values, str | bytes | Mapping | set | frozenset):
+                raise TypeError("no list, or one without an order")
+            lists[name] = list(islice(values, _MOST + 1))
+        except TypeError:
+            raise TypeError(
+                f"grid has {name!r}: {_short(values)}: pass its values in a list, e.g. [1, 2, 3]."
+            ) from None
+        if not lists[name]:
+            raise ValueError(f"grid has no candidate: {name!r} has no value, so pass at least one.")
+    return lists
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,9 +125,15 @@ class Denoiser:
         return first == "adata"
 
     def groups(self, candidates: Sequence[Parameters]) -> list[list[int]]:
-        """Return the candidates that one fit serves, as lists of their indices."""
+        """Return the candidates that one fit serves, as lists of their indices.
+
+        Raises
+        ------
+        ValueError
+            If one has a parameter that the denoiser does not take, or lacks one that it needs.
+        """
         if not self.is_estimator:
-            return [[i] for i in range(len(candidates))]
+            return _each_alone(self.function, self.name, candidates)
         groups: dict[tuple[tuple[str, int], ...], list[int]] = {}
         for i, parameters in enumerate(candidates):
             fitted, _ = self._divide(parameters)
@@ -115,35 +141,42 @@ class Denoiser:
             groups.setdefault(key, []).append(i)
         return list(groups.values())
 
-    def predictions(self, counts: sp.csr_matrix, candidates: Sequence[Parameters]) -> Iterator[Rows | Exception]:
-        """Yield the denoised counts of each candidate of a group, or what went wrong."""
-        fitted = None
-        for parameters in candidates:
-            try:
-                if not self.is_estimator:
-                    yield self._call(counts, parameters)
-                    continue
-                of_fit, of_predict = self._divide(parameters)
-                given = counts.copy()
-                if fitted is None:
-                    estimator = copy.copy(self.function)
-                    for name, value in of_fit.items():
-                        setattr(estimator, name, value)
-                    fitted = estimator.fit(given)
-                predicted = fitted.predict(given, **of_predict)
+    def on(self, counts: sp.csr_matrix) -> Callable[[Parameters], Rows]:
+        """Return what gives the denoised counts of each candidate of a group."""
+        if not self.is_estimator:
+            return partial(self._call, counts)
+        fitted: Any = None
+
+        def predict(parameters: Parameters) -> Rows:
+            nonlocal fitted
+            of_fit, of_predict = self._divide(parameters)
+            given = counts.copy()
+            if fitted is None:
+                estimator = copy.deepcopy(self.function)  # what it holds is no other candidate's
+                for name, value in of_fit.items():
+                    setattr(estimator, name, value)
+                found = estimator.fit(given)
+                if not hasattr(found, "predict"):
+                    raise TypeError(f"fit of {self.name} returned {type(found).__name__}: return self.")
                 self._check_unchanged(counts, given)
-                yield self._rows(predicted, counts.shape)
-            except Exception as error:  # whatever a candidate does, the others go on
-                yield error
+                fitted = found
+            predicted = fitted.predict(given, **of_predict)
+            self._check_unchanged(counts, given)
+            return self._rows(predicted, counts.shape)
+
+        return predict
 
     def refit(self, counts: sp.csr_matrix, parameters: Parameters) -> np.ndarray:
-        """Return expected counts at each cell's own depth, from all counts, dense float32 of shape (cells, genes)."""
-        (rows,) = self.predictions(counts, [parameters])
-        if isinstance(rows, Exception):
-            raise rows
+        """Return expected counts at each cell's own depth, from all counts, dense float32 of shape (cells, genes).
+
+        A cell of which nothing was predicted gets the mean profile, as where it was scored.
+        """
+        rows = self.on(counts)(parameters)
         out = np.maximum(rows[np.arange(counts.shape[0])], 0).astype(np.float32)
         total = out.sum(axis=1, dtype=np.float64)
-        out *= np.where(total > 0, row_sums(counts) / np.where(total > 0, total, 1), 0).astype(np.float32)[:, None]
+        out[total == 0] = column_sums(counts)
+        total[total == 0] = counts.sum(dtype=np.float64)
+        out *= (row_sums(counts) / total).astype(np.float32)[:, None]
         return out
 
     def _divide(self, parameters: Parameters) -> tuple[Parameters, Parameters]:
@@ -197,8 +230,6 @@ class Denoiser:
         if isinstance(out, pd.DataFrame):
             self._check_names(out.index, out.columns)
             out = out.to_numpy()
-        if isinstance(out, np.matrix):
-            out = np.asarray(out)
         if not (isinstance(out, np.ndarray | Profiles) or sp.issparse(out)):
             raise TypeError(
                 f"{self.name} returned {type(out).__name__}: return denoised values of shape (cells, genes), an array, "
@@ -211,21 +242,19 @@ class Denoiser:
             )
         if isinstance(out, Profiles):
             return _Lazy(out.counts)
-        values = out.data if sp.issparse(out) else out
-        if values.dtype.kind not in "buif":
-            raise TypeError(f"{self.name} returned values of type {values.dtype}: denoised values are numbers.")
-        if not np.isfinite(values).all():
-            raise ValueError(f"{self.name} returned NaN or infinite values.")
+        if sp.issparse(out):
+            out = sp.csr_matrix(out)
+            values = as_numbers(out.data, f"{self.name} returned")
+        else:
+            values = out = as_numbers(out, f"{self.name} returned")
+        _check_finite(values, self.name)
         negative = -values[values < 0].sum(dtype=np.float64) / max(np.abs(values).sum(dtype=np.float64), 1e-300)
         if negative > _NEGATIVE:
             raise ValueError(
                 f"{self.name} returned values of which {negative:.0%} are negative: return expected values of what it "
                 "was given, neither centred nor scaled."
             )
-        if sp.issparse(out):
-            out = sp.csr_matrix(out)
-            return _Lazy(lambda cells: out[cells].toarray())
-        return out
+        return _Lazy(lambda cells: out[cells].toarray()) if sp.issparse(out) else out
 
     def _check_names(self, cells: pd.Index, genes: pd.Index) -> None:
         for what, found, wanted in (("cells", cells, self.cells), ("genes", genes, self.genes)):
@@ -262,15 +291,11 @@ class ArrayDenoiser:
 
     def groups(self, candidates: Sequence[Parameters]) -> list[list[int]]:
         """Return the candidates that one fit serves: each is its own."""
-        return [[i] for i in range(len(candidates))]
+        return _each_alone(self.function, self.name, candidates)
 
-    def predictions(self, array: np.ndarray, candidates: Sequence[Parameters]) -> Iterator[np.ndarray | Exception]:
-        """Yield the denoised array of each candidate, or what went wrong."""
-        for parameters in candidates:
-            try:
-                yield self.refit(array, parameters)
-            except Exception as error:  # whatever a candidate does, the others go on
-                yield error
+    def on(self, array: np.ndarray) -> Callable[[Parameters], np.ndarray]:
+        """Return what gives the denoised array of each candidate."""
+        return partial(self.refit, array)
 
     def refit(self, array: np.ndarray, parameters: Parameters) -> np.ndarray:
         """Return the denoised array.
@@ -281,20 +306,69 @@ class ArrayDenoiser:
             If it has another shape, holds NaN, or the function changed what it was given.
         """
         given = array.copy()
-        out = np.asarray(self.function(given, **parameters))
+        out = as_numbers(self.function(given, **parameters), f"{self.name} returned")
         if out.shape != array.shape:
             raise ValueError(f"{self.name} returned shape {out.shape} for shape {array.shape}.")
         if not np.array_equal(given, array):
             raise ValueError(f"{self.name} changed the array that it was given: let it work on a copy.")
-        if not np.isfinite(out).all():
-            raise ValueError(f"{self.name} returned NaN or infinite values.")
+        _check_finite(out, self.name)
         return out
 
 
 def describe(parameters: Parameters) -> str:
     """Return e.g. ``"t=3, knn=5"``."""
     values = {name: value.item() if isinstance(value, np.generic) else value for name, value in parameters.items()}
-    return ", ".join(f"{name}={value!r}" for name, value in values.items())
+    return ", ".join(f"{''.join(_first_line(name, 80))}={_short(value)}" for name, value in values.items())
+
+
+def in_words(error: BaseException) -> str:
+    """Return an error's name and the first line of its message, as a table and a file can hold it."""
+    try:
+        message = str(error).strip()
+    except Exception:  # it is no message's fault that there is an error
+        message = ""
+    return ": ".join([type(error).__name__, *_first_line(message, 300)])
+
+
+def _short(value: Any) -> str:
+    """Return how a value is written, cut to a part of a line."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = object.__repr__(value)
+    return "".join(_first_line(" ".join(text[:200].split()), 80))
+
+
+def _first_line(text: str, length: int) -> list[str]:
+    """Return the first line of a text, printable and cut to a length; nothing of a text that is empty."""
+    lines = text[: length + 1].splitlines()[:1]
+    return [
+        "".join(letter if letter.isprintable() else " " for letter in line[:length]) + "..." * (len(line) > length)
+        for line in lines
+    ]
+
+
+def _each_alone(function: Callable[..., Any], name: str, candidates: Sequence[Parameters]) -> list[list[int]]:
+    """Return each candidate as a group, where the function can be called with it."""
+    try:
+        signature = inspect.signature(function, follow_wrapped=False)
+    except (TypeError, ValueError):  # a built-in tells no signature
+        return [[i] for i in range(len(candidates))]
+    for parameters in candidates:
+        try:
+            signature.bind(None, **parameters)
+        except TypeError as error:
+            takes = ", ".join(list(signature.parameters)[1:]) or "none"
+            raise ValueError(
+                f"{name} cannot be called with the parameters {describe(parameters) or 'of an empty grid'}: {error}; "
+                f"it takes {takes}."
+            ) from None
+    return [[i] for i in range(len(candidates))]
+
+
+def _check_finite(values: np.ndarray, name: str) -> None:
+    if values.size and not (float(values.max()) <= _LARGEST and float(values.min()) >= -_LARGEST):
+        raise ValueError(f"{name} returned NaN or infinite values, or values beyond {_LARGEST:g}.")
 
 
 def _same(first: sp.csr_matrix, second: sp.csr_matrix) -> bool:

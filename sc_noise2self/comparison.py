@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from joblib import Parallel, delayed
 
 from .arguments import progress_bar
-from .candidates import ArrayDenoiser, Denoiser, Parameters, describe
+from .candidates import ArrayDenoiser, Denoiser, Parameters, describe, in_words
+from .jobs import in_jobs
 from .loss import Score
 from .partitions import Loss
 
 Rule = Literal["least", "one_standard_error"]
 COLUMNS = ("loss", "error", "gain", "seconds", "failure", "chosen")
 """Of the table, after the parameters; a parameter of such a name has `param_` before it."""
+
+_LARGEST = 1e100  # a loss whose square is still a number
 
 
 def compare(
@@ -31,17 +35,37 @@ def compare(
 ) -> Comparison:
     """Return what each candidate lost in each fold of each split."""
     groups = denoiser.groups(candidates)
-    tasks = [(i, j, group) for i, folds in enumerate(splits) for j in range(len(folds)) for group in groups]
-    if not all(splits):
-        raise ValueError("the partition hides nothing: it has no fold.")
+    tasks = [
+        _Task({i: candidates[i] for i in group}, fold, (split, number))
+        for split, folds in enumerate(splits)
+        for number, fold in enumerate(folds)
+        for group in groups
+    ]
     comparison = Comparison(candidates, len(splits))
     with progress_bar("calibrate", len(tasks)) as bar:
-        run = Parallel(n_jobs=n_jobs, prefer=prefer, return_as="generator_unordered")
-        work = (delayed(_evaluate)(denoiser, splits[i][j], candidates, group, loss, (i, j)) for i, j, group in tasks)
-        for outcomes in run(work):
-            comparison.add(outcomes)
-            bar.update()
+        while tasks:
+            again: list[_Task] = []
+            with closing(in_jobs(partial(_evaluate, denoiser, loss), tasks, n_jobs, prefer)) as done:
+                for task, outcomes in done:
+                    if not isinstance(outcomes, Exception):
+                        comparison.add(outcomes)
+                    elif len(task.candidates) == 1:
+                        (candidate,) = task.candidates
+                        comparison.add([_Outcome(candidate, *task.where, failure=in_words(outcomes))])
+                    else:  # which of them it was shows when each runs alone
+                        again += [replace(task, candidates={i: each}) for i, each in task.candidates.items()]
+                    bar.update()
+            tasks = again
     return comparison
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """Candidates, by their number, that one fit serves; a fold, its split and its number there."""
+
+    candidates: Mapping[int, Parameters]
+    fold: Any
+    where: tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,34 +75,41 @@ class _Outcome:
     candidate: int
     split: int
     fold: int
-    score: Score | None
-    seconds: float
+    score: Score | None = None
+    seconds: float = 0.0
     failure: str = ""
     blind: bool = False  # predicts what it has seen worse than the mean profile
 
 
-def _evaluate(
-    denoiser: Denoiser | ArrayDenoiser,
-    fold: Any,
-    candidates: Sequence[Parameters],
-    group: Sequence[int],
-    loss: Loss,
-    where: tuple[int, int],
-) -> list[_Outcome]:
-    """Return what the candidates of a group do in a fold; `where` is its split and its number there."""
+def _evaluate(denoiser: Denoiser | ArrayDenoiser, loss: Loss, task: _Task) -> list[_Outcome]:
+    """Return what the candidates of a task do. Whatever one of them does, the others go on, until an interrupt."""
     outcomes = []
-    start = time.perf_counter()
-    for candidate, rows in zip(group, denoiser.predictions(fold.seen, [candidates[i] for i in group]), strict=True):
+    predict = denoiser.on(task.fold.seen)
+    for candidate, parameters in task.candidates.items():
         score, blind, failure = None, False, ""
-        if isinstance(rows, Exception):
-            failure = f"{type(rows).__name__}: {str(rows).strip().splitlines()[0] if str(rows).strip() else ''}"
-        else:
-            score = fold.score(rows, loss)
-            blind = fold.is_blind(rows)
-        now = time.perf_counter()
-        outcomes.append(_Outcome(candidate, *where, score, now - start, failure, blind))
-        start = now
+        start = time.perf_counter()
+        try:
+            rows = predict(parameters)
+            score = _checked(task.fold.score(rows, loss))
+            blind = bool(task.fold.is_blind(rows))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # also SystemExit
+            failure = in_words(error)
+        outcomes.append(_Outcome(candidate, *task.where, score, time.perf_counter() - start, failure, blind))
     return outcomes
+
+
+def _checked(score: Any) -> Score:
+    """Return a score that others can be compared with."""
+    if not isinstance(score, Score):
+        raise TypeError(f"the fold's score is of type {type(score).__name__}: return a sc_noise2self.loss.Score.")
+    if len(score.sums) < 2:
+        raise ValueError("the loss is that of one cell or value: its error takes two or more.")
+    wrong = ~(np.abs(score.sums) <= _LARGEST) | ~(np.abs(score.weights) <= _LARGEST)
+    if wrong.any():
+        raise ValueError(f"the loss is NaN or infinite (or beyond {_LARGEST:g}) in {wrong.sum()} of {len(wrong)}.")
+    return score
 
 
 class Comparison:
@@ -124,6 +155,8 @@ class Comparison:
         done = [score for score in scores if score is not None]
         if not done:
             raise ValueError(f"every candidate failed; the first, {describe(self.candidates[0])}: {self.failure(0)}")
+        if not all(_pooled(of_split).weights.sum() > 0 for of_split in self.outcomes[scores.index(done[0])]):
+            raise ValueError("nothing that was hidden can be scored: the data have too few molecules to hide some.")
         least = min(done, key=lambda score: score.mean)
         losses = np.array([np.nan if score is None else score.mean for score in scores])
         errors = np.array([np.nan if score is None else score.error_of_difference(least) for score in scores])

@@ -15,12 +15,13 @@ Any object with a method `folds(data, rng)` that returns a list of `Fold` is a p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
 from .counts import column_sums, row_sums
@@ -34,6 +35,7 @@ Loss = LossName | Callable[[np.ndarray, np.ndarray], np.ndarray]
 _BLOCK = 1 << 20  # dense entries at a time
 _CHECKED_CELLS = 500  # on which a denoiser must predict what it has seen
 _ROUNDING = 1e-3  # nats, which the mean profile itself may be from the mean profile of some cells
+_FOLDS = "return a list of sc_noise2self.partitions.Fold"
 _BLEND = 0.005  # share of the mean profile in a prediction, so that one exact zero costs 5.3 nats, not infinity
 
 
@@ -72,6 +74,16 @@ class Fold:
     groups: np.ndarray | None = None
     hidden: np.ndarray | None = None
 
+    def __post_init__(self) -> None:
+        n_cells, n_genes = shape = self.seen.shape
+        for name, value, wanted in (
+            ("held_out", self.held_out, shape),
+            ("size", self.size, (n_cells,)),
+            ("share", self.share, (n_genes,)),
+        ):
+            if value.shape != wanted:
+                raise ValueError(f"{name} of a Fold has shape {value.shape}: seen has {shape}, so it needs {wanted}.")
+
     def score(self, predicted: Rows, loss: Loss) -> Score:
         """Return the loss of a prediction, by cell.
 
@@ -95,7 +107,8 @@ class Fold:
             mean = np.multiply.outer(self.size[cells], share)
             known = total > 0
             expected = np.where(known[:, None], expected, mean)
-            expected *= np.where(known, self.size[cells] / np.where(known, total, 1), 1)[:, None]
+            with np.errstate(over="ignore", invalid="ignore"):  # a loss that is no number is a failure of its own
+                expected *= np.where(known, self.size[cells] / np.where(known, total, 1), 1)[:, None]
             held_out = self.held_out[cells] if genes is None else self.held_out[cells][:, genes]
             block_sums, block_weights = _block_loss(expected, held_out, mean, loss)
             sums[cells] += block_sums
@@ -107,7 +120,7 @@ class Fold:
         cells = np.arange(0, len(self.size), max(1, len(self.size) // _CHECKED_CELLS))
         seen = self.seen[cells]
         score = Fold(seen, seen, row_sums(seen), self.share).score(_Some(predicted, cells), "poisson")
-        return score.mean > 2 * score.error + _ROUNDING
+        return bool(score.weights.any()) and score.mean > 2 * score.error + _ROUNDING
 
     def _blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """Yield cells with the genes that are hidden in them; None for all."""
@@ -195,19 +208,17 @@ class Genes:
         if isinstance(self.sets, Mapping):
             sets = np.zeros((len(self.sets), n_genes), bool)
             for row, genes in zip(sets, self.sets.values(), strict=True):
-                index = np.asarray(genes)
-                if index.dtype.kind not in "biu":
-                    raise ValueError(
-                        f"Genes was given {index.dtype} in a set: pass positions, or name genes in partition={{...}}."
-                    )
-                row[index] = True
+                row[_positions(genes, n_genes)] = True
         else:
-            sets = _random_groups(n_genes, self.sets, rng) == np.arange(self.sets)[:, None]
+            sets = _random_groups("genes", n_genes, self.sets, rng) == np.arange(self.sets)[:, None]
         n_groups = max(self.n_folds, len(sets))
-        groups = _random_groups(n_cells, n_groups, rng)
+        groups = _random_groups("cells", n_cells, n_groups, rng)
         none = np.zeros((n_groups - len(sets), n_genes), bool)
         turns = np.vstack([sets, none])
-        return [_hide(data, groups, np.roll(turns, shift, axis=0), rng) for shift in range(n_groups)]
+        return [
+            _hide(data, groups, np.roll(turns, shift, axis=0), own)
+            for shift, own in enumerate(_one_each(n_groups, rng))
+        ]
 
 
 @dataclass(frozen=True)
@@ -233,14 +244,14 @@ class Blocks:
 
     def folds(self, data: sp.csr_matrix, rng: np.random.Generator) -> list[Fold]:
         """See `Partition`; `data` are counts, CSR of shape (cells, genes)."""
-        groups = _random_groups(data.shape[0], self.cells, rng)
-        sets = _random_groups(data.shape[1], self.genes, rng)
+        groups = _random_groups("cells", data.shape[0], self.cells, rng)
+        sets = _random_groups("genes", data.shape[1], self.genes, rng)
         folds = []
-        for group in range(self.cells):
-            for which in range(self.genes):
-                hidden = np.zeros((self.cells, data.shape[1]), bool)
-                hidden[group] = sets == which
-                folds.append(_hide(data, groups, hidden, rng))
+        for number, own in enumerate(_one_each(self.cells * self.genes, rng)):
+            group, which = divmod(number, self.genes)
+            hidden = np.zeros((self.cells, data.shape[1]), bool)
+            hidden[group] = sets == which
+            folds.append(_hide(data, groups, hidden, own))
         return folds
 
 
@@ -265,13 +276,16 @@ class Masks:
 
     def folds(self, data: np.ndarray, rng: np.random.Generator) -> list[_MaskedFold]:
         """See `Partition`; `data` is an array."""
+        data = as_numbers(data, "the data hold")
+        if not np.isfinite(data).all():
+            raise ValueError("the data hold NaN or infinite values: fill them first.")
         masks = [np.asarray(mask) for mask in self.masks]
         for mask in masks:
             if mask.dtype != bool or mask.shape != data.shape:
                 raise ValueError(
                     f"a mask holds {mask.dtype} of shape {mask.shape}: the data need booleans of shape {data.shape}."
                 )
-        filled = np.asarray(self.fill(data))
+        filled = as_numbers(self.fill(data.copy()), "fill returned")
         if filled.shape != data.shape:
             raise ValueError(f"fill returned shape {filled.shape} for data of shape {data.shape}.")
         return [_MaskedFold(np.where(mask, filled, data), data, mask) for mask in masks]
@@ -324,8 +338,29 @@ class _MaskedFold:
         return False
 
 
+def _positions(genes: Sequence[int] | np.ndarray, n_genes: int) -> np.ndarray:
+    """Return the positions of a set of genes, checked."""
+    index = np.asarray(genes)
+    if index.dtype.kind not in "biu":
+        raise ValueError(f"Genes was given {index.dtype} in a set: pass positions, or name genes in partition={{...}}.")
+    if index.dtype == bool and index.shape != (n_genes,):
+        raise ValueError(f"Genes was given booleans of shape {index.shape} for {n_genes} genes: pass one for each.")
+    if index.dtype != bool and ((index < 0) | (index >= n_genes)).any():
+        raise ValueError(
+            f"Genes was given positions {index.min()} to {index.max()}: there are {n_genes} genes, from 0."
+        )
+    return index
+
+
 def _fold(seen: sp.csr_matrix, held_out: sp.csr_matrix) -> Fold:
-    return Fold(seen, held_out, row_sums(held_out), column_sums(seen) / max(seen.sum(), 1))
+    return Fold(seen, held_out, row_sums(held_out), _profile(column_sums(seen)))
+
+
+def _profile(totals: np.ndarray) -> np.ndarray:
+    """Return the share of each gene in what is seen."""
+    if not totals.any():
+        raise ValueError("a fold hides every molecule: the data have too few to hide some and show others.")
+    return totals / totals.sum()
 
 
 def _hide(counts: sp.csr_matrix, groups: np.ndarray, hidden: np.ndarray, rng: np.random.Generator) -> Fold:
@@ -347,7 +382,7 @@ def _hide(counts: sp.csr_matrix, groups: np.ndarray, hidden: np.ndarray, rng: np
 
     visible, held_out = part(~is_hidden), part(is_hidden)
     size, totals = row_sums(visible), column_sums(visible)
-    share = totals / totals.sum()
+    share = _profile(totals)
     per_group = np.bincount(groups, weights=size, minlength=len(hidden))
     for _ in range(5):  # a gene's share among the molecules of the cells that show it
         depth = per_group / np.maximum(1 - hidden @ share, 1e-12)
@@ -389,10 +424,28 @@ def _block_loss(
 
 
 def _of_each(losses: Any, n: int, what: str) -> np.ndarray:
-    losses = np.asarray(losses, dtype=np.float64)
+    losses = as_numbers(losses, "the loss returned").astype(np.float64)
     if losses.shape != (n,):
         raise ValueError(f"the loss returned shape {losses.shape}: return one number for each {what}, shape ({n},).")
     return losses
+
+
+def as_numbers(values: Any, whose: str) -> np.ndarray:
+    """Return values as a plain array, whatever kind of array they came in.
+
+    Raises
+    ------
+    ValueError
+        If some are masked.
+    TypeError
+        If they are no real numbers.
+    """
+    if np.ma.is_masked(values):
+        raise ValueError(f"{whose} masked values: what is masked is no number, so fill it first, e.g. by .filled(0).")
+    out = np.asarray(values)
+    if out.dtype.kind not in "buif":
+        raise TypeError(f"{whose} values of type {out.dtype}: real numbers are needed.")
+    return out
 
 
 def as_partition(partition: Any, gene_names: Sequence[str] | None) -> Partition:
@@ -414,7 +467,7 @@ def as_partition(partition: Any, gene_names: Sequence[str] | None) -> Partition:
         return named[partition]()
     if isinstance(partition, Mapping):
         return Genes(_pathways(partition, gene_names))
-    if isinstance(partition, type) or not hasattr(partition, "folds"):
+    if isinstance(partition, type) or not callable(getattr(partition, "folds", None)):
         raise TypeError(
             f"partition is {partition!r}: pass 'molecules', 'genes', 'blocks', a dict of gene lists, or an object with "
             "a method `folds`, such as those of sc_noise2self.partitions."
@@ -422,11 +475,34 @@ def as_partition(partition: Any, gene_names: Sequence[str] | None) -> Partition:
     return partition
 
 
+def folds_of(partition: Partition, data: Any, rng: np.random.Generator) -> list[Any]:
+    """Return the folds of a partition, which may be somebody else's.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    TypeError
+        If they are no folds.
+    """
+    name = type(partition).__name__
+    folds = partition.folds(data.copy(), rng)
+    if not isinstance(folds, Iterable):
+        raise TypeError(f"folds of {name} returned {type(folds).__name__}: {_FOLDS}.")
+    folds = list(folds)
+    for fold in folds:
+        if missing := [part for part in ("seen", "score", "is_blind") if not hasattr(fold, part)]:
+            raise TypeError(f"folds of {name} holds a {type(fold).__name__} without {', '.join(missing)}: {_FOLDS}.")
+    if not folds:
+        raise ValueError(f"the partition hides nothing: folds of {name} returned no fold.")
+    return folds
+
+
 def check_loss(loss: Loss | None, partition: Partition) -> Loss:
     """Return the loss, or the partition's usual one for None; raise if there is no such loss for it."""
     names = ("mse",) if isinstance(partition, Masks) else get_args(LossName)
     loss = names[0] if loss is None else loss
-    if not callable(loss) and loss not in names:
+    if not callable(loss) and not (isinstance(loss, str) and loss in names):
         raise ValueError(f"loss is {loss!r}: pass one of {', '.join(names)}, or a function.")
     return loss
 
@@ -434,24 +510,35 @@ def check_loss(loss: Loss | None, partition: Partition) -> Loss:
 def _pathways(pathways: Mapping[str, Sequence[str]], gene_names: Sequence[str] | None) -> dict[str, np.ndarray]:
     if gene_names is None:
         raise ValueError("pathways name genes, and a matrix has no names: pass an AnnData object.")
-    position = {name: i for i, name in enumerate(gene_names)}
+    names = pd.Index(gene_names)
+    twice = set(names[names.duplicated()])
     out = {}
     for pathway, genes in pathways.items():
-        if isinstance(genes, str) or not len(genes):
+        if isinstance(genes, str) or not isinstance(genes, Iterable) or not (wanted := list(genes)):
             raise ValueError(f"pathway {pathway!r} is {genes!r}: pass a list of gene names.")
-        if missing := [gene for gene in genes if gene not in position]:
+        if missing := [gene for gene in wanted if gene not in names]:
             raise ValueError(f"pathway {pathway!r} has genes that adata lacks: {', '.join(map(str, missing[:5]))}.")
-        out[pathway] = np.array([position[gene] for gene in genes])
+        if double := sorted(twice.intersection(wanted)):
+            raise ValueError(
+                f"pathway {pathway!r} has genes whose names adata has more than once: {', '.join(double[:5])}: "
+                "make them unique with adata.var_names_make_unique()."
+            )
+        out[pathway] = names.get_indexer_for(wanted)
     if not out:
         raise ValueError("partition is an empty dict: pass at least one pathway.")
     return out
 
 
-def _random_groups(n: int, n_groups: int, rng: np.random.Generator) -> np.ndarray:
+def _random_groups(what: str, n: int, n_groups: int, rng: np.random.Generator) -> np.ndarray:
     """Return the group of each of n, as even as can be."""
     if n_groups > n:
-        raise ValueError(f"{n} cells or genes cannot be dealt to {n_groups} groups: ask for fewer.")
+        raise ValueError(f"{n} {what} cannot be dealt to {n_groups} groups: ask for fewer.")
     return rng.permutation(n) % n_groups
+
+
+def _one_each(n: int, rng: np.random.Generator) -> list[np.random.Generator]:
+    """Return a generator for each fold: with one for all, a fold's draws would tell how many others had made."""
+    return [np.random.default_rng(key) for key in rng.integers(1 << 63, size=n)]
 
 
 def _check_folds(name: str, value: int) -> None:

@@ -11,9 +11,9 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
-from .annotated import chunks_of
+from .annotated import checked_block, chunks_of
 from .chunks import Block, Partial
-from .counts import NotACount, column_sums, first_non_count, position, row_sums
+from .counts import NotACount, column_sums, row_sums
 from .denoisers.profiles import Index, MixedProfiles, Profiles
 from .factors import GeneFactors, is_stamped
 from .scale import Scale, sample_depth, to_scale
@@ -170,15 +170,12 @@ def observed(adata: AnnData, key: str, columns: np.ndarray | None = None, layer:
             f"to sc_noise2self.get; adata.layers has {layers}."
         )
 
-    def checked(block: Block) -> Partial:
-        wrong = first_non_count(block.counts.data)
-        if wrong is not None:
-            raise NotACount(*position(block.counts, wrong), float(block.counts.data[wrong]))
+    def of_block(block: Block) -> Partial:
         asked = block.counts if columns is None else block.counts[:, columns]
         return Partial((column_sums(block.counts),), (row_sums(block.counts), asked))
 
     try:
-        (totals,), (found, counts) = chunks_of(matrix, name).run(checked)
+        (totals,), (found, counts) = chunks_of(matrix, name).run(of_block, checked_block)
         n_cells, n_genes = int(written["n_cells"]), int(written["n_genes"])
         all_genes, all_cells = adata.n_vars == n_genes, adata.n_obs == n_cells and f"{key}_total" in adata.var
         changed = (found != size) if all_genes else ~(found <= size)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import re
+import signal
+import threading
 import warnings
 from functools import partial
 
@@ -133,8 +138,9 @@ def test_jobs_change_nothing(counts, prefer):
     grid = {"share": [0.2, 0.5, 0.8, 0.9]}
     alone = n2s.calibrate(counts, toward_mean, grid)
     together = n2s.calibrate(counts, toward_mean, grid, n_jobs=2, prefer=prefer)
-    np.testing.assert_array_equal(alone.table["loss"], together.table["loss"])
-    np.testing.assert_array_equal(alone.table["error"], together.table["error"])
+    columns = ["share", "loss", "error", "gain", "failure", "chosen"]
+    pd.testing.assert_frame_equal(alone.table[columns], together.table[columns], check_exact=True)
+    np.testing.assert_array_equal(alone.split_losses, together.split_losses)
 
 
 def test_a_lambda_and_a_partial_and_every_array_type(counts):
@@ -371,8 +377,33 @@ def test_no_structure_is_warned_about():
     ("change", "error", "message"),
     [
         ({"grid": {"share": 0.5}}, TypeError, r"grid has 'share': 0.5: pass its values in a list"),
-        ({"grid": {"share": []}}, ValueError, "grid has no candidate"),
+        ({"grid": {"share": []}}, ValueError, "grid has no candidate: 'share' has no value"),
+        ({"grid": []}, ValueError, "grid has no candidate: pass a dict of lists"),
+        ({"grid": [{"share": [0.5]}, {"share": []}]}, ValueError, "grid has no candidate: 'share' has no value"),
         ({"grid": [3]}, TypeError, "grid holds 3: pass a dict of lists"),
+        ({"grid": None}, TypeError, "grid is None: pass a dict of lists"),
+        ({"grid": "share"}, TypeError, "grid is 'share': pass a dict of lists"),
+        ({"grid": {3: [0.5]}}, TypeError, "grid has 3 for a parameter's name"),
+        ({"grid": {"share": None}}, TypeError, "grid has 'share': None: pass its values in a list"),
+        ({"grid": {"share": np.array(0.5)}}, TypeError, r"grid has 'share': array\(0.5\): pass its values in a list"),
+        ({"grid": {"share": {0.5, 0.6}}}, TypeError, "grid has 'share': {.*}: pass its values in a list"),
+        ({"grid": {"share": {"a": 0.5}}}, TypeError, "grid has 'share': {'a': 0.5}: pass its values in a list"),
+        ({"grid": {"share": itertools.count()}}, ValueError, "grid has more than 100000 candidates"),
+        ({"grid": {"share": range(10**5), "k": [1, 2]}}, ValueError, "grid has more than 100000 candidates"),
+        ({"grid": {"shre": [0.5]}}, ValueError, "cannot be called with the parameters shre=0.5: .*; it takes share"),
+        ({"grid": {"share": [0.5], "k" * 999: [1]}}, ValueError, r"share=0.5, k{80}\.\.\.=1: .*; it takes share"),
+        ({"grid": {}}, ValueError, "cannot be called with the parameters of an empty grid: missing .* 'share'"),
+        ({"n_jobs": 0}, ValueError, "n_jobs is 0: pass a whole number, 1 or more, or -1"),
+        ({"n_jobs": -2}, ValueError, "n_jobs is -2: pass a whole number"),
+        ({"n_jobs": True}, ValueError, "n_jobs is True: pass a whole number"),
+        ({"n_jobs": "2"}, ValueError, "n_jobs is '2': pass a whole number"),
+        ({"refit": "yes"}, ValueError, "refit is 'yes': pass True or False"),
+        ({"rule": np.array(["least", "best"])}, ValueError, r"rule is array\(.*: pass one of least"),
+        ({"prefer": None}, ValueError, "prefer is None: pass one of processes, threads"),
+        ({"transform": ["log1p"]}, ValueError, r"transform is \['log1p'\]: pass one of log1p, sqrt, none"),
+        ({"loss": np.ones(2)}, ValueError, r"loss is array\(.*: pass one of poisson"),
+        ({"partition": np.ones(2)}, TypeError, r"partition is array\(.*: pass 'molecules', 'genes', 'blocks'"),
+        ({"partition": {"a": 3}}, ValueError, "pathway 'a' is 3: pass a list of gene names"),
         (
             {"denoiser": PCADenoiser},
             TypeError,
@@ -403,7 +434,7 @@ def test_bad_input_is_refused_and_nothing_written(adata, change, error, message)
 
 def test_a_partition_that_hides_nothing_is_refused():
     nothing = n2s.partitions.Masks([], np.zeros_like)
-    with pytest.raises(ValueError, match="the partition hides nothing"):
+    with pytest.raises(ValueError, match="the partition hides nothing: folds of Masks returned no fold"):
         n2s.calibrate(np.ones((4, 4)), lambda x: x + 1, {}, partition=nothing)
 
 
@@ -443,3 +474,422 @@ def test_the_curve_is_plotted(adata):
     n2s.calibrate(adata, lambda counts: toward_mean(counts, 0.5), {})
     with pytest.raises(ValueError, match="one candidate without parameters"):
         n2s.pl.loss(adata, key="calibrate")
+
+
+def test_a_grid_may_hold_any_iterable_and_repeat_itself(counts):
+    values = [0.5, 0.7, 0.9]
+    expected = n2s.calibrate(counts, toward_mean, {"share": values}).table["loss"]
+    for given in (
+        tuple(values),
+        np.array(values),
+        (value for value in values),
+        pd.Series(values),
+        dict.fromkeys(values).keys(),
+    ):
+        found = n2s.calibrate(counts, toward_mean, {"share": given}).table["loss"]
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    twice = n2s.calibrate(counts, toward_mean, [{"share": values}, {"share": values}]).table
+    np.testing.assert_array_equal(twice["loss"], [*expected, *expected])
+    assert twice["chosen"].sum() == 1
+
+
+def test_values_may_be_lists_or_no_number(counts):
+    def of(counts, share):
+        return toward_mean(counts, {"None": 0.7, "[1, 2]": 0.5, "nan": 0.8}.get(str(share), share))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = n2s.calibrate(counts, of, {"share": [0.1, None, [1, 2], np.nan, 0.2, 0.3]})
+    expected = n2s.calibrate(counts, toward_mean, {"share": [0.1, 0.7, 0.5, 0.8, 0.2, 0.3]})
+    np.testing.assert_array_equal(found.table["loss"], expected.table["loss"])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("rule", ["least", "one_standard_error"])
+def test_a_loss_that_is_no_number_is_a_failure_and_never_chosen(counts, value, rule):
+    def loss(expected, observed):
+        of_cells = np.square(expected - observed).sum(axis=1)
+        if np.ptp(expected / expected.sum(axis=1, keepdims=True), axis=0).max() < 1e-5:  # one profile for all cells
+            of_cells[3] = value
+        return of_cells
+
+    grid = {"share": [1.0, 0.9, 0.5, 0.2]}
+    plain = n2s.calibrate(counts, toward_mean, grid, loss=lambda m, x: np.square(m - x).sum(axis=1), rule=rule)
+    with pytest.warns(
+        UserWarning, match=r"1 of 4 candidates failed and were left out: share=1.0: ValueError: the loss is NaN or"
+    ):
+        found = n2s.calibrate(counts, toward_mean, grid, loss=loss, rule=rule)
+    failed = found.table["failure"] != ""
+    assert list(failed) == [True, False, False, False]
+    assert not found.table["chosen"][failed].any()
+    assert found.table["loss"][failed].isna().all()
+    assert np.isnan(found.split_losses[failed]).all()
+    np.testing.assert_array_equal(found.table["loss"][~failed], plain.table["loss"][~failed])
+    with pytest.raises(ValueError, match="every candidate failed; .*the loss is NaN or infinite .* in 400 of 400"):
+        n2s.calibrate(counts, toward_mean, grid, loss=lambda m, x: np.full(len(m), value), rule=rule)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda m, x: np.ones(len(m)) + 1j, "the loss returned values of type complex128"),
+        (lambda m, x: np.full(len(m), "a"), "the loss returned values of type <U1"),
+        (lambda m, x: np.ma.masked_equal(np.arange(len(m)), 3), "the loss returned masked values"),
+        (lambda m: m, "takes 1 positional argument but 2 were given"),
+    ],
+)
+def test_a_loss_of_another_kind_is_refused(counts, loss, message):
+    with pytest.raises(ValueError, match=message):
+        n2s.calibrate(counts, toward_mean, {"share": [0.5]}, loss=loss)
+
+
+def ends_its_process(counts, share):
+    if share == 0.4:
+        os._exit(3)
+    if share == 0.5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return toward_mean(counts, share)
+
+
+class EndsItsProcess:
+    """One fit serves all values, so they share a process until one ends it."""
+
+    def fit(self, counts):
+        self.counts = counts
+        return self
+
+    def predict(self, counts, share):
+        return ends_its_process(counts, share)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL here")
+@pytest.mark.parametrize("denoiser", [ends_its_process, EndsItsProcess()], ids=["function", "estimator"])
+def test_a_candidate_that_ends_its_process_fails_alone(counts, denoiser):
+    grid = {"share": [0.2, 0.4, 0.5, 0.8, 1.0]}
+    partition = n2s.partitions.Molecules(fraction=0.5)
+    with pytest.warns(
+        UserWarning, match="2 of 5 candidates failed .*: share=0.4: ChildProcessError: its process ended"
+    ):
+        found = n2s.calibrate(counts, denoiser, grid, n_jobs=2, partition=partition)
+    assert list(found.table["failure"].str.contains("its process ended")) == [False, True, True, False, False]
+    plain = n2s.calibrate(counts, toward_mean, {"share": [0.2, 0.8, 1.0]}, partition=partition)
+    np.testing.assert_array_equal(found.table["loss"][[0, 3, 4]], plain.table["loss"])
+    assert found.best == plain.best
+
+
+def test_what_cannot_be_sent_to_a_process_is_said(counts):
+    lock = threading.Lock()
+
+    def locked(counts, share):
+        with lock:
+            return toward_mean(counts, share)
+
+    with pytest.raises(ValueError, match="cannot be sent to another process, so pass prefer='threads'"):
+        n2s.calibrate(counts, locked, {"share": [0.5, 0.6]}, n_jobs=2)
+    n2s.calibrate(counts, locked, {"share": [0.5, 0.6]}, n_jobs=2, prefer="threads")
+
+
+class Unspeakable(Exception):
+    """Its message cannot be read, and it cannot be pickled."""
+
+    def __str__(self):
+        raise RuntimeError("no words")
+
+    def __reduce__(self):
+        raise TypeError("no pickle")
+
+
+def raises_oddly(counts, how):
+    if how == "unspeakable":
+        raise Unspeakable
+    if how == "empty":
+        raise RuntimeError("  ")
+    if how == "long":
+        raise RuntimeError("a\0b" * 10**6)
+    if how == "many lines":
+        raise RuntimeError("\n\nfirst\nsecond")
+    if how == "surrogate":
+        raise RuntimeError("\ud800")
+    if how == "exit":
+        raise SystemExit(7)
+    return toward_mean(counts, 0.7)
+
+
+@pytest.mark.parametrize("prefer", ["processes", "threads", None])
+def test_any_error_is_a_line_of_the_table(adata, tmp_path, prefer):
+    jobs = {} if prefer is None else {"n_jobs": 2, "prefer": prefer}
+    grid = {"how": ["unspeakable", "empty", "long", "many lines", "surrogate", "exit", "well"]}
+    with pytest.warns(UserWarning, match="6 of 7 candidates failed"):
+        table = n2s.calibrate(adata, raises_oddly, grid, **jobs).table
+    assert table["chosen"].tolist() == [False] * 6 + [True]
+    failures = table["failure"].tolist()
+    assert failures[:2] == ["Unspeakable", "RuntimeError"]
+    assert failures[2].startswith("RuntimeError: a ba b")
+    assert len(failures[2]) < 400
+    assert failures[3:] == ["RuntimeError: first", "RuntimeError:  ", "SystemExit: 7", ""]
+    adata.write_h5ad(tmp_path / "a.h5ad")
+
+
+@pytest.mark.parametrize("jobs", [{}, {"n_jobs": 2, "prefer": "threads"}, {"n_jobs": 2}])
+@pytest.mark.parametrize("refit", [False, True])
+def test_an_interrupt_stops_everything_and_writes_nothing(adata, jobs, refit):
+    n2s.calibrate(adata, toward_mean, {"share": [0.7]}, refit=True)
+    before = adata.copy()
+
+    def interrupted(counts, share):
+        if share == 0.5 and (not refit or counts.sum() == adata.X.sum()):
+            raise KeyboardInterrupt
+        return toward_mean(counts, share)
+
+    with pytest.raises(KeyboardInterrupt):
+        n2s.calibrate(adata, interrupted, {"share": [0.5, 1.0]}, refit=refit, **jobs)
+    assert adata.uns["calibrate"]["best"] == {"share": 0.7}
+    np.testing.assert_array_equal(adata.layers["calibrate"], before.layers["calibrate"])
+    np.testing.assert_array_equal(adata.X.data, before.X.data)
+
+
+def test_what_fails_on_all_of_the_data_is_said_with_the_choice(adata):
+    def fails_on_much(counts, share):
+        if counts.sum() == adata.X.sum():
+            raise MemoryError("too much")
+        return toward_mean(counts, share)
+
+    with pytest.raises(ValueError, match="share=0.7 was chosen, and failed on all of the data: MemoryError: too much"):
+        n2s.calibrate(adata, fails_on_much, {"share": [0.7]}, refit=True)
+    assert not adata.uns
+
+
+class Subclass(np.ndarray):
+    pass
+
+
+def read_only(values):
+    values.flags.writeable = False
+    return values
+
+
+RESULTS = {
+    "subclass": lambda x: x.view(Subclass),
+    "nothing masked": np.ma.array,
+    "read-only": read_only,
+    "Fortran": np.asfortranarray,
+    "longdouble": lambda x: x.astype(np.longdouble),
+    "array of SciPy": sp.csr_array,
+    "lil": sp.lil_matrix,
+    "dok": sp.dok_array,
+    "coo": sp.coo_matrix,
+    "AnnData": ad.AnnData,
+    "scaled": lambda x: x * np.geomspace(1e-6, 1e6, len(x))[:, None],
+}
+
+
+@pytest.mark.parametrize("kind", list(RESULTS))
+def test_results_of_any_kind_are_the_same(counts, kind):
+    expected = n2s.calibrate(counts, toward_mean, {"share": [0.5, 0.9]}, refit=True)
+    found = n2s.calibrate(
+        counts, lambda counts, share: RESULTS[kind](toward_mean(counts, share)), {"share": [0.5, 0.9]}, refit=True
+    )
+    np.testing.assert_allclose(found.table["loss"], expected.table["loss"], rtol=1e-5)
+    np.testing.assert_allclose(found.denoised, expected.denoised, rtol=1e-5)
+    assert type(found.denoised) is np.ndarray
+
+
+def test_a_memory_map_and_half_precision_are_taken(counts, tmp_path):
+    def mapped(counts, share):
+        out = np.memmap(tmp_path / "values", np.float32, "w+", shape=counts.shape)
+        out[:] = toward_mean(counts, share)
+        return out
+
+    expected = n2s.calibrate(counts, toward_mean, {"share": [0.8]}).table["loss"][0]
+    assert n2s.calibrate(counts, mapped, {"share": [0.8]}).table["loss"][0] == pytest.approx(expected)
+    half = n2s.calibrate(counts, lambda counts, share: toward_mean(counts, share).astype(np.float16), {"share": [0.8]})
+    assert half.table["loss"][0] == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (lambda x: np.ma.masked_less(x, 0.1), "returned masked values: .*fill it first"),
+        (lambda x: x.astype(complex), "returned values of type complex128"),
+        (lambda x: x.astype(object), "returned values of type object"),
+        (lambda x: sp.csr_matrix(x.astype(complex)), "returned values of type complex128"),
+        (lambda x: x * 1e300, r"returned NaN or infinite values, or values beyond 1e\+30"),
+        (lambda x: np.where(x > x.mean(), np.inf, x), "returned NaN or infinite values"),
+    ],
+)
+def test_values_that_are_no_finite_numbers_are_refused(counts, values, message):
+    with pytest.raises(ValueError, match=message):
+        n2s.calibrate(counts, lambda counts: values(toward_mean(counts, 0.8).astype(np.float64)), {})
+    with pytest.raises(ValueError, match=message.replace("complex128", "(complex128|object)")):
+        n2s.calibrate(np.ones((6, 6)), lambda z: values(np.arange(36.0).reshape(6, 6)), {}, partition=checkerboard(6))
+
+
+def checkerboard(n):
+    return n2s.partitions.Masks([np.add.outer(np.arange(n), np.arange(n)) % 2 == i for i in (0, 1)], np.zeros_like)
+
+
+def test_a_square_matrix_that_is_transposed_is_noticed(counts):
+    with pytest.warns(UserWarning, match="worse than one mean profile: check that cells and genes are returned in the"):
+        n2s.calibrate(counts[:150], lambda counts: toward_mean(counts, 0.8).T.copy(), {})
+
+
+def test_a_cell_of_which_nothing_is_predicted_gets_the_mean_profile(counts):
+    def forgets(counts):
+        out = toward_mean(counts, 0.8)
+        out[:5] = 0
+        return out
+
+    layer = n2s.calibrate(counts, forgets, {}, refit=True).denoised
+    share = counts.sum(axis=0).A1 / counts.sum()
+    np.testing.assert_allclose(layer[:5], np.outer(counts[:5].sum(axis=1).A1, share), rtol=1e-5)
+
+
+def test_an_estimator_is_fitted_anew_whatever_it_holds(counts):
+    class Drifting:
+        """Each fit smooths more than the one before it."""
+
+        def __init__(self):
+            self.shares = [0.5]
+
+        def fit(self, counts):
+            self.shares.append(self.shares[-1] + 0.1)
+            return self
+
+        def predict(self, counts):
+            return toward_mean(counts, self.shares[-1])
+
+    drifting = Drifting()
+    found = n2s.calibrate(counts, drifting, {}, n_splits=2)
+    assert drifting.shares == [0.5]
+    expected = n2s.calibrate(counts, toward_mean, {"share": [0.6]}, n_splits=2)
+    np.testing.assert_array_equal(found.split_losses, expected.split_losses)
+
+
+def test_a_fit_that_returns_nothing_is_refused(counts):
+    class Forgetful:
+        def fit(self, counts):
+            pass
+
+        def predict(self, counts):
+            return counts
+
+    with pytest.raises(ValueError, match="fit of .*Forgetful returned NoneType: return self"):
+        n2s.calibrate(counts, Forgetful(), {})
+
+
+class Own:
+    """A partition of somebody else's."""
+
+    def __init__(self, folds):
+        self._folds = folds
+
+    def folds(self, data, rng):
+        return self._folds(data, rng)
+
+
+class NoScore:
+    seen = None
+
+
+def doubles(data, rng):
+    folds = n2s.partitions.Molecules().folds(data, rng)
+    data.data *= 2
+    return folds
+
+
+@pytest.mark.parametrize(
+    ("folds", "error", "message"),
+    [
+        (lambda data, rng: [], ValueError, "the partition hides nothing: folds of Own returned no fold"),
+        (lambda data, rng: None, TypeError, "folds of Own returned NoneType: return a list of"),
+        (lambda data, rng: [data], TypeError, "folds of Own holds a csr_matrix without seen, score, is_blind: return"),
+        (
+            lambda data, rng: [NoScore()],
+            TypeError,
+            "folds of Own holds a NoScore without score, is_blind: return a list",
+        ),
+        (
+            lambda data, rng: [n2s.partitions.Fold(data, data, np.ones(3), np.ones(150))],
+            ValueError,
+            r"size of a Fold has shape \(3,\): seen has \(400, 150\), so it needs \(400,\)",
+        ),
+    ],
+)
+def test_folds_that_are_none_are_refused(counts, folds, error, message):
+    with pytest.raises(error, match=message):
+        n2s.calibrate(counts, toward_mean, {"share": [0.5]}, partition=Own(folds))
+
+
+def test_what_has_folds_that_cannot_be_called_is_no_partition(counts):
+    partition = Own(None)
+    partition.folds = []
+    with pytest.raises(TypeError, match="partition is .*Own object.*: pass 'molecules', 'genes', 'blocks'"):
+        n2s.calibrate(counts, toward_mean, {"share": [0.5]}, partition=partition)
+
+
+def test_the_input_is_bit_identical_afterwards(adata):
+    before = adata.copy()
+
+    def rude(expected, observed):
+        loss = np.square(expected - observed).sum(axis=1)
+        expected[:] = observed[:] = -1
+        return loss
+
+    n2s.calibrate(adata, toward_mean, {"share": [0.5, 0.9]}, partition=Own(doubles), loss=rude, refit=True)
+    matrix = adata.X.copy()
+    n2s.calibrate(matrix, toward_mean, {"share": [0.5, 0.9]}, partition=Own(doubles))
+    for after in (adata.X, matrix):
+        for part in ("data", "indices", "indptr"):
+            np.testing.assert_array_equal(getattr(after, part), getattr(before.X, part))
+
+    def erase(image):
+        image[:] = 0
+        return image
+
+    image = np.random.default_rng(0).normal(size=(6, 6))
+    original = image.copy()
+    masks = n2s.partitions.Masks(checkerboard(6).masks, erase)
+    n2s.calibrate(image, lambda z: z / 2, {}, partition=masks)
+    np.testing.assert_array_equal(image, original)
+
+
+def test_an_image_with_nan_is_refused():
+    with pytest.raises(ValueError, match="the data hold NaN or infinite values"):
+        n2s.calibrate(np.full((6, 6), np.nan), lambda z: z + 1, {}, partition=checkerboard(6))
+    with pytest.raises(ValueError, match="the data hold masked values"):
+        n2s.calibrate(np.ma.masked_equal(np.eye(6), 1), lambda z: z + 1, {}, partition=checkerboard(6))
+
+
+PARTITIONS = {
+    "molecules": "molecules",
+    "fifths": n2s.partitions.Molecules(5),
+    "genes": n2s.partitions.Genes(2, 2),
+    "blocks": n2s.partitions.Blocks(2, 2),
+}
+
+
+@pytest.mark.parametrize("rule", ["least", "one_standard_error"])
+@pytest.mark.parametrize("partition", list(PARTITIONS))
+def test_tiny_data_have_finite_tables_or_are_refused(partition, rule):
+    refusals = (
+        "holds no molecule|nothing that was hidden can be scored|a fold hides every molecule|"
+        "cannot be dealt to 2 groups|the loss is that of one cell or value|there is 1 (cell|gene)"
+    )
+    done = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        x = sp.csr_matrix(rng.poisson(rng.choice([0.1, 0.3, 1, 10]), rng.integers(1, 6, 2)).astype(np.float32))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of no gain, but not of a division
+                found = n2s.calibrate(
+                    x, toward_mean, {"share": [0.5, 0.9]}, partition=PARTITIONS[partition], rule=rule, refit=True
+                )
+        except ValueError as error:
+            assert re.search(refusals, str(error)), seed  # noqa: PT017
+            continue
+        done += 1
+        assert np.isfinite(found.table[["loss", "error", "gain"]]).all(axis=None)
+        assert np.isfinite(found.split_losses).all()
+        np.testing.assert_allclose(found.denoised.sum(axis=1), x.sum(axis=1).A1, rtol=1e-5)
+    assert done > 10

@@ -27,7 +27,7 @@ def hidden_entries(fold, shape):
     return np.ones(shape, bool) if fold.hidden is None else fold.hidden[fold.groups]
 
 
-@pytest.mark.parametrize("partition", [Molecules(), Molecules(5), Molecules(fraction=0.8)])
+@pytest.mark.parametrize("partition", [*map(Molecules, range(2, 11)), Molecules(fraction=0.8)])
 def test_molecules_add_up_and_each_is_held_out_once(x, partition):
     before = x.copy()
     folds = folds_of(partition, x)
@@ -43,7 +43,25 @@ def test_molecules_add_up_and_each_is_held_out_once(x, partition):
     assert (x != before).nnz == 0
 
 
-@pytest.mark.parametrize("partition", [Genes(4, 5), Genes(10), Blocks(3, 4)])
+@pytest.mark.parametrize("n_folds", range(2, 11))
+def test_parts_of_poisson_counts_are_equal_and_independent(n_folds):
+    """What a fold holds out says nothing of what another does, nor of what it shows."""
+    x = sp.csr_matrix(np.random.default_rng(n_folds).poisson(2, (400, 500)).astype(np.float32))
+    folds = folds_of(Molecules(n_folds), x)
+    parts = np.array([fold.held_out.toarray().ravel() for fold in folds])
+    n = x.shape[0] * x.shape[1]
+    # correlations of independent entries are normal, with a standard error of 1 / sqrt(n)
+    found = np.corrcoef(parts)[np.triu_indices(n_folds, 1)]
+    np.testing.assert_allclose(found, 0, atol=4.5 / np.sqrt(n))
+    for part, fold in zip(parts, folds, strict=True):
+        assert abs(np.corrcoef(part, fold.seen.toarray().ravel())[0, 1]) < 4.5 / np.sqrt(n)
+    # Poisson: mean and variance are 2 / n_folds; their standard errors, of a sample of n
+    rate = 2 / n_folds
+    np.testing.assert_allclose(parts.mean(axis=1), rate, atol=4.5 * np.sqrt(rate / n))
+    np.testing.assert_allclose(parts.var(axis=1), rate, atol=4.5 * np.sqrt((rate + 2 * rate**2) / n))
+
+
+@pytest.mark.parametrize("partition", [Genes(4, 5), Genes(10), Genes(2, 2), Blocks(3, 4), Blocks(2, 2), Blocks(60, 40)])
 def test_every_entry_is_hidden_once_and_what_is_visible_is_as_it_was(x, partition):
     before = x.copy()
     times = np.zeros(x.shape)
@@ -57,14 +75,44 @@ def test_every_entry_is_hidden_once_and_what_is_visible_is_as_it_was(x, partitio
     assert (x != before).nnz == 0
 
 
-def test_what_is_hidden_does_not_show_in_what_is_seen(x):
-    other = x.toarray()
-    hidden = hidden_entries(folds_of(Genes(4), x)[0], x.shape)
-    other[hidden] = 7
-    first, second = folds_of(Genes(4), x)[0], folds_of(Genes(4), sp.csr_matrix(other))[0]
-    assert (first.seen != second.seen).nnz == 0
-    np.testing.assert_array_equal(first.share, second.share)
-    np.testing.assert_array_equal(first.size, second.size)
+@pytest.mark.parametrize("partition", [Genes(4), Genes(10), Genes(PATHWAYS, 3), Blocks(3, 4)])
+def test_what_is_hidden_does_not_show_in_what_is_seen(x, partition):
+    for i, first in enumerate(folds_of(partition, x)):
+        hidden = hidden_entries(first, x.shape)
+        other = x.toarray()
+        other[hidden] = (0, 7, 1000)[i % 3]
+        second = folds_of(partition, sp.csr_matrix(other))[i]
+        np.testing.assert_array_equal(hidden_entries(second, x.shape), hidden)
+        for part in ("data", "indices", "indptr"):
+            np.testing.assert_array_equal(getattr(first.seen, part), getattr(second.seen, part))
+        np.testing.assert_array_equal(first.share, second.share)
+        np.testing.assert_array_equal(first.size, second.size)
+
+
+def test_what_a_mask_hides_does_not_show_in_what_is_seen():
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(8, 9))
+    masks = [(np.add.outer(np.arange(8), np.arange(9)) % 2) == i for i in (0, 1)]
+
+    def neighbours(y):  # on a checkerboard they are of the other colour; the first row and column have fewer
+        out = np.zeros(y.shape)
+        out[1:] += y[:-1]
+        out[:-1] += y[1:]
+        out[:, 1:] += y[:, :-1]
+        out[:, :-1] += y[:, 1:]
+        return out
+
+    partition = Masks(masks, neighbours)
+    times = np.zeros(image.shape)
+    for i, mask in enumerate(masks):
+        other = image.copy()
+        other[mask] = 1e6
+        np.testing.assert_array_equal(partition.folds(other, rng)[i].seen, partition.folds(image, rng)[i].seen)
+        # all of the loss is that of the masked entries
+        right = np.where(mask, image, 1e9)
+        assert partition.folds(image, rng)[i].score(right, "mse").mean == 0
+        times += mask
+    np.testing.assert_array_equal(times, 1)
 
 
 def test_hidden_counts_are_replaced_by_whole_counts_at_the_cells_depth():
@@ -198,12 +246,18 @@ def test_entries_in_no_mask_are_denoised_as_they_are():
         (lambda: Molecules(5, 0.5), "n_folds and fraction were both given"),
         (lambda: Genes(1), "sets is 1"),
         (lambda: Blocks(2, 1.5), "genes is 1.5"),
-        (lambda: folds_of(Genes(41), np.eye(40)), "40 cells or genes cannot be dealt to 41 groups"),
+        (lambda: folds_of(Genes(41), np.eye(40)), "40 genes cannot be dealt to 41 groups"),
         (lambda: as_partition("molecule", None), "partition is 'molecule': pass one of molecules, genes, blocks"),
         (lambda: as_partition({"a": ["x"]}, None), "pathways name genes, and a matrix has no names"),
         (lambda: as_partition({"a": ["x", "q"]}, ["x", "y"]), "pathway 'a' has genes that adata lacks: q"),
         (lambda: as_partition({"a": "x"}, ["x", "y"]), "pathway 'a' is 'x': pass a list of gene names"),
+        (lambda: as_partition({"a": 3}, ["x", "y"]), "pathway 'a' is 3: pass a list of gene names"),
+        (lambda: as_partition({"a": ["x"]}, ["x", "y", "x"]), "pathway 'a' has genes whose names adata has more than"),
         (lambda: as_partition({}, ["x"]), "partition is an empty dict"),
+        (lambda: folds_of(Genes({"a": [20]}), sp.eye(20, format="csr")), "positions 20 to 20: there are 20 genes"),
+        (lambda: folds_of(Genes({"a": [-1]}), sp.eye(20, format="csr")), "positions -1 to -1: there are 20 genes"),
+        (lambda: folds_of(Genes({"a": [True]}), sp.eye(20, format="csr")), r"booleans of shape \(1,\) for 20 genes"),
+        (lambda: folds_of(Blocks(6, 2), sp.eye(5, format="csr")), "5 cells cannot be dealt to 6 groups"),
         (
             lambda: folds_of(Genes({"a": ["x"]}), sp.eye(20, format="csr")),
             "pass positions, or name genes in partition=",

@@ -1,0 +1,132 @@
+"""Tasks several at a time, in threads or in processes, of which one may end and take only its own task along.
+
+A pool of processes breaks as a whole when one of them ends, and does not say whose task it was. So each process is a
+pool of its own, fed by a thread.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from numbers import Integral
+from queue import SimpleQueue
+from typing import Any, Literal, TypeVar
+
+from joblib import cpu_count
+from joblib.externals.loky import BrokenProcessPool, ProcessPoolExecutor
+from joblib.externals.loky.backend.reduction import dumps
+
+_THREADS = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMBA_NUM_THREADS",
+    "LOKY_MAX_CPU_COUNT",
+)
+"""What tells libraries, and this package, how many threads of a process are theirs."""
+
+Item = TypeVar("Item")
+Out = TypeVar("Out")
+
+
+def as_n_jobs(n_jobs: int) -> int:
+    """Return how many tasks run at a time, -1 being as many as there are cores."""
+    if isinstance(n_jobs, bool) or not isinstance(n_jobs, Integral) or not (n_jobs == -1 or n_jobs > 0):
+        raise ValueError(
+            f"n_jobs is {n_jobs!r}: pass a whole number, 1 or more, or -1 for as many as cores ({cpu_count()} here)."
+        )
+    return cpu_count() if n_jobs == -1 else int(n_jobs)
+
+
+def in_jobs(
+    work: Callable[[Item], Out], items: Sequence[Item], n_jobs: int, prefer: Literal["processes", "threads"]
+) -> Generator[tuple[Item, Out | Exception]]:
+    """Yield each item with what `work` returned of it, or with what went wrong, as they are done.
+
+    One job runs here and now. What interrupts one interrupts all.
+    """
+    if n_jobs == 1:
+        for item in items:
+            yield item, work(item)
+        return
+    n_jobs = min(n_jobs, len(items))
+    workers = [_Process(max(1, cpu_count() // n_jobs)) if prefer == "processes" else _Here() for _ in range(n_jobs)]
+    idle: SimpleQueue[_Process | _Here] = SimpleQueue()
+    for worker in workers:
+        idle.put(worker)
+
+    def run(item: Item) -> Out:
+        worker = idle.get()
+        try:
+            return worker.run(work, item)
+        finally:
+            idle.put(worker)
+
+    pool = ThreadPoolExecutor(n_jobs)
+    try:
+        futures = {pool.submit(run, item): item for item in items}
+        for future in as_completed(futures):
+            try:
+                out: Out | Exception = future.result()
+            except Exception as error:
+                out = error
+            yield futures.pop(future), out
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.close()
+
+
+def _call(sent: bytes) -> Any:
+    """Return what the work that was sent returns of its item, in the process that it was sent to."""
+    work, item = pickle.loads(sent)
+    return work(item)
+
+
+class _Here:
+    """The thread that asks."""
+
+    def run(self, work: Callable[[Item], Out], item: Item) -> Out:
+        return work(item)
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+class _Process:
+    """A process that is started when it is needed, and anew when a task ended it."""
+
+    def __init__(self, n_threads: int) -> None:
+        self._env = {name: os.environ.get(name, str(n_threads)) for name in _THREADS}
+        self._start()
+
+    def _start(self) -> None:
+        self._executor = ProcessPoolExecutor(max_workers=1, env=self._env)
+
+    def run(self, work: Callable[[Item], Out], item: Item) -> Out:
+        """Return what `work` returns of an item there.
+
+        Raises
+        ------
+        TypeError
+            If they cannot be sent there.
+        ChildProcessError
+            If the process ended.
+        """
+        try:
+            sent = bytes(dumps((work, item)))
+        except Exception as error:
+            raise TypeError(f"it cannot be sent to another process, so pass prefer='threads': {error}") from error
+        try:
+            return self._executor.submit(_call, sent).result()
+        except BrokenProcessPool as error:
+            self.close()
+            self._start()
+            raise ChildProcessError("its process ended, as by a segmentation fault or for want of memory") from error
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        self._executor.shutdown(wait=True, kill_workers=True)
