@@ -221,9 +221,18 @@ class OnDisk(_Local):
     def __init__(self, dataset: Any, rows: int | None = None) -> None:
         super().__init__(dataset.shape, rows)
         self._dataset = dataset
+        stored = getattr(dataset, "group", None)
+        if stored is not None:
+            _check_stored(np.asarray(stored["indptr"]), dataset.shape[0], len(stored["indices"]), len(stored["data"]))
 
     def _slice(self, start: int, stop: int) -> Any:
-        return self._dataset[start:stop]
+        try:
+            return _checked(self._dataset[start:stop], (stop - start, self.shape[1]))
+        except (MemoryError, PermissionError):
+            raise
+        except Exception as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"cells {start} to {stop - 1} cannot be read, the file is damaged: {why}") from error
 
 
 class OnDask(Chunks):
@@ -317,6 +326,30 @@ def _canonical(rows: Any) -> sp.csr_matrix:
         out = out.copy()
         out.eliminate_zeros()
     return out
+
+
+def _check_stored(indptr: np.ndarray, n_rows: int, n_indices: int, n_values: int) -> None:
+    """Refuse a stored CSR matrix whose rows are not where it says: to follow it would read memory of others."""
+    if (
+        indptr.dtype.kind not in "iu"
+        or indptr.shape != (n_rows + 1,)
+        or n_indices != n_values
+        or indptr[0] != 0
+        or indptr[-1] != n_values
+        or (indptr[1:] < indptr[:-1]).any()
+    ):
+        raise ValueError(
+            f"the stored matrix is damaged: its indptr does not rise from 0 to its {n_values} values in {n_rows} rows."
+        )
+
+
+def _checked(rows: Any, shape: tuple[int, int]) -> Any:
+    """Return rows that were read from outside if they are whole: SciPy follows a wrong index out of memory."""
+    if rows.shape != shape:
+        raise ValueError(f"there are {rows.shape[0]} x {rows.shape[1]} values instead of {shape[0]} x {shape[1]}")
+    if sp.issparse(rows):
+        rows.check_format(full_check=True)
+    return rows
 
 
 def _within(block: Block, cells: np.ndarray) -> np.ndarray:
