@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -221,18 +222,15 @@ class OnDisk(_Local):
     def __init__(self, dataset: Any, rows: int | None = None) -> None:
         super().__init__(dataset.shape, rows)
         self._dataset = dataset
-        stored = getattr(dataset, "group", None)
-        if stored is not None:
-            _check_stored(np.asarray(stored["indptr"]), dataset.shape[0], len(stored["indices"]), len(stored["data"]))
+        with _reading("the stored matrix"):
+            if dataset.dtype.kind not in "biuf":
+                raise ValueError(f"it holds {dataset.dtype}, and counts are numbers")
+            if hasattr(dataset, "group"):
+                _check_rows(dataset.group, dataset.shape[0])
 
     def _slice(self, start: int, stop: int) -> Any:
-        try:
+        with _reading(f"cells {start} to {stop - 1} of the stored matrix"):
             return _checked(self._dataset[start:stop], (stop - start, self.shape[1]))
-        except (MemoryError, PermissionError):
-            raise
-        except Exception as error:
-            why = " ".join(str(error).split())
-            raise ValueError(f"cells {start} to {stop - 1} cannot be read, the file is damaged: {why}") from error
 
 
 class OnDask(Chunks):
@@ -275,7 +273,7 @@ class OnDask(Chunks):
         ]
 
     def _slice(self, start: int, stop: int) -> Any:
-        return self._array[start:stop].compute()
+        return _checked(self._array[start:stop].compute(), (stop - start, self.shape[1]))
 
     def _parts(self, work: Work) -> list[Any]:
         """Return what is learned from each chunk, not computed yet."""
@@ -288,7 +286,7 @@ class OnDask(Chunks):
 
 def _of_chunk(work: Work, start: int, rows: Any, step: int) -> Partial:
     """Return what is learned from the blocks of a chunk, in one thread: the scheduler has its own."""
-    starts = range(0, rows.shape[0], step)
+    starts, rows = range(0, rows.shape[0], step), _checked(rows, rows.shape)
     return alone(lambda: _gathered(work(_block(start + i, rows[i : i + step])) for i in starts))
 
 
@@ -328,19 +326,25 @@ def _canonical(rows: Any) -> sp.csr_matrix:
     return out
 
 
-def _check_stored(indptr: np.ndarray, n_rows: int, n_indices: int, n_values: int) -> None:
-    """Refuse a stored CSR matrix whose rows are not where it says: to follow it would read memory of others."""
-    if (
-        indptr.dtype.kind not in "iu"
-        or indptr.shape != (n_rows + 1,)
-        or n_indices != n_values
-        or indptr[0] != 0
-        or indptr[-1] != n_values
-        or (indptr[1:] < indptr[:-1]).any()
-    ):
-        raise ValueError(
-            f"the stored matrix is damaged: its indptr does not rise from 0 to its {n_values} values in {n_rows} rows."
-        )
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Say in one sentence that a file is damaged, whichever library found it, in whichever way."""
+    try:
+        yield
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{what} cannot be read: {why}.") from error
+
+
+def _check_rows(stored: Any, n_rows: int) -> None:
+    """Refuse CSR whose rows are not where it says: to follow it would read other memory."""
+    indptr, n_values = np.asarray(stored["indptr"]), stored["data"].shape[0]
+    if indptr.dtype.kind not in "iu" or indptr.shape != (n_rows + 1,) or stored["indices"].shape != (n_values,):
+        raise ValueError(f"its indptr, indices and data do not fit {n_rows} rows")
+    if indptr[0] != 0 or indptr[-1] != n_values or (indptr[1:] < indptr[:-1]).any():
+        raise ValueError(f"its indptr does not rise from 0 to the number of its values, {n_values}")
 
 
 def _checked(rows: Any, shape: tuple[int, int]) -> Any:

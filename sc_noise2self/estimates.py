@@ -44,10 +44,12 @@ def estimate(chunks: Chunks, n_components: int) -> Estimate | None:
         Of PCA.
     """
     n_cells, n_genes = chunks.shape
+    if min(chunks.shape) < 2:
+        return None
     n_rows = min(n_cells, block_rows(n_genes))
     start = time.perf_counter()
     first = Block(chunks.take(np.arange(n_rows)), 0)
-    if not first.counts.size or first_non_count(first.counts.data) is not None:
+    if first_non_count(first.counts.data) is not None:
         return None
     _one_pass(first, n_components)
     seconds = (time.perf_counter() - start) * n_cells / n_rows / cpu_count()
