@@ -345,6 +345,17 @@ def _check_rows(stored: Any, n_rows: int) -> None:
         raise ValueError(f"its indptr, indices and data do not fit {n_rows} rows")
     if indptr[0] != 0 or indptr[-1] != n_values or (indptr[1:] < indptr[:-1]).any():
         raise ValueError(f"its indptr does not rise from 0 to the number of its values, {n_values}")
+    # zarr reads a chunk that is gone as zeros, and does not write one of zeros: more than one a row is no row of CSR.
+    for name in ("data", "indices"):
+        if n_values > n_rows and _n_missing(stored[name]):
+            raise ValueError(f"{_n_missing(stored[name])} chunks of its {name} are missing")
+
+
+def _n_missing(array: Any) -> int:
+    """Return how many chunks of an array of zarr are not there."""
+    if not hasattr(array, "nchunks_initialized") or getattr(array, "shards", None) is not None:
+        return 0
+    return int(array.nchunks - array.nchunks_initialized)
 
 
 def _checked(rows: Any, shape: tuple[int, int]) -> Any:
