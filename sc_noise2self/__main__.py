@@ -39,7 +39,7 @@ def _as_typed(message: str) -> str:
     """Return a message with parameters as the options that they are here."""
     message = re.sub(r"\b(method|device|layer)=(['\"])(\S*?)\2", r"--\1 \3", " ".join(message.split()))
     for name, option in _TYPED.items():
-        message = re.sub(rf"(?<![\w/.-]){name}(?![\w/.=])", option, message)
+        message = re.sub(rf"(?<![\w/.-]){name}(?![\w/=]|\.\w)", option, message)
     return message
 
 

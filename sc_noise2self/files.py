@@ -216,7 +216,10 @@ def _without_matrices(stored: Any) -> AnnData:
     """Return what is not of size cells x genes, cells x cells or genes x genes."""
     missing = [slot for slot in ("obs", "var") if slot not in stored]
     if missing:
-        raise _Refused(f"{' and '.join(missing)} is missing in the file, which has {sorted(stored)}: it is no AnnData.")
+        raise _Refused(
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing in the file, which has "
+            f"{sorted(stored)}: it holds no AnnData object."
+        )
     found = {slot: ad.io.read_elem(stored[slot]) for slot in _SLOTS if slot in stored}
     return AnnData(**found)
 
