@@ -472,13 +472,13 @@ def require_torch() -> None:
 
 
 def _check_output(link: Link, factors: np.ndarray, loadings: np.ndarray) -> None:
-    """Raise where an output would not be finite once it is a rate, and rates are added up over genes."""
+    """Raise where a cell's largest rate, or the sum of its rates, would not be a number, or would be 0."""
     most = _LARGEST_OUTPUT["exp" if link in ("exp", "log1p") else "power"]
     step = max(1, _CHECKED_ENTRIES // len(loadings))
 
     def largest(start: int) -> float:
         with np.errstate(all="ignore"):
-            return float(np.abs(factors[start : start + step] @ loadings.T).max(initial=0))
+            return float(np.abs((factors[start : start + step] @ loadings.T).max(axis=1)).max())
 
     for found in in_threads(largest, range(0, len(factors), step)):
         if not found <= most:  # nor NaN
