@@ -99,7 +99,7 @@ def denoise_file(
                 adata.layers[layer] = counts
         _check_layer(stored, adata, key_added)
         n_bytes = _size(source) + 4 * adata.n_obs * (adata.n_vars if write_layer else 0)
-        check_fits_disk(n_bytes, target.parent)
+        check_fits_disk(n_bytes, target.resolve().parent)
         if not in_memory:
             said = estimate(chunks_of(counts, "X" if layer is None else f'layer "{layer}"'), _COMPONENTS)
             logg.info("" if said is None else str(said))

@@ -471,10 +471,11 @@ def test_addresses_are_refused_and_home_is_found(source, monkeypatch, capsys):
     assert listed(source.parent) == ["in.h5ad", "out.h5ad"]
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may read everything")
 def test_what_may_not_be_read_or_written_is_said(source, tmp_path_factory):
     closed = tmp_path_factory.mktemp("closed")
     closed.chmod(0o500)
+    if os.access(closed, os.W_OK):
+        pytest.skip("the superuser may write everywhere")
     with pytest.raises(PermissionError, match="closed.* may not be written to by this user: choose another folder"):
         n2s.denoise_file(source, closed / "out.h5ad", layer="counts")
     source.chmod(0o000)

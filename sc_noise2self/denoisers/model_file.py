@@ -25,7 +25,38 @@ _FORMAT = 2
 _LARGEST_SCALE = 1e6  # of a gene: it makes up for the bend of a transform
 
 Check = Callable[[Any], bool]
-Size = str | int
+
+_GENES: dict[str, tuple[str, ...]] = {"gene_share_": ("genes",), "gene_scale_": ("genes",)}
+_NETWORK: dict[str, tuple[str, ...]] = {
+    "scores.components": ("genes", "inputs"),
+    "scores.gene_weights": ("genes",),
+    "scores.center": ("inputs",),
+    "scores.depth": (),
+    "scores.mean": ("genes",),
+    "scores.share": ("genes",),
+    "scores.scale": (),
+    "encoder.weight": ("hidden", "inputs"),
+    "encoder.bias": ("hidden",),
+    "code.weight": ("width", "hidden"),
+    "code.bias": ("width",),
+    "code_linear.weight": ("width", "inputs"),
+    "decoder.weight": ("hidden", "width+batches"),
+    "decoder.bias": ("hidden",),
+    "decoder_linear.weight": ("hidden", "width"),
+    "genes.weight": ("genes", "hidden"),
+    "genes.bias": ("genes",),
+    "batch_offsets": ("batches", "genes"),
+}
+"""The shape of every tensor, as names of sizes."""
+
+_TINY = float(np.finfo(np.float32).tiny)
+_BOUNDS = {
+    "gene_share_": (0, 1),
+    "gene_scale_": (0, _LARGEST_SCALE),
+    "scores.share": (0, 1),
+    "scores.depth": (_TINY, np.inf),
+    "scores.scale": (_TINY, np.inf),
+}
 
 
 def save(path: str | os.PathLike[str], contents: Mapping[str, Any]) -> None:
@@ -136,39 +167,6 @@ def _check(saved: dict[str, Any], n_bytes: int, losses: Sequence[str]) -> None:
     loss, link = saved["parameters"]["loss"], saved["fitted"]["link_"]
     if link != (loss.rpartition("_")[2] if loss.startswith(("mse", "noise2same")) else "exp"):
         raise _Wrong(f"its link_ {link!r} is not that of its loss, {loss!r}")
-
-
-_GENES: dict[str, tuple[str, ...]] = {"gene_share_": ("genes",), "gene_scale_": ("genes",)}
-_NETWORK: dict[str, tuple[str, ...]] = {
-    "scores.components": ("genes", "inputs"),
-    "scores.gene_weights": ("genes",),
-    "scores.center": ("inputs",),
-    "scores.depth": (),
-    "scores.mean": ("genes",),
-    "scores.share": ("genes",),
-    "scores.scale": (),
-    "encoder.weight": ("hidden", "inputs"),
-    "encoder.bias": ("hidden",),
-    "code.weight": ("width", "hidden"),
-    "code.bias": ("width",),
-    "code_linear.weight": ("width", "inputs"),
-    "decoder.weight": ("hidden", "width+batches"),
-    "decoder.bias": ("hidden",),
-    "decoder_linear.weight": ("hidden", "width"),
-    "genes.weight": ("genes", "hidden"),
-    "genes.bias": ("genes",),
-    "batch_offsets": ("batches", "genes"),
-}
-"""The shape of every tensor, as names of sizes."""
-
-_TINY = float(np.finfo(np.float32).tiny)
-_BOUNDS = {
-    "gene_share_": (0, 1),
-    "gene_scale_": (0, _LARGEST_SCALE),
-    "scores.share": (0, 1),
-    "scores.depth": (_TINY, np.inf),
-    "scores.scale": (_TINY, np.inf),
-}
 
 
 def _values(losses: Sequence[str]) -> dict[str, dict[str, Check]]:
