@@ -40,8 +40,10 @@ def write_source(path: Path, n_cells: int, n_genes: int) -> None:
 
 def started(source: Path, target: Path) -> int:
     """Return the process of a run of the command line."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until the command line has begun
     process = os.fork()
     if process:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         return process
     status = 1
     try:
@@ -49,6 +51,10 @@ def started(source: Path, target: Path) -> int:
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        except KeyboardInterrupt:
+            os._exit(130)
         status = command_line(["denoise", str(source), str(target), "--quiet", *OPTIONS])
     finally:
         os._exit(status)
@@ -102,7 +108,10 @@ def main() -> int:
             for i in range(n):
                 target.write_bytes(whole)
                 process = started(source, target)
-                time.sleep(rng.uniform(writes if i % 2 else 0, 1.05 * ends))
+                if i % 2:
+                    while len(os.listdir(folder)) < 3 and target.read_bytes() == whole:  # it does not write yet
+                        time.sleep(0.001)
+                time.sleep(rng.uniform(0, 1.2 * (ends - writes) if i % 2 else 1.05 * ends))
                 os.kill(process, how)
                 status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
                 try:

@@ -23,8 +23,8 @@ _TYPED = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, or with one line on standard error 2, 130 if interrupted."""
-    args = _parser().parse_args(argv)
     try:
+        args = _parser().parse_args(argv)
         args.run(args)
     except (ValueError, TypeError, OSError, ImportError, MemoryError, FloatingPointError) as error:
         print(f"sc_noise2self: {_as_typed(str(error) or 'there is too little memory.')}", file=sys.stderr)
