@@ -60,6 +60,11 @@ def started(source: Path, target: Path) -> int:
         os._exit(status)
 
 
+def ended(process: int) -> bool:
+    """Return whether a run has ended, and leave its status to be asked for."""
+    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def timed(source: Path, target: Path) -> tuple[float, float]:
     """Return after how many seconds a run writes, and ends."""
     before, start, writes = set(target.parent.iterdir()), time.perf_counter(), 0.0
@@ -107,9 +112,10 @@ def main() -> int:
             counted: Counter[str] = Counter()
             for i in range(n):
                 target.write_bytes(whole)
+                before = set(os.listdir(folder))
                 process = started(source, target)
                 if i % 2:
-                    while len(os.listdir(folder)) < 3 and target.read_bytes() == whole:  # it does not write yet
+                    while not (set(os.listdir(folder)) - before or ended(process)):  # it does not write yet
                         time.sleep(0.001)
                 time.sleep(rng.uniform(0, 1.2 * (ends - writes) if i % 2 else 1.05 * ends))
                 os.kill(process, how)
