@@ -3,37 +3,59 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+_TYPED = {
+    "write_layer=False": "--factors",
+    "mix=True": "--mix",
+    "pass overwrite": "pass --overwrite",
+    "key_added": "--key-added",
+    "batch_key": "--batch-key",
+    "save_model": "--save-model",
+    "random_state": "--seed",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, or 2 with one sentence on standard error."""
-    args = _parser().parse_args(argv)
+    """Run the command line and return its exit status: 0, or with one line on standard error 2, 130 if interrupted."""
     try:
+        args = _parser().parse_args(argv)
         args.run(args)
     except (ValueError, TypeError, OSError, ImportError, MemoryError, FloatingPointError) as error:
-        print(f"sc_noise2self: {error}", file=sys.stderr)
+        print(f"sc_noise2self: {_as_typed(str(error) or 'there is too little memory.')}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("sc_noise2self: interrupted.", file=sys.stderr)
+        return 130
     return 0
+
+
+def _as_typed(message: str) -> str:
+    """Return a message with parameters as the options that they are here."""
+    message = re.sub(r"\b(method|device|layer)=(['\"])(\S*?)\2", r"--\1 \3", " ".join(message.split()))
+    for name, option in _TYPED.items():
+        message = re.sub(rf"(?<![\w/.-]){name}(?![\w/=]|\.\w)", option, message)
+    return message
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sc_noise2self", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     denoise = commands.add_parser("denoise", help="denoise the raw counts of a file into another")
-    denoise.add_argument("source", type=Path, metavar="IN", help=".h5ad or .zarr with raw counts; it is not changed")
-    denoise.add_argument("target", type=Path, metavar="OUT", help=".h5ad or .zarr to write; it must not exist")
+    denoise.add_argument("source", metavar="IN", help=".h5ad or .zarr with raw counts; it is not changed")
+    denoise.add_argument("target", metavar="OUT", help=".h5ad or .zarr to write; it must not exist")
     denoise.add_argument("--method", default="pca", help="pca, autoencoder, diffusion, knn or ensemble (default: pca)")
     denoise.add_argument("--mix", action="store_true", help="mix each cell's own counts back in")
     denoise.add_argument("--layer", help="layer that holds raw counts (default: X)")
     denoise.add_argument("--key-added", default="denoised", help="name of the result (default: %(default)s)")
     denoise.add_argument("--batch-key", help="column of obs with each cell's batch, for the autoencoder")
     denoise.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    denoise.add_argument("--save-model", type=Path, help="file to write the fitted autoencoder to")
+    denoise.add_argument("--save-model", type=_file, help="file to write the fitted autoencoder to")
     denoise.add_argument("--factors", action="store_true", help="write the factors alone, no dense layer")
     denoise.add_argument("--overwrite", action="store_true", help="replace OUT.h5ad, in one step, once it is done")
     denoise.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
@@ -69,6 +91,10 @@ def _denoise(args: argparse.Namespace) -> None:
     if not args.quiet:
         print(f"{args.target}, result {args.key_added!r}")
         print(textwrap.fill(said, 100))
+
+
+def _file(given: str) -> Path:
+    return Path(given).expanduser()
 
 
 def _print_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -226,9 +227,15 @@ class OnDisk(_Local):
     def __init__(self, dataset: Any, rows: int | None = None) -> None:
         super().__init__(dataset.shape, rows)
         self._dataset = dataset
+        with _reading("the stored matrix"):
+            if dataset.dtype.kind not in "biuf":
+                raise ValueError(f"it holds {dataset.dtype}, and counts are numbers")
+            if hasattr(dataset, "group"):
+                _check_rows(dataset.group, dataset.shape[0])
 
     def _slice(self, start: int, stop: int) -> Any:
-        return self._dataset[start:stop]
+        with _reading(f"cells {start} to {stop - 1} of the stored matrix"):
+            return _checked(self._dataset[start:stop], (stop - start, self.shape[1]))
 
 
 class OnDask(Chunks):
@@ -271,7 +278,7 @@ class OnDask(Chunks):
         ]
 
     def _slice(self, start: int, stop: int) -> Any:
-        return self._array[start:stop].compute()
+        return _checked(self._array[start:stop].compute(), (stop - start, self.shape[1]))
 
     def _parts(self, work: Work, to_block: ToBlock | None = None) -> list[Any]:
         """Return what is learned from each chunk, not computed yet."""
@@ -287,7 +294,7 @@ class OnDask(Chunks):
 
 def _of_chunk(work: Work, to_block: ToBlock, start: int, rows: Any, step: int) -> Partial:
     """Return what is learned from the blocks of a chunk, in one thread: the scheduler has its own."""
-    starts = range(0, rows.shape[0], step)
+    starts, rows = range(0, rows.shape[0], step), _checked(rows, rows.shape)
     return alone(lambda: _gathered(work(to_block(start + i, rows[i : i + step])) for i in starts))
 
 
@@ -326,6 +333,47 @@ def _canonical(rows: Any) -> sp.csr_matrix:
         out = out.copy()
         out.eliminate_zeros()
     return out
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Say in one sentence that a file is damaged, whichever library found it, in whichever way."""
+    try:
+        yield
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{what} cannot be read: {why}.") from error
+
+
+def _check_rows(stored: Any, n_rows: int) -> None:
+    """Refuse CSR whose rows are not where it says: to follow it would read other memory."""
+    indptr, n_values = np.asarray(stored["indptr"]), stored["data"].shape[0]
+    if indptr.dtype.kind not in "iu" or indptr.shape != (n_rows + 1,) or stored["indices"].shape != (n_values,):
+        raise ValueError(f"its indptr, indices and data do not fit {n_rows} rows")
+    if indptr[0] != 0 or indptr[-1] != n_values or (indptr[1:] < indptr[:-1]).any():
+        raise ValueError(f"its indptr does not rise from 0 to the number of its values, {n_values}")
+    # zarr reads a chunk that is gone as zeros, and does not write one of zeros: more than one a row is no row of CSR.
+    for name in ("data", "indices"):
+        if n_values > n_rows and _n_missing(stored[name]):
+            raise ValueError(f"{_n_missing(stored[name])} chunks of its {name} are missing")
+
+
+def _n_missing(array: Any) -> int:
+    """Return how many chunks of an array of zarr are not there."""
+    if not hasattr(array, "nchunks_initialized") or getattr(array, "shards", None) is not None:
+        return 0
+    return int(array.nchunks - array.nchunks_initialized)
+
+
+def _checked(rows: Any, shape: tuple[int, int]) -> Any:
+    """Return rows that were read from outside if they are whole: SciPy follows a wrong index out of memory."""
+    if rows.shape != shape:
+        raise ValueError(f"there are {rows.shape[0]} x {rows.shape[1]} values instead of {shape[0]} x {shape[1]}")
+    if sp.issparse(rows):
+        rows.check_format(full_check=True)
+    return rows
 
 
 def _within(block: Block, cells: np.ndarray) -> np.ndarray:

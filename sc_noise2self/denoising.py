@@ -238,6 +238,10 @@ def denoise(
         raise ValueError(f"autoencoder has {', '.join(sorted(unknown))}: it takes {', '.join(FURTHER)}.")
     if save_model is not None:
         _check_model_file(save_model, one=method == "autoencoder" and n_seeds == 1)
+        if isinstance(adata, AnnData) and not adata.var_names.is_unique:
+            raise ValueError(
+                "gene names are not unique, and a model knows genes by name: adata.var_names_make_unique()."
+            )
     check_scale(scale, scale_depth)
     rng = as_generator(random_state)
     check_positive("n_splits", n_splits)

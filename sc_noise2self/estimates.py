@@ -9,7 +9,7 @@ import numpy as np
 from joblib import cpu_count
 
 from .chunks import Block, Chunks, block_rows
-from .counts import row_sums
+from .counts import SINGLE, NotACount, check_values, row_sums
 from .memory import gigabytes
 from .split import halves
 from .transform import Transform
@@ -35,8 +35,8 @@ class Estimate:
         return f"{self.n_cells} cells x {self.n_genes} genes: about {gigabytes(self.memory)} of memory and {how_long}"
 
 
-def estimate(chunks: Chunks, n_components: int) -> Estimate:
-    """Return what denoising will take, from one block of the counts.
+def estimate(chunks: Chunks, n_components: int) -> Estimate | None:
+    """Return what denoising will take, from one block of the counts; None where they are none and will be refused.
 
     Parameters
     ----------
@@ -44,9 +44,15 @@ def estimate(chunks: Chunks, n_components: int) -> Estimate:
         Of PCA.
     """
     n_cells, n_genes = chunks.shape
+    if min(chunks.shape) < 2:
+        return None
     n_rows = min(n_cells, block_rows(n_genes))
     start = time.perf_counter()
     first = Block(chunks.take(np.arange(n_rows)), 0)
+    try:
+        check_values(first.counts, SINGLE)
+    except NotACount:
+        return None
     _one_pass(first, n_components)
     seconds = (time.perf_counter() - start) * n_cells / n_rows / cpu_count()
     memory = (

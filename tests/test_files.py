@@ -1,22 +1,25 @@
 """Files in, files out: the same result as in memory, and never half of one."""
 
-import signal
+import contextlib
+import os
+import shutil
+import socket
+import stat
 import subprocess
 import sys
-import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
 from helpers import low_rank_profiles, poisson_counts
 
 import sc_noise2self as n2s
-from sc_noise2self import files
 from sc_noise2self.__main__ import main
 
-pytest.importorskip("dask.array")
 pytest.importorskip("zarr")
 
 
@@ -131,7 +134,7 @@ def test_a_zarr_folder_is_not_replaced(source):
 
 
 def test_a_layer_too_large_for_the_disk_is_refused_with_its_gigabytes(source, monkeypatch):
-    monkeypatch.setattr("sc_noise2self.memory.shutil.disk_usage", lambda folder: SimpleNamespace(free=10))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10))
     with pytest.raises(OSError, match=r"the result takes 0.0 GB and 0.0 GB are free in .*: write the factors alone"):
         n2s.denoise_file(source, source.with_name("out.h5ad"), layer="counts")
 
@@ -140,51 +143,370 @@ def test_an_error_while_writing_leaves_nothing(source, monkeypatch):
     def fails(*args, **options):
         raise OSError("disk full")
 
-    monkeypatch.setattr(files.ad.io, "write_elem", fails)
+    monkeypatch.setattr(ad.io, "write_elem", fails)
     with pytest.raises(OSError, match="disk full"):
         n2s.denoise_file(source, source.with_name("out.h5ad"), layer="counts")
     assert listed(source.parent) == ["in.h5ad"]
 
 
-KILLED = """
-import sys
-import sc_noise2self as n2s
-from sc_noise2self import files
+@pytest.mark.parametrize(
+    ("owner", "name", "calls"),
+    [
+        (shutil, "copyfile", (1,)),
+        (h5py.Group, "create_dataset", (1, 5, 20, 40)),
+        (h5py.Group, "__delitem__", (1, 4)),
+        (h5py.Dataset, "__setitem__", (1,)),
+        (h5py.File, "close", (1, 2)),
+        (ad.io, "write_elem", (1, 2, 3, 5)),
+        (os, "fsync", (1,)),
+        (os, "chmod", (1,)),
+        (os, "replace", (1,)),
+    ],
+)
+@pytest.mark.parametrize("after", [False, True])
+def test_an_interrupt_while_writing_leaves_the_old_or_the_new(source, monkeypatch, owner, name, calls, after):
+    target = source.with_name("out.h5ad")
+    options = {"layer": "counts", "overwrite": True, "transform": "log1p", "n_components": 3}
+    n2s.denoise_file(source, target, **options)
+    new = ad.read_h5ad(target)
+    before, happened = source.read_bytes(), 0
+    original = getattr(owner, name)
+    for last in calls:
+        old = b"old"
+        target.write_bytes(old)
+        n_calls = 0
 
-ready = open(sys.argv[3], "w")
-copy = files.shutil.copyfile
-files.shutil.copyfile = lambda *paths: (ready.write("writing"), ready.flush(), copy(*paths))
-files._ROWS, files._COLUMNS = 5, 5  # many small chunks, so that a kill falls between them
-n2s.denoise_file(sys.argv[1], sys.argv[2], layer="counts", overwrite=True, transform="log1p", scale="rates")
+        def interrupts(*args, last=last, **given):
+            nonlocal n_calls
+            n_calls += 1
+            if n_calls == last and not after:
+                raise KeyboardInterrupt
+            out = original(*args, **given)
+            if n_calls == last:
+                raise KeyboardInterrupt
+            return out
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(owner, name, interrupts)
+            n2s.denoise_file(source, target, **options)
+        happened += n_calls >= last
+        assert source.read_bytes() == before
+        assert listed(source.parent) == ["in.h5ad", "out.h5ad"]
+        if target.read_bytes() != old:
+            np.testing.assert_array_equal(ad.read_h5ad(target).layers["denoised"], new.layers["denoised"])
+    assert happened == len(calls)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked")
+def test_kills_and_interrupts_at_random_moments_leave_the_old_or_the_new():
+    script = Path(__file__).parents[1] / "benchmarks" / "kills.py"
+    if not script.exists():
+        pytest.skip("a distribution of the source has no benchmarks")
+    done = subprocess.run(
+        [sys.executable, script, "--kills", "4", "--interrupts", "4"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "broken" not in done.stdout
+
+
+DIES = """
+import os, signal, sys
+import sc_noise2self as n2s
+
+os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+n2s.denoise_file(sys.argv[1], sys.argv[2], layer="counts", write_layer=False, transform="log1p")
 """
 
 
-def test_a_killed_run_leaves_the_old_or_the_new(source):
-    """`kill -9` at random moments of the write: the source and the old target are whole, the next run cleans up."""
-    target, script = source.with_name("out.h5ad"), source.with_name("run.py")
-    script.write_text(KILLED)
+def test_what_a_killed_run_leaves_is_removed_by_the_next_and_nothing_else_is(source, tmp_path_factory, monkeypatch):
+    target, precious = source.with_name("out.h5ad"), tmp_path_factory.mktemp("precious")
+    (precious / "thesis").write_text("mine")
+    subprocess.run([sys.executable, "-c", DIES, source, target], check=False)
+    (left,) = [path for path in source.parent.iterdir() if path != source]
+    assert left.is_dir()
+    assert stat.S_IMODE(left.stat().st_mode) == 0o700
+    others = [left.with_name(left.name.replace(socket.gethostname(), "elsewhere")), left.with_name(f"{left.name}.bak")]
+    for other in others:
+        shutil.copytree(left, other)
+    replace, inner = os.replace, source.with_name("inner.h5ad")
+
+    def another_run_meanwhile(*paths):
+        monkeypatch.setattr(os, "replace", replace)
+        n2s.denoise_file(source, inner, layer="counts", write_layer=False)
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", another_run_meanwhile)
     n2s.denoise_file(source, target, layer="counts", write_layer=False)
-    whole, old = source.read_bytes(), target.read_bytes()
-    rng = np.random.default_rng(0)
-    killed = 0
+    names = sorted([*(other.name for other in others), "in.h5ad", "inner.h5ad", "out.h5ad"])
+    assert listed(source.parent) == names
+    left.symlink_to(precious)
+    n2s.denoise_file(source, target, layer="counts", write_layer=False, overwrite=True)
+    assert listed(source.parent) == sorted([*names, left.name])
+    assert (precious / "thesis").read_text() == "mine"
+
+
+def permissions(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_who_may_not_read_the_source_may_not_read_the_result(source, monkeypatch):
+    seen, replace = [], os.replace
+
+    def looks(written, target):
+        if Path(target).parent == source.parent:
+            seen.append(permissions(Path(written).parent))
+        replace(written, target)
+
+    monkeypatch.setattr(os, "replace", looks)
+    for mode, of_folder in ((0o600, 0o700), (0o640, 0o750)):
+        source.chmod(mode)
+        targets = [
+            source.with_name(f"{mode}.h5ad"),
+            source.with_name(f"{mode}.zarr"),
+            source.with_name(f"{mode}b.h5ad"),
+        ]
+        for path, given in zip(targets, (source, source, targets[1]), strict=True):
+            n2s.denoise_file(given, path, layer="counts", write_layer=False)
+        assert [permissions(path) for path in targets] == [mode, of_folder, mode]
+    targets[0].chmod(0o604)
+    n2s.denoise_file(source, targets[0], layer="counts", write_layer=False, overwrite=True)
+    assert permissions(targets[0]) == 0o604
+    assert set(seen) == {0o700}
+
+
+def test_a_link_is_followed(source, tmp_path_factory):
+    there = tmp_path_factory.mktemp("there") / "real.h5ad"
+    there.write_text("old")
+    link = source.with_name("out.h5ad")
+    link.symlink_to(there)
+    n2s.denoise_file(source, link, layer="counts", write_layer=False, overwrite=True)
+    assert link.is_symlink()
+    assert "denoised" in ad.read_h5ad(there).obsm
+    assert listed(there.parent) == ["real.h5ad"]
+    there.unlink()
+    with pytest.raises(FileNotFoundError, match=r"out.h5ad is a link to .*real.h5ad, which does not exist: remove"):
+        n2s.denoise_file(source, link, layer="counts", overwrite=True)
+
+
+@pytest.mark.filterwarnings("ignore:Writing zarr v2 data:UserWarning")
+def test_a_store_that_anndata_wrote(source):
+    """Its metadata are consolidated, and where there is no `raw` it says so."""
+    adata = ad.read_h5ad(source)
+    del adata.raw
+    first, second, last = (source.with_name(name) for name in ("first.zarr", "second.zarr", "last.h5ad"))
+    adata.write_zarr(first)
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    n2s.denoise_file(first, second, layer="counts", key_added="one")
+    n2s.denoise_file(second, last, layer="counts", key_added="two")
+    assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
+    n2s.denoise(adata, layer="counts", key_added="one")
+    for found in (ad.read_zarr(second), ad.read_h5ad(last)):
+        np.testing.assert_allclose(found.layers["one"], adata.layers["one"], rtol=1e-5)
+        np.testing.assert_array_equal(found.obsm["one"], adata.obsm["one"])
+        assert (found.obsp["distances"] != adata.obsp["distances"]).nnz == 0
+        assert found.raw is None
+    np.testing.assert_array_equal(found.layers["two"], found.layers["one"])
+
+
+WITHOUT_DASK = """
+import sys
+sys.modules["dask"] = sys.modules["dask.array"] = None
+import sc_noise2self as n2s
+
+paths = sys.argv[1:]
+for i, (source, target) in enumerate(zip(paths, paths[1:])):
+    n2s.denoise_file(source, target, layer="counts", key_added=f"result{i}", transform="log1p")
+"""
+
+
+def test_no_format_needs_dask(source):
+    paths = [source, *(source.with_name(name) for name in ("b.h5ad", "c.zarr", "d.zarr", "e.h5ad"))]
+    subprocess.run([sys.executable, "-c", WITHOUT_DASK, *paths], check=True)
+    found = ad.read_h5ad(paths[-1])
     for i in range(4):
-        ready = source.with_name(f"ready{i}")
-        run = subprocess.Popen([sys.executable, script, source, target, ready])
-        while run.poll() is None and not (ready.exists() and ready.read_text()):
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.3))
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-        killed += run.returncode == -signal.SIGKILL and target.read_bytes() == old
-        assert source.read_bytes() == whole
-        if target.read_bytes() != old:
-            assert ad.read_h5ad(target).layers["denoised"].shape == (150, 40)
-            target.write_bytes(old)
-        ready.unlink()
-    assert killed
-    n2s.denoise_file(source, target, layer="counts", overwrite=True)
-    assert listed(source.parent) == ["in.h5ad", "out.h5ad", "run.py"]
-    np.testing.assert_array_less(0, ad.read_h5ad(target).layers["denoised"].sum(axis=1))
+        assert found.layers[f"result{i}"].sum() == pytest.approx(found.layers["counts"].sum(), rel=1e-3)
+    assert (found.raw.X != ad.read_h5ad(source).raw.X).nnz == 0
+
+
+def edited(path, edit):
+    with h5py.File(path, "a") as file:
+        edit(file)
+
+
+def set_entry(name, index, value):
+    def edit(file):
+        file[f"layers/counts/{name}"][index] = value
+
+    return edit
+
+
+def replace_counts(values):
+    def edit(file):
+        del file["layers/counts"]
+        ad.io.write_elem(file, "layers/counts", values)
+
+    return edit
+
+
+def remove(name):
+    def edit(file):
+        del file[name]
+
+    return edit
+
+
+def set_shape(file):
+    file["layers/counts"].attrs["shape"] = [150, 10**12]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (set_entry("indices", 7, 10**8), "cells 0 to 149 of the stored matrix cannot be read: indices must be < 40"),
+        (set_entry("indices", 7, -3), "cells 0 to 149 of the stored matrix cannot be read: indices must be >= 0"),
+        (set_entry("indptr", 7, 10**8), "its indptr does not rise from 0 to the number of its values"),
+        (set_entry("indptr", 7, -10), "its indptr does not rise from 0"),
+        (set_entry("indptr", -1, 10**8), "its indptr does not rise from 0"),
+        (set_entry("data", 7, np.nan), 'layer "counts" holds nan at cell "c0"'),
+        (set_entry("data", 7, -1), 'layer "counts" holds -1 at cell "c0"'),
+        (remove("layers/counts/indices"), "the stored matrix cannot be read: .*indices"),
+        (remove("obs"), "obs is missing in the file, which has "),
+        (remove("var/_index"), "in.h5ad is damaged, or holds no AnnData object: "),
+        (remove("layers"), r"layer 'counts' is missing: the file has \[\]"),
+        (set_shape, "in.h5ad is damaged, or holds no AnnData object: .*1000000000000"),
+        (replace_counts(np.full((150, 40), "a")), "the stored matrix cannot be read: it holds object, and counts are"),
+        (replace_counts(np.ones((150, 39))), "in.h5ad is damaged, or holds no AnnData object: "),
+    ],
+)
+def test_a_damaged_h5ad_is_refused_in_a_sentence(source, edit, message, capsys):
+    edited(source, edit)
+    target = source.with_name("out.h5ad")
+    with pytest.raises(ValueError, match=message):
+        n2s.denoise_file(source, target, layer="counts")
+    assert main(["denoise", str(source), str(target), "--layer", "counts", "--quiet"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("sc_noise2self: ")
+    assert said.count("\n") == 1
+    assert listed(source.parent) == ["in.h5ad"]
+
+
+def empty_file(path):
+    path.write_bytes(b"")
+
+
+def text(path):
+    path.write_text("counts")
+
+
+def folder(path):
+    path.mkdir()
+
+
+def half(path):
+    whole = path.with_name("in.h5ad").read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+def empty_h5(path):
+    h5py.File(path, "w").close()
+
+
+def store(path):
+    n2s.denoise_file(path.with_name("in.h5ad"), path, layer="counts", write_layer=False)
+
+
+def broken_metadata(path):
+    store(path)
+    for name in (".zarray", ".zattrs", "zarr.json"):
+        for each in (path / "obs").rglob(name):
+            each.write_text("{")
+
+
+def broken_chunk(path):
+    store(path)
+    for each in (path / "layers" / "counts" / "data").rglob("*"):
+        if each.is_file() and not each.name.startswith((".z", "zarr")):
+            each.write_bytes(b"x")
+
+
+def missing_chunk(path):
+    store(path)
+    for each in (path / "layers" / "counts" / "indices").rglob("*"):
+        if each.is_file() and not each.name.startswith((".z", "zarr")):
+            each.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "error", "message"),
+    [
+        ("x.h5ad", empty_file, ValueError, "x.h5ad is damaged, or holds no AnnData object: .*signature not found"),
+        ("x.h5ad", text, ValueError, "x.h5ad is damaged, or holds no AnnData object: .*signature not found"),
+        ("x.h5ad", half, ValueError, "x.h5ad is damaged, or holds no AnnData object: .*truncated file"),
+        ("x.h5ad", empty_h5, ValueError, r"obs and var are missing in the file, which has \[\]"),
+        ("x.h5ad", folder, ValueError, "x.h5ad is not a file: an .h5ad is one"),
+        ("x.zarr", text, ValueError, "x.zarr is not a folder: a .zarr is one"),
+        ("x.zarr", folder, ValueError, "x.zarr is damaged, or holds no AnnData object: "),
+        ("x.zarr", broken_metadata, ValueError, "x.zarr is damaged, or holds no AnnData object: "),
+        ("x.zarr", broken_chunk, ValueError, "cells 0 to 149 of the stored matrix cannot be read: "),
+        ("x.zarr", missing_chunk, ValueError, "the stored matrix cannot be read: 1 chunks of its indices are missing"),
+    ],
+)
+def test_what_is_no_source_is_refused_in_a_sentence(source, name, make, error, message):
+    given = source.with_name(name)
+    make(given)
+    before = listed(source.parent)
+    with pytest.raises(error, match=message):
+        n2s.denoise_file(given, source.with_name("out.h5ad"), layer="counts")
+    assert listed(source.parent) == before
+
+
+def test_addresses_are_refused_and_home_is_found(source, monkeypatch, capsys):
+    for given in ("https://example.org/in.h5ad", "s3://bucket/in.h5ad"):
+        with pytest.raises(ValueError, match=f"{given} is an address: download it first"):
+            n2s.denoise_file(given, source.with_name("out.h5ad"))
+        with pytest.raises(ValueError, match=f"{given} is an address: download it first"):
+            n2s.denoise_file(source, given)
+    monkeypatch.setenv("HOME", str(source.parent))
+    assert main(["denoise", "~/in.h5ad", "~/out.h5ad", "--layer", "counts", "--factors", "--quiet"]) == 0
+    assert listed(source.parent) == ["in.h5ad", "out.h5ad"]
+
+
+def test_what_may_not_be_read_or_written_is_said(source, tmp_path_factory):
+    closed = tmp_path_factory.mktemp("closed")
+    closed.chmod(0o500)
+    if os.access(closed, os.W_OK):
+        pytest.skip("the superuser may write everywhere")
+    with pytest.raises(PermissionError, match="closed.* may not be written to by this user: choose another folder"):
+        n2s.denoise_file(source, closed / "out.h5ad", layer="counts")
+    source.chmod(0o000)
+    with pytest.raises(PermissionError, match="in.h5ad may not be read by this user"):
+        n2s.denoise_file(source, source.with_name("out.h5ad"), layer="counts")
+
+
+def test_an_interrupt_of_the_command_line_is_a_line(source, monkeypatch, capsys):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ad.io, "write_elem", interrupt)
+    assert main(["denoise", str(source), str(source.with_name("out.h5ad")), "--layer", "counts", "--quiet"]) == 130
+    assert capsys.readouterr().err == "sc_noise2self: interrupted.\n"
+    assert listed(source.parent) == ["in.h5ad"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--key-added", "a/b"], "--key-added is 'a/b'"),
+        (["--batch-key", "batch"], "--batch-key was given, but no autoencoder is used: pass --method autoencoder"),
+        ([], "out.h5ad exists: nothing is overwritten, so choose another name, or pass --overwrite"),
+    ],
+)
+def test_the_command_line_names_options_as_they_are_typed(source, options, message, capsys):
+    target = source.with_name("out.h5ad")
+    if not options:
+        target.write_text("mine")
+    assert main(["denoise", str(source), str(target), "--layer", "counts", "--quiet", *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_command_line(source, capsys):

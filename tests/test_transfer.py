@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import stat
+import zipfile
+
 import anndata as ad
 import numpy as np
 import pytest
@@ -9,7 +13,7 @@ from helpers import dense, low_rank_profiles, poisson_counts
 
 import sc_noise2self as n2s
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
 QUICK = {"n_hidden": 32, "n_epochs": 40}
 OPTIONS = {"method": "autoencoder", "width": 16, "n_components": 10, "device": "cpu", "autoencoder": QUICK}
@@ -228,3 +232,156 @@ def test_without_torch_it_says_how_to_get_it(monkeypatch):
     for call in (lambda a: n2s.denoise(a, method="ensemble"), lambda a: n2s.denoise_with(a, "model.pt")):
         with pytest.raises(ImportError, match=r"pip install .sc-noise2self\[autoencoder\]"):
             call(cells(100, 0))
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny.pt"
+    n2s.denoise(cells(300, 0), **{**OPTIONS, "autoencoder": {"n_epochs": 8}}, save_model=path)
+    return path
+
+
+def put(part, name, value):
+    """Return the edit of a saved model that puts a value, or what a function makes of the old one, somewhere."""
+
+    def edit(saved):
+        saved[part][name] = value(saved[part][name]) if callable(value) else value
+
+    return edit
+
+
+def lack(part, name=None):
+    def edit(saved):
+        del (saved if name is None else saved[part])[part if name is None else name]
+
+    return edit
+
+
+def fill(value):
+    return lambda tensor: torch.full_like(tensor, value)
+
+
+def many_units(saved):
+    """Return a network of 10^9 hidden units that takes no room in the file: every value is the same one."""
+    for name, value in saved["network"].items():
+        shape = [10**9 if n == 64 else n for n in value.shape]
+        saved["network"][name] = torch.zeros(()).expand(shape)
+
+
+def shared_units(saved):
+    one = torch.zeros(64 * 120)
+    for name, value in saved["network"].items():
+        saved["network"][name] = one[: value.numel()].view(value.shape)
+
+
+HOSTILE = {
+    "no parameters": (lack("parameters"), "the file lacks 'parameters'"),
+    "more parts": (lambda saved: saved.update(code="x"), "the file has in excess 'code'"),
+    "a list for a part": (lambda saved: saved.update(genes=[]), "its genes is of type list"),
+    "no loss": (lack("parameters", "loss"), "parameters lacks 'loss'"),
+    "an unknown loss": (put("parameters", "loss", "mse"), "its loss is 'mse'"),
+    "a loss of a wrong type": (put("parameters", "loss", ["multinomial"]), "its loss is of type list"),
+    "an unknown link": (put("fitted", "link_", "cube"), "its link_ is 'cube'"),
+    "another link": (put("fitted", "link_", "sqrt"), "its link_ 'sqrt' is not that of its loss, 'multinomial'"),
+    "a method": (put("fitted", "predict", 3), "fitted has in excess 'predict'"),
+    "a method among names": (put("names", "fit", ["a"]), "names has in excess 'fit'"),
+    "a method among genes": (put("genes", "save", torch.zeros(120)), "genes has in excess 'save'"),
+    "a method among parameters": (put("parameters", "load", 1), "parameters has in excess 'load'"),
+    "a width that is huge": (put("fitted", "width_", 10**30), "its width_ is 10000"),
+    "a width that is another": (put("fitted", "width_", 17), r"code.weight has shape \(16, 64\) instead of \(17, 64\)"),
+    "a width that is no number": (put("fitted", "width_", "16"), "its width_ is '16'"),
+    "a width that is true": (put("fitted", "width_", True), "its width_ is True"),
+    "batches without names": (put("parameters", "n_batches", 10**9), "it names 0 batches and has 1000000000"),
+    "hidden units that differ": (put("parameters", "n_hidden", 10**9), "its n_hidden is 1000000000"),
+    "a dropout": (put("parameters", "dropout", float("nan")), "its dropout is nan"),
+    "a huge number": (put("parameters", "learning_rate", 10**400), "its learning_rate is 1000"),
+    "a depth": (put("fitted", "depth_", 0.0), "its depth_ is 0.0"),
+    "too few names": (
+        put("names", "feature_names_in_", ["a", "b"]),
+        r"gene_share_ has shape \(120,\) instead of \(2,\)",
+    ),
+    "names that repeat": (put("names", "feature_names_in_", ["a"] * 120), "its feature_names_in_ is of type list"),
+    "names that are numbers": (put("names", "feature_names_in_", [1] * 120), "its feature_names_in_ is of type list"),
+    "no weights": (lack("network", "encoder.weight"), "network lacks 'encoder.weight'"),
+    "weights that are a list": (put("network", "encoder.weight", [1.0]), "its encoder.weight is of type list"),
+    "weights that are whole": (put("network", "code.bias", torch.zeros(16, dtype=torch.int64)), "its code.bias is of"),
+    "weights that are sparse": (put("network", "genes.weight", lambda x: x.to_sparse()), "its genes.weight is of type"),
+    "weights nowhere": (put("network", "genes.weight", lambda x: x.to("meta")), "its genes.weight is of type Tensor"),
+    "weights of a wrong shape": (
+        put("network", "genes.bias", torch.zeros(119)),
+        r"genes.bias has shape \(119,\) instead",
+    ),
+    "no units": (put("network", "encoder.bias", torch.zeros(0)), "its network has a layer without units"),
+    "units without room": (many_units, "is of type Tensor"),
+    "units that share their room": (shared_units, "its tensors say that they are larger than the file"),
+    "nan": (put("network", "genes.weight", fill(float("nan"))), "its genes.weight holds values that are not finite"),
+    "infinite": (put("genes", "gene_scale_", fill(float("inf"))), "its gene_scale_ holds values that are not finite"),
+    "1e30": (put("network", "genes.weight", fill(1e30)), "output for these cells reaches .*: its weights, or these"),
+    "1e30 at the start": (put("network", "encoder.weight", fill(1e30)), "output for these cells reaches"),
+    "100": (put("network", "genes.bias", fill(100.0)), "output for these cells reaches 10"),
+    "negative shares": (
+        put("genes", "gene_share_", lambda x: -x),
+        "its gene_share_ holds values that are not from 0 to 1",
+    ),
+    "no shares": (put("genes", "gene_share_", lambda x: 0 * x), "its gene_share_ does not add up to 1"),
+    "no depth": (put("network", "scores.depth", torch.tensor(0.0)), "its scores.depth holds values that are not from"),
+    "another version": (lambda saved: saved.update(sc_noise2self=1), "was saved by another version: fit and save it"),
+    "an array for a version": (lambda saved: saved.update(sc_noise2self=torch.ones(3)), "was saved by another version"),
+}
+
+
+@pytest.mark.parametrize(("edit", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_a_model_file_that_is_none_is_refused_in_a_sentence(tiny_model, tmp_path, edit, message):
+    saved = torch.load(tiny_model, weights_only=True)
+    edit(saved)
+    torch.save(saved, tmp_path / "model.pt")
+    adata = cells(100, 3)
+    with pytest.raises(ValueError, match=message):
+        n2s.denoise_with(adata, tmp_path / "model.pt", device="cpu")
+    assert not adata.uns
+    assert not adata.obsm
+
+
+def test_a_model_file_that_is_cut_or_compressed_is_refused(tiny_model, tmp_path):
+    whole = tiny_model.read_bytes()
+    cut, packed = tmp_path / "cut.pt", tmp_path / "packed.pt"
+    with zipfile.ZipFile(tiny_model) as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other:
+        for name in archive.namelist():
+            other.writestr(name, archive.read(name))
+    for n in (0, 10, len(whole) // 2, len(whole) - 10):
+        cut.write_bytes(whole[:n])
+        with pytest.raises(ValueError, match="cut.pt is not a model that sc_noise2self saved"):
+            n2s.denoise_with(cells(100, 3), cut, device="cpu")
+    with pytest.raises(ValueError, match="packed.pt is not a model that sc_noise2self saved"):
+        n2s.denoise_with(cells(100, 3), packed, device="cpu")
+
+
+def test_a_model_is_written_whole_or_not_at_all_and_for_whom_the_user_says(tmp_path, monkeypatch):
+    options = {**OPTIONS, "autoencoder": {"n_epochs": 8}, "save_model": tmp_path / "model.pt"}
+
+    def interrupt(*args, **given):
+        raise KeyboardInterrupt
+
+    for owner, name in ((torch, "save"), (os, "replace")):
+        adata = cells(300, 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                n2s.denoise(adata, **options)
+        assert not list(tmp_path.iterdir())
+        assert not adata.uns
+        assert not adata.obsm
+    before = os.umask(0o027)
+    try:
+        n2s.denoise(cells(300, 0), **options)
+    finally:
+        os.umask(before)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+    assert stat.S_IMODE((tmp_path / "model.pt").stat().st_mode) == 0o640
+
+
+def test_a_model_of_genes_whose_names_repeat_is_refused_before_it_is_fitted(tmp_path):
+    adata = cells(120, 0)
+    adata.var_names = ["gene"] * 120
+    with pytest.raises(ValueError, match=r"gene names are not unique, and a model knows genes by name"):
+        n2s.denoise(adata, **OPTIONS, save_model=tmp_path / "model.pt")

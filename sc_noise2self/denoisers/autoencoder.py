@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import copy
 import os
-import pickle
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from numbers import Integral
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, get_args
 
 import numpy as np
 import scipy.sparse as sp
@@ -28,6 +25,8 @@ from ..chunks import Block, Survey
 from ..counts import column_sums, row_sums
 from ..loss import Gain, held_out_gain, held_out_probabilities
 from ..random import RandomState, as_generator
+from ..threads import in_threads
+from ..transform import Link
 from .pca import PCADenoiser
 from .profiles import LowRankProfiles, profiles_in_blocks
 
@@ -62,8 +61,9 @@ _LEAST_EPOCHS, _MOST_EPOCHS = 12, 100
 _PREDICTED = 1024  # cells predicted at a time
 _SEEDS_DIFFER = 0.01  # of the gain
 _SCALED_CELLS = 20_000  # that the scales of genes are learned from, at most
-_FORMAT = 2  # of saved files
 _PARAMETERS = ("loss", "n_components", "n_batches", *FURTHER)
+_LARGEST_OUTPUT = {"exp": 60.0, "power": 1e12}  # its rate, scaled and added over genes, is far from float32's end
+_FITTED = ("width_", "link_", "depth_")
 _OF_GENES = ("gene_share_", "gene_scale_")
 _NAMES = ("feature_names_in_", "batch_names_")  # known to whoever has names
 
@@ -289,8 +289,18 @@ class Autoencoder:
         n_rounds
             Of `LowRankProfiles.with_totals`. Other cells than those fitted need not have their genes' totals, so 0 is
             right for them.
+
+        Raises
+        ------
+        ValueError
+            If the network's output is beyond what can be a rate, which weights from elsewhere can bring about.
         """
-        return self._predict(self.network_, counts, batch, self.gene_share_, n_rounds, self.gene_scale_)
+        factors, loadings = self._factors(self.network_, counts, batch)
+        _check_output(self.link_, factors, loadings)
+        size = row_sums(counts)
+        return LowRankProfiles.with_totals(
+            self.link_, factors, loadings, size, self.gene_share_, n_rounds, self.gene_scale_
+        )
 
     def profiles(self, survey: Survey, batch: np.ndarray | None = None) -> LowRankProfiles:
         """Return the denoised profiles of cells whose counts are not in memory, in two passes over them."""
@@ -306,24 +316,25 @@ class Autoencoder:
         return profiles_in_blocks(survey.chunks, survey.size, some, unscaled)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the fitted network to a file that `load` reads; one that is there is replaced whole, or not at all."""
+        """Write the fitted network to a file that `load` reads, whole or not at all; nothing is overwritten.
+
+        Genes and batches without names are numbered.
+        """
         import torch
 
+        from . import model_file
+
+        numbers = {"feature_names_in_": len(self.gene_share_), "batch_names_": self.n_batches}
+        names = {name: getattr(self, name, np.arange(n).astype(str)).tolist() for name, n in numbers.items()}
         widths = [int(width) for width in self.widths]
         contents = {
-            "sc_noise2self": _FORMAT,
             "parameters": {"widths": widths, **{name: getattr(self, name) for name in _PARAMETERS}},
-            "fitted": {name: getattr(self, name) for name in ("width_", "link_", "depth_")},
+            "fitted": {name: getattr(self, name) for name in _FITTED},
             "genes": {name: torch.from_numpy(np.asarray(getattr(self, name))) for name in _OF_GENES},
-            "names": {name: getattr(self, name).tolist() for name in _NAMES if hasattr(self, name)},
+            "names": names,
             "network": {name: value.cpu() for name, value in self.network_.state_dict().items()},
         }
-        partial_file = Path(path).with_name(f".{Path(path).name}-{os.getpid()}")
-        try:
-            torch.save(contents, partial_file)
-            partial_file.replace(path)
-        finally:
-            partial_file.unlink(missing_ok=True)
+        model_file.save(path, contents)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str = "auto") -> Self:
@@ -338,31 +349,22 @@ class Autoencoder:
         ValueError
             If it is not such a file.
         """
-        import torch
-
+        from . import model_file
         from .network import Network, PrincipalScores
         from .training import choose_device
 
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} is not a file: pass one that denoise(..., save_model=) wrote.")
-        not_a_model = f"{path} is not a model that sc_noise2self saved"
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of pickles that PyTorch did not write
-                saved = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{not_a_model}.") from error
-        if not isinstance(saved, dict) or saved.get("sc_noise2self") != _FORMAT:
-            raise ValueError(f"{not_a_model}, or was saved by another version: fit and save it again.")
+        saved = model_file.load(path, get_args(LossName))
         out = cls(**saved["parameters"], device=device)
-        for part in ("fitted", "names"):
-            for name, value in saved[part].items():
-                setattr(out, name, np.array(value) if part == "names" else value)
-        for name, value in saved["genes"].items():
-            setattr(out, name, value.numpy())
+        for name in _FITTED:
+            setattr(out, name, saved["fitted"][name])
+        for name in _OF_GENES:
+            setattr(out, name, saved["genes"][name].numpy())
+        for name in _NAMES:
+            setattr(out, name, np.array(saved["names"][name], dtype=str))
         state = saved["network"]
         scores = PrincipalScores(*(state[f"scores.{name}"].numpy() for name in PrincipalScores.NAMES))
-        network = Network(scores, out.width_, out._n_hidden(out.width_), out.gene_share_, out.n_batches, out.dropout)
+        n_hidden = len(state["encoder.bias"])
+        network = Network(scores, out.width_, n_hidden, out.gene_share_, out.n_batches, out.dropout)
         network.load_state_dict(state)
         out.network_ = network.to(choose_device(device)).eval()
         return out
@@ -374,12 +376,9 @@ class Autoencoder:
         batch: np.ndarray | None,
         gene_share: np.ndarray,
         n_rounds: int,
-        gene_scale: np.ndarray | None = None,
     ) -> LowRankProfiles:
         factors, loadings = self._factors(network, counts, batch)
-        return LowRankProfiles.with_totals(
-            self.link_, factors, loadings, row_sums(counts), gene_share, n_rounds, gene_scale
-        )
+        return LowRankProfiles.with_totals(self.link_, factors, loadings, row_sums(counts), gene_share, n_rounds)
 
     def _factors(
         self, network: Network, counts: sp.csr_matrix, batch: np.ndarray | None
@@ -470,6 +469,23 @@ def require_torch() -> None:
             'the autoencoder needs PyTorch: pip install "sc-noise2self[autoencoder]" (for the processor alone, add '
             "--extra-index-url https://download.pytorch.org/whl/cpu)."
         )
+
+
+def _check_output(link: Link, factors: np.ndarray, loadings: np.ndarray) -> None:
+    """Raise where a cell's largest rate, or the sum of its rates, would not be a number, or would be 0."""
+    most = _LARGEST_OUTPUT["exp" if link in ("exp", "log1p") else "power"]
+    step = max(1, _CHECKED_ENTRIES // len(loadings))
+
+    def largest(start: int) -> float:
+        with np.errstate(all="ignore"):
+            return float(np.abs((factors[start : start + step] @ loadings.T).max(axis=1)).max())
+
+    for found in in_threads(largest, range(0, len(factors), step)):
+        if not found <= most:  # nor NaN
+            raise ValueError(
+                f"the autoencoder's output for these cells reaches {found:.3g}, and {most:g} is the most that can "
+                "become a rate: its weights, or these counts, are out of range."
+            )
 
 
 def narrowest_as_good(gains: Sequence[Gain]) -> int:
