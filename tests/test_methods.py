@@ -17,7 +17,7 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from promises import PROMISES, Result, check_all, difference, documented_warnings, fingerprint
+from promises import PROMISES, Result, check, check_all, difference, documented_warnings, fingerprint
 from strategies import DTYPES, FORMATS, Data, data, in_format
 
 import sc_noise2self as n2s
@@ -38,6 +38,11 @@ SCALES = ("counts", "rates", "log1p_cp10k", "expected_log1p_cp10k")
 EXAMPLE = Data(n_cells=60, n_genes=40, depth=300, empty_cells=2, empty_genes=3, has_extras=True, seed=1)
 SEEDS = (1, 2, 3, 4)
 
+# Of each kind one; all counts are read in one place, and the others are run with -m slow.
+FEW = ("pca log1p", "knn", "autoencoder", "ensemble")
+few_methods = pytest.mark.parametrize(
+    "method", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 every_method = pytest.mark.parametrize("method", METHODS)
 with_and_without_mix = pytest.mark.parametrize("mix", [False, True], ids=["plain", "mix"])
 every_scale = pytest.mark.parametrize("scale", SCALES)
@@ -75,7 +80,7 @@ def assert_same(a, b):
 @every_scale
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
 def test_promise(method, mix, scale, promise):
-    promise(Result(fitted(method, mix, scale), EXAMPLE.counts().astype(float)))
+    check(promise, Result(fitted(method, mix, scale), EXAMPLE.counts().astype(float)))
 
 
 @every_method
@@ -106,7 +111,7 @@ def test_permuted_data_give_the_permuted_result(method, axis):
     """A split belongs to places, so a permutation deals another: it may move the result as far as a seed does.
 
     How far is 1 - correlation of the layers on the logarithm. Four seeds say it to a factor of two, so three times the
-    farthest is far outside; 1e-4 is for methods that hardly move.
+    farthest is far outside; .01 is for four seeds that agree on a choice between candidates where another might not.
     """
     data = EXAMPLE.adata()
     order = np.random.default_rng(0).permutation(data.shape[axis == "genes"])
@@ -120,7 +125,7 @@ def test_permuted_data_give_the_permuted_result(method, axis):
         return 1 - np.corrcoef(values.ravel(), expected.ravel())[0, 1]
 
     by_seed = max(moved(layer(fitted(method, False, "log1p_cp10k", seed))) for seed in SEEDS)
-    assert moved(found) <= 3 * by_seed + 1e-4
+    assert moved(found) <= 3 * by_seed + 0.01
 
 
 @every_method
@@ -165,28 +170,30 @@ def test_the_input_is_left_as_it_was(method, mix):
             assert after[slot] == names
 
 
-@every_method
+@few_methods
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_gives_the_same_layer(method, format):
-    adata = ad.AnnData(in_format(EXAMPLE.counts(), format, "float32"))
+    adata = EXAMPLE.adata()
     adata.layers["counts"] = in_format(EXAMPLE.counts(), format, "float32")
+    adata.X = adata.X * 0.5
     before = fingerprint(adata)
-    for where in (None, "counts"):
-        np.testing.assert_allclose(layer(denoised(adata, method, layer=where)), layer(fitted(method)), rtol=1e-4)
+    np.testing.assert_allclose(layer(denoised(adata, method, layer="counts")), layer(fitted(method)), rtol=1e-4)
     assert not difference(before, fingerprint(adata))
 
 
-@every_method
+@few_methods
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_type_gives_the_same_layer(method, dtype):
-    largest = 1 if dtype == "bool" else 120
-    few = np.minimum(EXAMPLE.counts(), largest)
-    expected = ad.AnnData(sp.csr_matrix(few, dtype=np.float32))
-    for format in ("csr_matrix", "dense"):
-        adata = ad.AnnData(in_format(few, format, dtype))
-        before = fingerprint(adata)
-        np.testing.assert_allclose(layer(denoised(adata, method)), layer(denoised(expected, method)), rtol=1e-4)
-        assert not difference(before, fingerprint(adata))
+    few = np.minimum(EXAMPLE.counts(), 1 if dtype == "bool" else 120)
+    adata = ad.AnnData(in_format(few, "csr_matrix" if dtype in DTYPES[::2] else "dense", dtype))
+    before = fingerprint(adata)
+    np.testing.assert_allclose(layer(denoised(adata, method)), layer(of_few(method, few.max())), rtol=1e-4)
+    assert not difference(before, fingerprint(adata))
+
+
+@cache
+def of_few(method, largest):
+    return denoised(ad.AnnData(sp.csr_matrix(np.minimum(EXAMPLE.counts(), largest), dtype=np.float32)), method)
 
 
 @every_method
@@ -348,23 +355,32 @@ def without_time(write):
     return written
 
 
-@pytest.mark.parametrize("writer", WRITERS)
+WRITTEN = ("denoise pca log1p", "denoise mix", "calibrate")
+TINY = Data(n_cells=14, n_genes=10, has_extras=True, seed=2)
+
+
+@pytest.mark.parametrize(
+    "writer", [name if name in WRITTEN else pytest.param(name, marks=pytest.mark.slow) for name in WRITERS]
+)
 @pytest.mark.parametrize("earlier", [False, True], ids=["fresh", "earlier result"])
 def test_an_interrupt_leaves_the_old_or_the_new(writer, earlier):
-    def start():
-        return fitted("pca", True).copy() if earlier else EXAMPLE.adata()
-
-    interrupted(without_time(WRITERS[writer]), start, n_last=12, n_random=2)
+    interrupted(without_time(WRITERS[writer]), beginning(earlier), n_last=30, n_random=3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("earlier", [False, True], ids=["fresh", "earlier result"])
 def test_many_interrupts_leave_the_old_or_the_new(writer, earlier):
-    def start():
-        return fitted("pca", True).copy() if earlier else EXAMPLE.adata()
+    interrupted(without_time(WRITERS[writer]), beginning(earlier), n_last=60, n_random=60, seed=1)
 
-    interrupted(without_time(WRITERS[writer]), start, n_last=60, n_random=60, seed=1)
+
+def beginning(earlier):
+    """What makes the object to write to, with an earlier result or without."""
+    first = TINY.adata()
+    if earlier:
+        with documented_warnings():
+            n2s.denoise(first, mix=True, random_state=5)
+    return first.copy
 
 
 # Files
@@ -508,7 +524,7 @@ def test_any_object_is_split(words, options):
     assert not difference(before, fingerprint(adata))
     alone = n2s.split_molecules(words.matrix(), random_state=words.seed, **options)
     for part, matrix in zip(parts, alone, strict=True):
-        assert (np.asarray(part.X != matrix).sum() if not sp.issparse(matrix) else (part.X != matrix).nnz) == 0
+        assert (np.asarray(matrix != part.X).sum() if not sp.issparse(matrix) else (matrix != part.X).nnz) == 0
         assert_same(part.obs, adata.obs)
         assert_same(part.var, adata.var)
         part.obs["new"] = part.var["new"] = 1
@@ -534,7 +550,7 @@ def test_any_counts_have_null_counts(words, kind):
     with documented_warnings():
         found = n2s.null_counts(adata, kind, layer=words.layer)
     assert not difference(before, fingerprint(adata))
-    assert (found.X != null).sum() == 0
+    assert (null != found.X).sum() == 0
 
 
 @examples
@@ -572,9 +588,9 @@ def test_any_counts_calibrate_a_denoiser(words, partition, loss, rule):
     options = {"partition": partition, "loss": loss, "rule": rule, "refit": True, "layer": words.layer}
     with documented_warnings():
         found = n2s.calibrate(adata, shrunken, {"share": [0.1, 0.5, 0.9]}, **options)
-    assert found.best == {"share": found.table["param_share" if "share" not in found.table else "share"][
-        found.table["chosen"]
-    ].iloc[0]}
+    assert found.best == {
+        "share": found.table["param_share" if "share" not in found.table else "share"][found.table["chosen"]].iloc[0]
+    }
     assert found.table["chosen"].sum() == 1
     assert (found.table["failure"] == "").all()
     assert np.isfinite(found.table[["loss", "error"]]).all(axis=None)
