@@ -34,7 +34,7 @@ WARNINGS = (
     "training diverged",
     # anndata's own.
     "(Observation|Variable) names are not unique",
-    "Setting element|Trying to (set|modify) attribute|Initializing view as actual|Received a view",
+    "Setting element|Trying to (set|modify) attribute|Initializing view as actual|Received a view|Transforming to str index",
     "Writing zarr v2",
 )
 
