@@ -472,7 +472,7 @@ def model(call: Call) -> None:
 
     import sc_noise2self as n2s
 
-    words = call.data(kind="programmes", depth=1000, is_view=False, smallest=20, names="plain", layer=None,
+    words = call.data(kind="programmes", depth=1000, is_view=False, smallest=20, largest=30, names="plain", layer=None,
                       empty_cells=0, empty_genes=0)  # fmt: skip
     adata, path = words.adata(), call.folder / "model.pt"
     n2s.denoise(adata.copy(), "autoencoder", width=2, autoencoder={"n_epochs": 2}, save_model=path)

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from promises import PROMISES, Result, check, check_all, difference, documented_warnings, fingerprint
 from strategies import DTYPES, FORMATS, Data, data, in_format
@@ -46,8 +46,14 @@ few_methods = pytest.mark.parametrize(
 every_method = pytest.mark.parametrize("method", METHODS)
 with_and_without_mix = pytest.mark.parametrize("mix", [False, True], ids=["plain", "mix"])
 every_scale = pytest.mark.parametrize("scale", SCALES)
+# What failed is told in a few words as it is; making it smaller would take minutes.
 examples = settings(
-    derandomize=True, deadline=None, max_examples=25, suppress_health_check=list(HealthCheck), print_blob=False
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
+    phases=(Phase.explicit, Phase.generate),
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
 )
 many_examples = settings(examples, max_examples=500)
 
