@@ -90,7 +90,7 @@ def _optional(kind: Kind) -> Kind:
     return Kind((None, *kind.values), lambda v: v is None or kind.takes(v))
 
 
-_FLAG = Kind((False, True), lambda v: isinstance(v, bool | np.bool_))
+_FLAG = Kind((False, True), lambda v: isinstance(v, bool | np.bool_) or (isinstance(v, Integral) and v in (0, 1)))
 _SHARE = Kind((0.1, 0.5, 0.9), lambda v: isinstance(v, Real) and not isinstance(v, bool) and 0 < v < 1)
 _DEPTH = Kind((100, 1e4), lambda v: isinstance(v, Real) and not isinstance(v, bool) and 0 < v < np.inf)
 _NAME = Kind(("denoised", "other", "é key"), lambda v: isinstance(v, str) and v not in ("", ".", "..") and "/" not in v)
@@ -202,7 +202,7 @@ class Call:
 
     def spoiled(self, adata: Any, layer: str | None) -> None:
         """Now and then put what is not a count among the counts."""
-        if not self.likely(0.08):
+        if adata.is_view or not self.likely(0.08):
             return
         value = self.choose((-1, 0.5, np.nan, np.inf, 1e-300, 1.0000001))
         counts = adata.X if layer is None else adata.layers[layer]
@@ -624,6 +624,9 @@ def _work(connection: Connection) -> None:
     import matplotlib as mpl
 
     mpl.use("agg")
+    import scanpy as sc
+
+    sc.settings.verbosity = "error"
     logging.disable(logging.CRITICAL)
     connection.send("ready")
     while (seed := connection.recv()) is not None:
