@@ -93,7 +93,8 @@ def test_promise(method, mix, scale, promise):
 @with_and_without_mix
 def test_scales_are_of_one_result(method, mix):
     for scale in SCALES[1:]:
-        found = n2s.get.denoised(fitted(method, mix), scale=scale).to_numpy()
+        with documented_warnings():
+            found = n2s.get.denoised(fitted(method, mix), scale=scale).to_numpy()
         np.testing.assert_allclose(found, layer(fitted(method, mix, scale)), rtol=1e-4, atol=1e-6)
 
 
@@ -406,7 +407,8 @@ def test_files_keep_everything_readable(method, mix, format, tmp_path):
     result = Result(back, EXAMPLE.counts().astype(float))
     check_all(result)
     for source in ("factors", "layer"):
-        found, expected = (n2s.get.denoised(each, scale="rates", source=source) for each in (back, adata))
+        with documented_warnings():
+            found, expected = (n2s.get.denoised(each, scale="rates", source=source) for each in (back, adata))
         assert_same(found, expected)
     assert n2s.report(back) == n2s.report(adata)
     with documented_warnings():
