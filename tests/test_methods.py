@@ -1,0 +1,678 @@
+"""One suite for every method and every public function: what each promises, on one data set and on random ones.
+
+A method is fitted once, and many promises are checked of it (`promises`); what needs other fits follows. Random data
+are those of `strategies`. `benchmarks/fuzz.py` checks the same promises on thousands of calls.
+"""
+
+import os
+import signal
+import sys
+from functools import cache
+from pathlib import Path
+
+import anndata as ad
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from promises import PROMISES, Result, check, check_all, difference, documented_warnings, fingerprint
+from strategies import DTYPES, FORMATS, Data, data, in_format
+
+import sc_noise2self as n2s
+
+SMALL = {"width": 4, "autoencoder": {"n_epochs": 2}}
+METHODS = {
+    "pca": {},
+    "pca log1p": {"transform": "log1p"},
+    "pca sqrt": {"transform": "sqrt"},
+    "pca none": {"transform": "none"},
+    "knn": {"method": "knn"},
+    "diffusion": {"method": "diffusion"},
+    "autoencoder": {"method": "autoencoder", **SMALL},
+    "ensemble": {"method": "ensemble", "members": ("pca", "diffusion")},
+    "ensemble of all": {"method": "ensemble", "members": ("pca", "autoencoder", "diffusion", "knn"), **SMALL},
+}
+SCALES = ("counts", "rates", "log1p_cp10k", "expected_log1p_cp10k")
+EXAMPLE = Data(n_cells=60, n_genes=40, depth=300, empty_cells=2, empty_genes=3, has_extras=True, seed=1)
+SEEDS = (1, 2, 3, 4)
+
+# Of each kind one; all counts are read in one place, and the others are run with -m slow.
+FEW = ("pca log1p", "knn", "autoencoder", "ensemble")
+few_methods = pytest.mark.parametrize(
+    "method", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
+every_method = pytest.mark.parametrize("method", METHODS)
+with_and_without_mix = pytest.mark.parametrize("mix", [False, True], ids=["plain", "mix"])
+every_scale = pytest.mark.parametrize("scale", SCALES)
+# What failed is told in a few words as it is; making it smaller would take minutes.
+examples = settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
+    phases=(Phase.explicit, Phase.generate),
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
+many_examples = settings(examples, max_examples=500)
+
+
+def denoised(adata, method, **options):
+    with documented_warnings():
+        return n2s.denoise(adata, copy=True, **METHODS[method], **options)
+
+
+@cache
+def fitted(method, mix=False, scale="counts", seed=0):
+    """The example, denoised; nobody may write to it."""
+    return denoised(EXAMPLE.adata(), method, mix=mix, scale=scale, random_state=seed)
+
+
+def layer(adata):
+    return np.asarray(adata.layers["denoised"])
+
+
+def assert_same(a, b):
+    found = difference(fingerprint(a), fingerprint(b))
+    assert not found, found
+
+
+# Promises of a result
+
+
+@every_method
+@with_and_without_mix
+@every_scale
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
+def test_promise(method, mix, scale, promise):
+    check(promise, Result(fitted(method, mix, scale), EXAMPLE.counts().astype(float)))
+
+
+@every_method
+@with_and_without_mix
+def test_scales_are_of_one_result(method, mix):
+    for scale in SCALES[1:]:
+        with documented_warnings():
+            found = n2s.get.denoised(fitted(method, mix), scale=scale).to_numpy()
+        np.testing.assert_allclose(found, layer(fitted(method, mix, scale)), rtol=1e-4, atol=1e-6)
+
+
+@every_method
+@with_and_without_mix
+def test_the_same_seed_gives_the_same_bytes(method, mix):
+    assert_same(denoised(EXAMPLE.adata(), method, mix=mix), fitted(method, mix))
+
+
+@every_method
+@with_and_without_mix
+def test_another_seed_differs_a_little(method, mix):
+    one, other = (layer(fitted(method, mix, "log1p_cp10k", seed)) for seed in (0, 1))
+    assert one.tobytes() != other.tobytes()
+    assert np.corrcoef(one.ravel(), other.ravel())[0, 1] > 0.9
+
+
+@every_method
+@pytest.mark.parametrize("axis", ["cells", "genes"])
+def test_permuted_data_give_the_permuted_result(method, axis):
+    """A split belongs to places, so a permutation deals another: it may move the result as far as a seed does.
+
+    How far is 1 - correlation of the layers on the logarithm. Four seeds say it to a factor of two, so three times the
+    farthest is far outside; .01 is for four seeds that agree on a choice between candidates where another might not.
+    """
+    data = EXAMPLE.adata()
+    order = np.random.default_rng(0).permutation(data.shape[axis == "genes"])
+    back = np.argsort(order)
+    permuted = data[order].copy() if axis == "cells" else data[:, order].copy()
+    found = layer(denoised(permuted, method, scale="log1p_cp10k"))
+    found = found[back] if axis == "cells" else found[:, back]
+    expected = layer(fitted(method, False, "log1p_cp10k"))
+
+    def moved(values):
+        return 1 - np.corrcoef(values.ravel(), expected.ravel())[0, 1]
+
+    by_seed = max(moved(layer(fitted(method, False, "log1p_cp10k", seed))) for seed in SEEDS)
+    assert moved(found) <= 3 * by_seed + 0.01
+
+
+@every_method
+@with_and_without_mix
+def test_nothing_is_gained_on_null_counts(method, mix):
+    adata = n2s.null_counts(EXAMPLE.adata())
+    with documented_warnings() as warned:
+        n2s.denoise(adata, mix=mix, **METHODS[method])
+    record = adata.uns["denoised"]
+    assert record["gain"] <= 3 * record["gain_error"]
+    said = [str(each.message) for each in warned]
+    names = list(record["members"]["name"])
+    if record["gain"] <= 0:
+        assert names == ["mean"]
+    assert (names == ["mean"]) == any("the mean profile is written" in each for each in said)
+    if names == ["mean"] and not mix:
+        counts = EXAMPLE.counts()
+        expected = np.outer(counts.sum(axis=1), counts.sum(axis=0)) / counts.sum()
+        np.testing.assert_allclose(layer(adata), expected, rtol=1e-4)
+
+
+# What goes in
+
+
+@every_method
+@with_and_without_mix
+def test_the_input_is_left_as_it_was(method, mix):
+    adata = EXAMPLE.adata()
+    before = fingerprint(adata)
+    denoised(adata, method, mix=mix)
+    assert not difference(before, fingerprint(adata))
+    with documented_warnings():
+        n2s.denoise(adata, mix=mix, write_layer=False, **METHODS[method])
+    after = fingerprint(adata)
+    for slot, names in before.items():
+        kept = names
+        if isinstance(names, dict) and slot not in ("obs", "var", "obs_names", "var_names"):
+            assert {name: after[slot][name] for name in names} == kept
+        elif slot in ("obs", "var"):
+            assert {name: after[slot]["columns"][name] for name in names["columns"]} == names["columns"]
+        else:
+            assert after[slot] == names
+
+
+@few_methods
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_gives_the_same_layer(method, format):
+    adata = EXAMPLE.adata()
+    adata.layers["counts"] = in_format(EXAMPLE.counts(), format, "float32")
+    adata.X = adata.X * 0.5
+    before = fingerprint(adata)
+    np.testing.assert_allclose(layer(denoised(adata, method, layer="counts")), layer(fitted(method)), rtol=1e-4)
+    assert not difference(before, fingerprint(adata))
+
+
+@few_methods
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_type_gives_the_same_layer(method, dtype):
+    few = np.minimum(EXAMPLE.counts(), 1 if dtype == "bool" else 120)
+    adata = ad.AnnData(in_format(few, "csr_matrix" if dtype in DTYPES[::2] else "dense", dtype))
+    before = fingerprint(adata)
+    np.testing.assert_allclose(layer(denoised(adata, method)), layer(of_few(method, few.max())), rtol=1e-4)
+    assert not difference(before, fingerprint(adata))
+
+
+@cache
+def of_few(method, largest):
+    return denoised(ad.AnnData(sp.csr_matrix(np.minimum(EXAMPLE.counts(), largest), dtype=np.float32)), method)
+
+
+@every_method
+def test_a_view_is_denoised_as_its_copy_is(method):
+    adata = EXAMPLE.adata()
+    before = fingerprint(adata)
+    view = adata[10:50, 5:]
+    expected = denoised(view.copy(), method)
+    found = denoised(view, method)
+    assert view.is_view
+    np.testing.assert_array_equal(layer(found), layer(expected))
+    with documented_warnings():
+        n2s.denoise(view, **METHODS[method])
+    np.testing.assert_array_equal(layer(view), layer(expected))
+    assert not difference(before, fingerprint(adata))
+
+
+def elsewhere(where, folder):
+    """The example's counts on disk or in Dask."""
+    adata = EXAMPLE.adata()
+    if where == "dask":
+        da = pytest.importorskip("dask.array")
+        adata.X = da.from_array(adata.X, chunks=(17, -1), asarray=False)
+        return adata
+    if where == "backed":
+        adata.write_h5ad(folder / "x.h5ad")
+        return ad.read_h5ad(folder / "x.h5ad", backed="r")
+    zarr = pytest.importorskip("zarr")
+    group = zarr.open_group(folder / "x.zarr", mode="w", zarr_format=2)
+    ad.io.write_elem(group, "X", adata.X)
+    adata.X = ad.io.sparse_dataset(group["X"])
+    return adata
+
+
+@every_method
+@with_and_without_mix
+@pytest.mark.parametrize("where", ["backed", "zarr", "dask"])
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+def test_disk_and_dask_give_what_memory_gives_or_say_the_way_out(method, mix, where, tmp_path):
+    adata = elsewhere(where, tmp_path)
+    options = {"mix": mix, "write_layer": False, **METHODS[method]}
+    if mix or options.get("method") in ("knn", "diffusion", "ensemble"):
+        with pytest.raises(ValueError, match=r"needs all counts in memory.* adata = adata.to_memory\(\)"):
+            n2s.denoise(adata, **options)
+        assert "denoised" not in adata.uns
+        assert not {"denoised", "denoised_scale"} & {*adata.obsm, *adata.varm}
+        return
+    with documented_warnings():
+        n2s.denoise(adata, **options)
+    expected = layer(fitted(method, mix))
+    np.testing.assert_allclose(n2s.get.denoised(adata).to_numpy(), expected, rtol=1e-4, atol=1e-5)
+    assert adata.uns["denoised"]["gain"] == pytest.approx(fitted(method, mix).uns["denoised"]["gain"], rel=1e-4)
+
+
+# All or nothing
+
+REFUSED = {
+    "normalised": (lambda adata: setattr(adata, "X", adata.X * 0.5), {}, 'raw counts.*layer="counts"'),
+    "nan": (lambda adata: adata.X.data.__setitem__(5, np.nan), {}, "X holds nan at cell"),
+    "infinite": (lambda adata: adata.X.data.__setitem__(5, np.inf), {}, "X holds inf at cell"),
+    "negative": (lambda adata: adata.X.data.__setitem__(5, -1), {}, "X holds -1 at cell"),
+    "nothing": (lambda adata: adata.X.data.__setitem__(slice(None), 0), {}, "holds no molecule"),
+    "no such layer": (lambda adata: None, {"layer": "raw"}, "layer 'raw' is missing: adata.layers has"),
+    "no such scale": (lambda adata: None, {"scale": "log"}, "scale is 'log'"),
+    "negative seed": (lambda adata: None, {"random_state": -1}, "random_state is -1"),
+    "taken key": (lambda adata: None, {"key_added": "note"}, r"adata.uns\['note'\] exists"),
+    "many components": (lambda adata: None, {"n_components": 1000}, "n_components is 1000"),
+}
+
+
+@every_method
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refusal_writes_nothing(method, case):
+    change, options, message = REFUSED[case]
+    for earlier in (False, True):  # also where a result stands already
+        adata = fitted(method).copy() if earlier else EXAMPLE.adata()
+        change(adata)
+        before = fingerprint(adata)
+        with documented_warnings(), pytest.raises(ValueError, match=message):
+            n2s.denoise(adata, **METHODS[method], **options)
+        assert not difference(before, fingerprint(adata))
+
+
+class Interrupts:
+    """Ctrl-C before the k-th line that the package runs in this thread; None counts the lines alone."""
+
+    def __init__(self, at=None):
+        self.at, self.lines = at, 0
+
+    def __enter__(self):
+        sys.settrace(self._on_call)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(None)
+
+    def _on_call(self, frame, event, argument):
+        return self._on_line if Path(frame.f_code.co_filename).is_relative_to(HOME) else None
+
+    def _on_line(self, frame, event, argument):
+        if event == "line":
+            self.lines += 1
+            if self.lines == self.at:
+                signal.raise_signal(signal.SIGINT)
+        return self._on_line
+
+
+HOME = Path(n2s.__file__).parent
+WRITERS = {
+    **{f"denoise {name}": lambda adata, name=name: n2s.denoise(adata, **METHODS[name]) for name in METHODS},
+    "denoise mix": lambda adata: n2s.denoise(adata, mix=True),
+    "denoise factors": lambda adata: n2s.denoise(adata, write_layer=False, transform="sqrt"),
+    "select_rank": lambda adata: n2s.select_rank(adata, max_rank=5),
+    "calibrate": lambda adata: n2s.calibrate(adata, shrunken, {"share": [0.1, 0.5, 0.9]}, refit=True),
+}
+
+
+def shrunken(counts, share):
+    """A denoiser: rates between a cell's own and those of all."""
+    size = np.asarray(counts.sum(axis=1)).reshape(-1, 1)
+    mean = np.asarray(counts.sum(axis=0)).reshape(1, -1) / counts.sum()
+    return (1 - share) * counts.toarray() + share * size * mean
+
+
+def interrupted(write, start, n_last, n_random, seed=0):
+    """Interrupt a writer at its last lines and at random ones: what stood there, or the whole result, must be there."""
+    with documented_warnings():
+        write(start())  # what is done once only, such as imports, is done
+        whole = start()
+        with Interrupts() as counted:
+            write(whole)
+    old, new = fingerprint(start()), fingerprint(whole)
+    moments = {*range(max(1, counted.lines - n_last + 1), counted.lines + 1)}
+    moments |= {int(k) for k in np.random.default_rng(seed).integers(1, counted.lines + 1, n_random)}
+    n_hit, wrong = 0, {}
+    for k in sorted(moments):
+        adata = start()
+        try:
+            with documented_warnings(), Interrupts(k):
+                write(adata)
+        except KeyboardInterrupt:
+            n_hit += 1
+        found = fingerprint(adata)
+        if found not in (old, new):
+            wrong[k] = f"{difference(old, found)}; {difference(new, found)}"
+    # Which thread waits for which differs from run to run, so a moment may lie beyond the end.
+    assert n_hit > len(moments) / 2
+    assert not wrong, f"{len(wrong)} of {len(moments)} interrupts leave half a result: {next(iter(wrong.values()))}"
+
+
+def without_time(write):
+    """A calibration without the seconds, which no two have alike."""
+
+    def written(adata):
+        write(adata)
+        if "calibrate" in adata.uns:
+            adata.uns["calibrate"]["table"]["seconds"] = 0.0
+
+    return written
+
+
+WRITTEN = ("denoise pca log1p", "denoise mix", "calibrate")
+TINY = Data(n_cells=14, n_genes=10, has_extras=True, seed=2)
+
+
+@pytest.mark.parametrize(
+    "writer", [name if name in WRITTEN else pytest.param(name, marks=pytest.mark.slow) for name in WRITERS]
+)
+@pytest.mark.parametrize("earlier", [False, True], ids=["fresh", "earlier result"])
+def test_an_interrupt_leaves_the_old_or_the_new(writer, earlier):
+    interrupted(without_time(WRITERS[writer]), beginning(earlier), n_last=30, n_random=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("earlier", [False, True], ids=["fresh", "earlier result"])
+def test_many_interrupts_leave_the_old_or_the_new(writer, earlier):
+    interrupted(without_time(WRITERS[writer]), beginning(earlier), n_last=60, n_random=60, seed=1)
+
+
+def beginning(earlier):
+    """What makes the object to write to, with an earlier result or without."""
+    first = TINY.adata()
+    if earlier:
+        with documented_warnings():
+            n2s.denoise(first, mix=True, random_state=5)
+    return first.copy
+
+
+# Files
+
+
+@every_method
+@with_and_without_mix
+@pytest.mark.parametrize("format", ["h5ad", "zarr"])
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+def test_files_keep_everything_readable(method, mix, format, tmp_path):
+    if format == "zarr":
+        pytest.importorskip("zarr")
+    adata = fitted(method, mix, "rates")
+    path = tmp_path / f"x.{format}"
+    getattr(adata.copy(), f"write_{format}")(path)
+    back = getattr(ad, f"read_{format}")(path)
+    result = Result(back, EXAMPLE.counts().astype(float))
+    check_all(result)
+    for source in ("factors", "layer"):
+        with documented_warnings():
+            found, expected = (n2s.get.denoised(each, scale="rates", source=source) for each in (back, adata))
+        assert_same(found, expected)
+    assert n2s.report(back) == n2s.report(adata)
+    with documented_warnings():
+        n2s.denoise(back, **METHODS[method])  # an earlier result is known as one, and replaced
+
+
+@pytest.mark.parametrize("method", ["pca", "knn", "autoencoder"])
+@pytest.mark.parametrize("source", ["h5ad", "zarr"])
+@pytest.mark.parametrize("target", ["h5ad", "zarr"])
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+def test_a_file_is_denoised_as_its_counts_are(method, source, target, tmp_path):
+    for needed in ("zarr", "dask.array"):
+        pytest.importorskip(needed)
+    source, target = tmp_path / f"in.{source}", tmp_path / f"out.{target}"
+    getattr(EXAMPLE.adata(), f"write_{source.suffix[1:]}")(source)
+    before = contents_of(source)
+    with documented_warnings():
+        said = n2s.denoise_file(source, target, **METHODS[method])
+    assert contents_of(source) == before
+    assert sorted(os.listdir(tmp_path)) == sorted([source.name, target.name])
+    found = getattr(ad, f"read_{target.suffix[1:]}")(target)
+    assert said == n2s.report(found)
+    np.testing.assert_allclose(layer(found), layer(fitted(method)), rtol=1e-4, atol=1e-5)
+    expected = EXAMPLE.adata()
+    for slot in ("obs", "var", "obsm", "varm", "obsp", "uns"):
+        for name, value in getattr(expected, slot).items():
+            assert fingerprint(getattr(found, slot)[name]) == fingerprint(value), f"{slot}[{name!r}]"
+
+
+def contents_of(path):
+    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
+    return [(str(each), each.read_bytes()) for each in files]
+
+
+# Random data
+
+
+@examples
+@given(data(), st.sampled_from(["pca", "pca log1p", "knn", "diffusion", "ensemble"]), st.booleans())
+def test_any_counts_are_denoised(words, method, mix):
+    check_denoised(words, method, mix)
+
+
+@examples
+@given(data(), st.booleans())
+def test_any_counts_are_denoised_by_an_autoencoder(words, mix):
+    check_denoised(words, "autoencoder", mix)
+
+
+@pytest.mark.slow
+@many_examples
+@given(data(), st.sampled_from(list(METHODS)), st.booleans())
+def test_any_counts_are_denoised_by_any_method(words, method, mix):
+    check_denoised(words, method, mix)
+
+
+@examples
+@given(data(largest=3), st.sampled_from(["pca", "knn", "diffusion", "ensemble"]), st.booleans())
+def test_the_smallest_counts_are_denoised(words, method, mix):
+    check_denoised(words, method, mix)
+
+
+def check_denoised(words, method, mix):
+    adata = words.adata()
+    before = fingerprint(adata)
+    with documented_warnings():
+        # A bottleneck is no wider than the genes.
+        options = METHODS[method] | ({"width": 2} if "width" in METHODS[method] else {})
+        found = n2s.denoise(adata, layer=words.layer, mix=mix, copy=True, **options)
+        assert not difference(before, fingerprint(adata))
+        check_all(Result(found, words.counts().astype(float)))
+
+
+SPLITS = st.sampled_from(
+    [
+        {},
+        {"fraction": 0.1},
+        {"fraction": 0.9},
+        {"folds": 2},
+        {"folds": 5},
+        {"folds": 10},
+        {"capture": 0.3},
+        {"overdispersion": 0.5},
+        {"overdispersion": 0.5, "folds": 4},
+    ]
+)
+
+
+@examples
+@given(data(smallest=1), SPLITS)
+def test_any_counts_are_split(words, options):
+    matrix, counts = words.matrix(), words.counts()
+    before = fingerprint(matrix)
+    parts = n2s.split_molecules(matrix, random_state=words.seed, **options)
+    assert not difference(before, fingerprint(matrix))
+    assert len(parts) == options.get("folds", 2)
+    values = []
+    for part in parts:
+        assert type(part) is type(matrix)
+        # Truth values have no room for counts.
+        assert part.dtype == (np.int8 if matrix.dtype == bool else matrix.dtype)
+        part = part.toarray() if sp.issparse(part) else part
+        assert ((part >= 0) & (part <= counts)).all()
+        values.append(part.astype(np.int64))
+    if "capture" in options:
+        assert (sum(values) >= counts).all()
+    else:
+        np.testing.assert_array_equal(sum(values), counts)
+    same = n2s.split_molecules(counts, random_state=words.seed, **options)
+    for value, other in zip(values, same, strict=True):
+        np.testing.assert_array_equal(value, other)
+
+
+@examples
+@given(data(smallest=1), SPLITS)
+def test_any_object_is_split(words, options):
+    adata = words.adata()
+    before = fingerprint(adata)
+    with documented_warnings():
+        parts = n2s.split_molecules(adata, layer=words.layer, random_state=words.seed, **options)
+    assert not difference(before, fingerprint(adata))
+    alone = n2s.split_molecules(words.matrix(), random_state=words.seed, **options)
+    for part, matrix in zip(parts, alone, strict=True):
+        assert (np.asarray(matrix != part.X).sum() if not sp.issparse(matrix) else (matrix != part.X).nnz) == 0
+        assert_same(part.obs, adata.obs)
+        assert_same(part.var, adata.var)
+        part.obs["new"] = part.var["new"] = 1
+    assert not difference(before, fingerprint(adata))
+
+
+@examples
+@given(data(smallest=1), st.sampled_from(["shuffled", "permuted"]))
+def test_any_counts_have_null_counts(words, kind):
+    matrix, counts = words.matrix(), words.counts()
+    before = fingerprint(matrix)
+    null = n2s.null_counts(matrix, kind)
+    assert not difference(before, fingerprint(matrix))
+    assert type(null) is type(matrix)
+    values = (null.toarray() if sp.issparse(null) else null).astype(np.int64)
+    np.testing.assert_array_equal(values.sum(axis=0), counts.sum(axis=0))
+    if kind == "shuffled":
+        np.testing.assert_array_equal(values.sum(axis=1), counts.sum(axis=1))
+    else:
+        np.testing.assert_array_equal(np.sort(values, axis=0), np.sort(counts, axis=0))
+    adata = words.adata()
+    before = fingerprint(adata)
+    with documented_warnings():
+        found = n2s.null_counts(adata, kind, layer=words.layer)
+    assert not difference(before, fingerprint(adata))
+    assert (null != found.X).sum() == 0
+
+
+@examples
+@given(data(smallest=5), st.sampled_from(["loo", "noise2self", "mcv", "bcv"]), st.sampled_from([None, 1, 2]))
+def test_any_counts_have_a_rank(words, protocol, max_rank):
+    adata = words.adata()
+    if words.is_view:
+        adata = adata.copy()
+    before = fingerprint(adata)
+    with documented_warnings():
+        rank = n2s.select_rank(adata, protocol=protocol, max_rank=max_rank, layer=words.layer)
+    curve = adata.uns.pop("select_rank")
+    assert not difference(before, fingerprint(adata))
+    assert rank == curve["rank"]
+    assert type(rank) is int
+    assert 0 <= rank <= curve["ranks"][-1] < min(words.n_cells, words.n_genes)
+    assert curve["ranks"][curve["loss"].argmin()] == curve["split_rank"]
+    assert curve["split_rank"] in curve["within_one_error"]
+    for name in ("loss", "error", "splits", "full_depth_loss"):
+        assert np.isfinite(curve.get(name, 0)).all(), name
+
+
+@examples
+@given(
+    data(smallest=4),
+    st.sampled_from(["molecules", "genes", "blocks"]),
+    st.sampled_from([None, "poisson", "mse", "mse_sqrt", "mse_log1p"]),
+    st.sampled_from(["least", "one_standard_error"]),
+)
+def test_any_counts_calibrate_a_denoiser(words, partition, loss, rule):
+    adata = words.adata()
+    if words.is_view:
+        adata = adata.copy()
+    before = fingerprint(adata)
+    options = {"partition": partition, "loss": loss, "rule": rule, "refit": True, "layer": words.layer}
+    with documented_warnings():
+        found = n2s.calibrate(adata, shrunken, {"share": [0.1, 0.5, 0.9]}, **options)
+    assert found.best == {
+        "share": found.table["param_share" if "share" not in found.table else "share"][found.table["chosen"]].iloc[0]
+    }
+    assert found.table["chosen"].sum() == 1
+    assert (found.table["failure"] == "").all()
+    assert np.isfinite(found.table[["loss", "error"]]).all(axis=None)
+    refitted = adata.layers.pop("calibrate")
+    assert np.isfinite(refitted).all()
+    np.testing.assert_allclose(refitted.sum(axis=1), words.counts().sum(axis=1), rtol=1e-4)
+    del adata.uns["calibrate"]
+    assert not difference(before, fingerprint(adata))
+
+
+@examples
+@given(data(has_extras=True), st.booleans(), st.sampled_from(SCALES))
+def test_any_result_is_read_by_name(words, mix, scale):
+    adata = words.adata().copy()
+    with documented_warnings():
+        n2s.denoise(adata, layer=words.layer, transform="log1p", mix=mix, scale=scale)
+        before = fingerprint(adata)
+        own = n2s.get.adata(adata, scale=scale)
+        np.testing.assert_allclose(own.X, layer(adata), rtol=1e-4, atol=1e-5 * max(1, layer(adata).max()))
+        assert_same(own.obs, adata.obs)
+        genes, cells = adata.var_names[[-1, 0]], adata.obs_names[[-1, 0]]
+        if words.names == "duplicated":
+            with pytest.raises(KeyError, match=r"names are not unique: call adata.(var|obs)_names_make_unique"):
+                n2s.get.denoised(adata, genes, cells=cells, scale=scale)
+        else:
+            found = n2s.get.denoised(adata, list(genes), cells=list(cells), scale=scale)
+            np.testing.assert_allclose(
+                found, layer(adata)[[-1, 0]][:, [-1, 0]], rtol=1e-4, atol=1e-5 * max(1, layer(adata).max())
+            )
+            single = n2s.get.adata(adata, [genes[0]], cells=[cells[1]], scale=scale)
+            assert (single.obs_names[0], single.var_names[0]) == (cells[1], genes[0])
+            with pytest.raises(KeyError, match="not in adata: 'nobody'"):
+                n2s.get.denoised(adata, ["nobody"])
+    with pytest.raises(KeyError, match="there is no result 'other'"):
+        n2s.report(adata, key="other")
+    assert not difference(before, fingerprint(adata))
+
+
+PLOTS = {
+    "markers": lambda adata, genes: n2s.pl.markers(adata, genes[:2], show=False),
+    "markers of three": lambda adata, genes: n2s.pl.markers(adata, genes[:3], show=False),
+    "markers of groups": lambda adata, genes: n2s.pl.markers(adata, genes[:2], color="group", show=False),
+    "markers in panels": lambda adata, genes: n2s.pl.markers(
+        adata, genes[:2], panels=("raw", "under", "denoised", "over"), show=False
+    ),
+    "embedding": lambda adata, genes: n2s.pl.embedding(adata, genes[:1], show=False),
+    "gain_per_gene": lambda adata, genes: n2s.pl.gain_per_gene(adata, show=False),
+    "spectrum": lambda adata, genes: n2s.pl.spectrum(adata, show=False),
+    "loss of ranks": lambda adata, genes: n2s.pl.loss(adata, show=False),
+    "loss of a calibration": lambda adata, genes: n2s.pl.loss(adata, key="calibrate", show=False),
+    "caption": lambda adata, genes: n2s.pl.caption(adata, n2s.pl.gain_per_gene(adata, show=False)),
+}
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+@settings(examples, max_examples=6)
+@given(words=data(smallest=5, largest=20, names="plain", layer=None, has_extras=True, is_view=False, kind="programmes"))
+def test_any_result_is_plotted(plot, words):
+    adata = words.adata()
+    with documented_warnings():
+        n2s.denoise(adata, transform="log1p")
+        n2s.select_rank(adata)
+        n2s.calibrate(adata, shrunken, {"share": [0.1, 0.5, 0.9]})
+        before = fingerprint(adata.obs), fingerprint(adata.layers), fingerprint(adata.obsm), fingerprint(adata.X)
+        is_mean = list(adata.uns["denoised"]["members"]["name"]) == ["mean"]
+        if is_mean and plot in ("spectrum", "markers in panels"):
+            with pytest.raises(ValueError, match="pca"):
+                PLOTS[plot](adata, list(adata.var_names))
+        else:
+            PLOTS[plot](adata, list(adata.var_names))
+        for number in plt.get_fignums():
+            plt.figure(number).canvas.draw()
+            for axes in plt.figure(number).axes:
+                assert np.isfinite([*axes.get_xlim(), *axes.get_ylim()]).all()
+        plt.close("all")
+        after = fingerprint(adata.obs), fingerprint(adata.layers), fingerprint(adata.obsm), fingerprint(adata.X)
+    assert before == after
