@@ -28,6 +28,7 @@ from .memory import check_fits_memory
 from .random import RandomState, as_generator
 from .scale import Scale, check_scale, sample_depth, to_scale
 from .selection import Selection, combine, n_steps, select
+from .threads import one_blas_thread
 from .transform import TransformName
 from .written import check_key, compared, summary, write
 
@@ -278,7 +279,7 @@ def denoise(
     pcas = [member for member in candidates if isinstance(member, PCAMember)]
     total = n_steps(candidates, average, n_splits) + 1
     total += sum(member.n_passes(n_cells, n_splits) for member in (pcas if average else pcas[:1]))
-    with written_down(warned), progress_bar("denoise", total) as bar:
+    with written_down(warned), one_blas_thread(), progress_bar("denoise", total) as bar:
         counted.chunks.on_pass = bar.update
         for network in networks:
             network.on_check = bar.set_postfix_str
@@ -287,7 +288,7 @@ def denoise(
         )
         if not selection.beats_mean:
             caveat(
-                f"no candidate predicts held-out molecules better than one mean profile (best gain {_gain(selection)}):"
+                f"no candidate predicts held-out molecules better than one mean profile (best gain {selection.gain}):"
                 " the mean profile is written. These cells look alike, or hold too few molecules to tell them apart."
                 + (" No model is saved." if save_model else ""),
                 stacklevel=2,
@@ -327,7 +328,7 @@ def denoise(
         networks[0].fitted.feature_names_in_ = np.array(adata.var_names, dtype=str)
         networks[0].fitted.batch_names_ = np.array([] if batches is None else batches.cat.categories, dtype=str)
         networks[0].fitted.save(save_model)
-    write(target, key_added, fitted, size, selection.gene_gains.mean_and_error(), dense)
+    write(target, key_added, fitted, size, selection.gene_gains, dense)
     if isinstance(profiles, MixedProfiles):
         target.obs[f"{key_added}_cell_scale"] = profiles.cell_scale
         target.var[f"{key_added}_phi"] = profiles.phi
@@ -336,7 +337,7 @@ def denoise(
     if write_layer and not in_memory:
         target.layers[key_added] = lazy(target, key=key_added, scale=scale, scale_depth=scale_depth)
     logg.info(
-        f"    {_described(selection, record['members']['rank'])}: {_gain(selection)}",
+        f"    {_described(selection, record['members']['rank'])}: {selection.gain}",
         time=start,
         deep=f"added\n    {key_added!r}, the denoised counts (adata.layers) and their factors (adata.obsm, .varm)\n"
         f"    {key_added!r}, what was compared and chosen (adata.uns)",
@@ -391,10 +392,6 @@ def _described(selection: Selection, ranks: Sequence[int]) -> str:
         + (f" (rank {rank})" if isinstance(choice.member, PCAMember) else "")
         for choice, rank in zip(selection.choices, ranks, strict=True)
     )
-
-
-def _gain(selection: Selection) -> str:
-    return f"{selection.gain.mean:.4f} +- {selection.gain.error:.4f} nats per held-out molecule"
 
 
 def _check_grid(

@@ -48,7 +48,8 @@ def summary(
         "gain": gain.mean,
         "gain_error": gain.error,
         "gain_molecules": int(gain.weights.sum()),
-        "gain_cells": int((gain.weights > 0).sum()),
+        "gain_cells": gain.n_cells,
+        "n_cells": len(fitted[0].size),
         "warnings": np.array(warned, dtype=str),
     }
 

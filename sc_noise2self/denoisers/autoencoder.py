@@ -62,6 +62,7 @@ _LEAST_EPOCHS, _MOST_EPOCHS = 12, 100
 _PREDICTED = 1024  # cells predicted at a time
 _SEEDS_DIFFER = 0.01  # of the gain
 _SCALED_CELLS = 20_000  # that the scales of genes are learned from, at most
+_LEAST_SPREAD = 0.01  # of the first score, in lengths of the mean cell
 _FORMAT = 2  # of saved files
 _PARAMETERS = ("loss", "n_components", "n_batches", *FURTHER)
 _OF_GENES = ("gene_share_", "gene_scale_")
@@ -414,17 +415,18 @@ class Autoencoder:
     ) -> PrincipalScores:
         from .network import PrincipalScores
 
-        cells = np.flatnonzero(np.diff(counts.indptr))
+        cells = np.flatnonzero(row_sums(counts))
         if len(cells) > _COMPONENT_CELLS:
             cells = np.sort(rng.choice(cells, _COMPONENT_CELLS, replace=False))
         some = counts[cells]
         some.eliminate_zeros()
         n_used = counts.shape[1] if genes is None else int(genes.sum())
         pca = PCADenoiser(
-            "log1p", n_components=min(self.n_components, len(cells) - 1, n_used - 1), n_passes=3, random_state=rng
+            "log1p", n_components=min(self.n_components, max(1, len(cells) - 1), n_used - 1), n_passes=3, random_state=rng
         ).fit(some, genes)
         components = pca.components_ * pca.genes_[:, None]
-        first = pca.scores(some)[:, 0] / np.sqrt(row_sums(some) / pca.transform_.target)
+        # Where cells do not differ, the components are rounding errors, and so would be what they are divided by.
+        scale = max(pca.coordinates(some)[:, 0].std(), _LEAST_SPREAD * np.linalg.norm(pca.mean_))
         return PrincipalScores(
             components,
             pca.gene_weights_,
@@ -432,7 +434,7 @@ class Autoencoder:
             pca.transform_.target,
             pca.mean_,
             pca.gene_share_,
-            max(first.std(), 1e-6),
+            scale,
         )
 
     def _check_parameters(self) -> None:
@@ -489,14 +491,17 @@ def narrowest_as_good(gains: Sequence[Gain]) -> int:
 def _set_aside(counts: sp.csr_matrix, rng: np.random.Generator) -> tuple[sp.csr_matrix, sp.csr_matrix, np.ndarray]:
     """Return the counts less what is set aside, what is set aside, and the cells that have some set aside.
 
-    The first shares its indices with `counts`, so zeros may be stored.
+    Cells that would lose all their molecules keep them all. The first shares its indices with `counts`, so zeros may
+    be stored.
     """
     n_cells, n_genes = counts.shape
     cells = np.sort(rng.choice(n_cells, min(n_cells, max(2, _ASIDE_ENTRIES // n_genes)), replace=False))
     own = counts[cells]
     starts = counts.indptr[:-1][cells]
     positions = np.arange(own.nnz) + np.repeat(starts - own.indptr[:-1], np.diff(own.indptr))
+    size = row_sums(own)
     own.data = rng.binomial(own.data.astype(np.int64), _ASIDE).astype(np.float32)
+    own.data *= np.repeat(row_sums(own) < size, np.diff(own.indptr))
     data = counts.data.copy()
     data[positions] -= own.data
     own.eliminate_zeros()

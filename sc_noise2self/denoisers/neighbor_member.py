@@ -14,7 +14,7 @@ from ..counts import column_sums, row_sums
 from ..loss import Gain, held_out_gain, held_out_probabilities
 from ..random import RandomState
 from ..split import split_matrix
-from .members import Half
+from .members import Half, Sample
 from .neighbors import DiffusionDenoiser, KNNDenoiser, diffusion_walk, nearest, uniform_walk
 from .pca import PCADenoiser
 from .profiles import LowRankProfiles
@@ -55,8 +55,10 @@ class NeighborsMember:
     genes: np.ndarray | None = None
     grid: Mapping[str, Sequence[int]] = field(default_factory=dict)
     enough_cells: int | None = _ENOUGH_CELLS
+    predicts_others: bool = False
     _tried: dict[tuple[int, int, int], Gain] = field(default_factory=dict)  # by (n_pcs, n_neighbors, t)
     _fits: list[LowRankProfiles] = field(default_factory=list)
+    _cells: np.ndarray = field(default_factory=lambda: np.zeros(0, np.intp))
 
     @property
     def name(self) -> str:
@@ -105,6 +107,7 @@ class NeighborsMember:
     def learn(self, half: Half, rng: np.random.Generator) -> None:
         """See `Member`."""
         self._fits.append(self._fit(half.seen, rng, n_rounds=1))
+        self._cells = half.cells
 
     def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
         """See `Member`; there is nothing more to learn."""
@@ -113,9 +116,12 @@ class NeighborsMember:
         """See `Member`."""
         self._fits.clear()
 
-    def predict(self, half: int, setting: str, cells: np.ndarray) -> LowRankProfiles:
-        """See `Member`."""
-        return self._fits[half].of_cells(cells)
+    def settle(self, setting: str, sample: Sample) -> None:
+        """See `Member`; there is nothing that they share."""
+
+    def predict(self, half: int, setting: str, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
+        """See `Member`; the cells are some of those that the half was learned from."""
+        return self._fits[half].of_cells(np.searchsorted(self._cells, cells))
 
     def refit(self, survey: Survey, setting: str, rng: np.random.Generator) -> LowRankProfiles:
         """See `Member`."""
