@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,19 @@ from anndata import AnnData
 from scanpy import logging as logg
 
 from .annotated import read_batches, survey
-from .arguments import bounded, check_one_of, check_positive, describe_counts, progress_bar, read_mask, seed_of
+from .arguments import (
+    bounded,
+    check_flag,
+    check_mapping,
+    check_name,
+    check_one_of,
+    check_positive,
+    describe_counts,
+    progress_bar,
+    read_mask,
+    read_names,
+    seed_of,
+)
 from .caveats import caveat, written_down
 from .chunks import InMemory
 from .denoisers.autoencoder import FURTHER, WIDTHS, LossName, require_torch
@@ -206,8 +218,13 @@ def denoise(
     check_one_of("method", method, get_args(Method))
     check_one_of("transform", transform, ("auto", *get_args(TransformName)))
     check_one_of("loss", loss, get_args(LossName))
-    if not members or not set(members) <= set(get_args(MemberName)):
-        raise ValueError(f"members is {members!r}: pass some of {', '.join(get_args(MemberName))}.")
+    for name, flag in (("mix", mix), ("write_layer", write_layer), ("copy", copy)):
+        check_flag(name, flag)
+    check_name("device", device)
+    for name, given in (("layer", layer), ("batch_key", batch_key)):
+        if given is not None:
+            check_name(name, given)
+    members = cast("tuple[MemberName, ...]", read_names("members", members, get_args(MemberName)))
     used = members if method == "ensemble" else (method,)
     of_autoencoder = {
         "width": width is not None,
@@ -230,8 +247,11 @@ def denoise(
     if "autoencoder" not in used and any(of_autoencoder.values()):
         name = next(name for name, is_given in of_autoencoder.items() if is_given)
         raise ValueError(f"{name} was given, but no autoencoder is used: pass method='autoencoder' or 'ensemble'.")
-    if unknown := set(autoencoder or {}) - set(FURTHER):
-        raise ValueError(f"autoencoder has {', '.join(sorted(unknown))}: it takes {', '.join(FURTHER)}.")
+    if autoencoder is not None:
+        check_mapping("autoencoder", autoencoder, FURTHER)
+    if neighbors is not None:
+        kinds = of_neighbors
+        check_mapping("neighbors", neighbors, sorted({n for k in kinds for n, v in GRIDS[k].items() if len(v) > 1}))
     if save_model is not None:
         _check_model_file(save_model, one=method == "autoencoder" and n_seeds == 1)
     check_scale(scale, scale_depth)
@@ -267,7 +287,7 @@ def denoise(
             networks.append(AutoencoderMember(genes, codes, widths, options, like, number))
         candidates += networks
     for kind in of_neighbors:
-        grid = _check_grid(neighbors or {}, of_neighbors, n_components, n_cells)
+        grid = _check_grid(neighbors or {}, n_components, n_cells)
         candidates.append(
             NeighborsMember(kind, n_components, genes, {k: v for k, v in grid.items() if k in GRIDS[kind]})
         )
@@ -368,6 +388,8 @@ def _read_several_batches(adata: AnnData, key: str) -> pd.Series:
 
 
 def _check_model_file(path: str | os.PathLike[str], one: bool) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"save_model is {path!r}: pass the path of a file.")
     if not one:
         raise ValueError("save_model was given, but it is for one autoencoder: pass method='autoencoder', n_seeds=1.")
     if os.path.exists(path):
@@ -395,12 +417,9 @@ def _described(selection: Selection, ranks: Sequence[int]) -> str:
 
 
 def _check_grid(
-    given: Mapping[str, int | Sequence[int]], kinds: Sequence[Kind], n_components: int, n_cells: int
+    given: Mapping[str, int | Sequence[int]], n_components: int, n_cells: int
 ) -> dict[str, tuple[int, ...]]:
     """Return the values of each parameter of an average over neighbours."""
-    known = {name for kind in kinds for name, values in GRIDS[kind].items() if len(values) > 1}
-    if unknown := set(given) - known:
-        raise ValueError(f"neighbors has {', '.join(sorted(unknown))}: it takes {', '.join(sorted(known))}.")
     grid = {}
     for name, values in given.items():
         grid[name] = tuple(values) if isinstance(values, Sequence) else (values,)

@@ -13,9 +13,9 @@ from ..chunks import Chunks, Survey
 from ..counts import column_sums, row_sums
 from ..loss import Gain, held_out_gain, held_out_probabilities
 from ..random import RandomState
-from ..split import split_matrix
+from .autoencoder import set_aside
 from .members import Half, Sample
-from .neighbors import DiffusionDenoiser, KNNDenoiser, diffusion_walk, nearest, uniform_walk
+from .neighbors import DiffusionDenoiser, KNNDenoiser, diffusion_walk, nearest, uniform_walk, walked
 from .pca import PCADenoiser
 from .profiles import LowRankProfiles
 
@@ -27,7 +27,6 @@ GRIDS: dict[Kind, dict[str, tuple[int, ...]]] = {
 """What is compared unless others are given."""
 
 _ENOUGH_CELLS = 20_000  # to choose by
-_ASIDE = 0.1  # share of the molecules that the choice is made by
 
 
 @dataclass(eq=False)
@@ -81,7 +80,9 @@ class NeighborsMember:
         """See `Member`. One search serves every number of neighbours, and one walk every t, as long as it gains."""
         if counts.shape[0] > _ENOUGH_CELLS:
             counts = counts[np.sort(rng.choice(counts.shape[0], _ENOUGH_CELLS, replace=False))]
-        seen, aside = split_matrix(counts, 1 - _ASIDE, random_state=rng)
+        seen, aside = set_aside(counts, np.arange(counts.shape[0]), rng)
+        seen = seen.copy()
+        seen.eliminate_zeros()
         share, size = column_sums(seen) / seen.sum(), row_sums(seen)
         pca = PCADenoiser("log1p", n_components=self.n_components, n_passes=3, random_state=rng).fit(seen, self.genes)
         start = pca.coordinates(seen)
@@ -94,10 +95,8 @@ class NeighborsMember:
                 else:
                     walk = diffusion_walk(distances[:, : n_neighbors + 1], neighbors[:, : n_neighbors + 1], size)
                 steps, last = start, -np.inf
-                for t in range(1, grid["t"][-1] + 1):
-                    steps = walk @ steps
-                    if t not in grid["t"]:
-                        continue
+                for before, t in zip([0, *grid["t"]], grid["t"], strict=False):
+                    steps = walked(walk, steps, t - before)
                     probabilities = held_out_probabilities(pca.rebuild(steps, size, n_rounds=1), aside)
                     gain = self._tried[n_pcs, n_neighbors, t] = held_out_gain(probabilities, aside, share)
                     if gain.mean < last:
