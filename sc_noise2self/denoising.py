@@ -179,8 +179,8 @@ def denoise(
         noise alone has there, or the gain of each width with its error and the learning curve, or the gain of every
         number of components, neighbours and steps that was tried; every candidate's `gain` with the standard error of
         its difference to the best; `gain`, `gain_error` (nats per held-out molecule above the mean profile),
-        `gain_molecules` and `gain_cells` that it was measured on; with `mix=True` also `unmixed_gain`; and the
-        `warnings`. `sc_noise2self.report` says the same in a paragraph.
+        `gain_molecules` and `gain_cells` that it was measured on, and `n_cells`, of how many (the error is infinite where
+        fewer than two cells tell); with `mix=True` also `unmixed_gain`; and the `warnings`. `sc_noise2self.report` says the same in a paragraph.
 
     Raises
     ------
@@ -204,8 +204,10 @@ def denoise(
     Noise2Self (Batson & Royer 2019), sections 3.1 and 3.2. Denoised values are not data: tests, correlations and
     differential expression computed on them are circular (Andrews & Hemberg 2018). The gain is measured on halves;
     the result, fitted to all molecules, does better. Of more than 5 000 cells, so many, drawn at random, are enough to
-    compare settings of PCA on; its components and their worth are learned from all. Counts are read a block of cells at
-    a time (`sc_noise2self.chunks`); nothing of size cells x genes is made but the layer.
+    compare settings of PCA on; its components and their worth are learned from all. Candidates are compared on 2e7
+    dense entries (1 000 cells of 20 000 genes), the gain of the choice and of its genes is measured on all cells, or on
+    a random sample of 4e8 (20 000 cells); by neighbours on those among which they were compared. Counts are
+    read a block of cells at a time (`sc_noise2self.chunks`); nothing of size cells x genes is made but the layer.
 
     Examples
     --------
@@ -299,6 +301,7 @@ def denoise(
     pcas = [member for member in candidates if isinstance(member, PCAMember)]
     total = n_steps(candidates, average, n_splits) + 1
     total += sum(member.n_passes(n_cells, n_splits) for member in (pcas if average else pcas[:1]))
+    total += 2 + int(mix)  # passes that measure the gain
     with written_down(warned), one_blas_thread(), progress_bar("denoise", total) as bar:
         counted.chunks.on_pass = bar.update
         for network in networks:

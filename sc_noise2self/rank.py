@@ -447,4 +447,5 @@ def _scored(
     loss = losses / n_cells
     full = (in_samples / counted.sum() + 3 * loss) / 4 if corrected else None
     error = paired_errors(loss, products, float(n_cells))
-    return RankCurve(np.arange(max_rank + 1), loss, error, splits / counted[:, None], full, transform, center)
+    by_split = splits[counted > 0] / counted[counted > 0, None]  # of three cells or fewer, some groups have none
+    return RankCurve(np.arange(max_rank + 1), loss, error, by_split, full, transform, center)

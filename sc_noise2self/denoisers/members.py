@@ -231,9 +231,9 @@ class PCAMember:
 
     @staticmethod
     def n_passes(n_cells: int, n_splits: int) -> int:
-        """Return how often `learn_all`, where there are more cells than are compared, and `refit` read all counts."""
+        """Return how often `learn_all`, for more cells than are compared, `settle` and `refit` read all counts."""
         of_halves = (3 + _FURTHER_PASSES) * n_splits + N_PASSES if n_cells > _COMPARED_CELLS else 0
-        return of_halves + 4 + _FURTHER_PASSES + 1
+        return of_halves + 1 + 4 + _FURTHER_PASSES + 1
 
     def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
         """See `Member`. Each half starts from what some of its own cells gave, which has seen nothing of the other."""
