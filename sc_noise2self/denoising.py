@@ -179,8 +179,9 @@ def denoise(
         noise alone has there, or the gain of each width with its error and the learning curve, or the gain of every
         number of components, neighbours and steps that was tried; every candidate's `gain` with the standard error of
         its difference to the best; `gain`, `gain_error` (nats per held-out molecule above the mean profile),
-        `gain_molecules` and `gain_cells` that it was measured on, and `n_cells`, of how many (the error is infinite where
-        fewer than two cells tell); with `mix=True` also `unmixed_gain`; and the `warnings`. `sc_noise2self.report` says the same in a paragraph.
+        `gain_molecules` and `gain_cells` that it was measured on, and `n_cells`, of how many (the error is infinite
+        where fewer than two cells tell); with `mix=True` also `unmixed_gain`; and the `warnings`.
+        `sc_noise2self.report` says the same in a paragraph.
 
     Raises
     ------
