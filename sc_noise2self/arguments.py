@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Integral
 
 import numpy as np
@@ -19,7 +19,10 @@ def read_mask(adata: AnnData, mask_var: str | np.ndarray | Sequence[bool] | None
         return None
     if isinstance(mask_var, str) and mask_var not in adata.var:
         raise ValueError(f"mask_var {mask_var!r} is missing: adata.var has {list(adata.var.columns)}.")
-    mask = np.asarray(adata.var[mask_var] if isinstance(mask_var, str) else mask_var)
+    try:
+        mask = np.asarray(adata.var[mask_var] if isinstance(mask_var, str) else mask_var)
+    except ValueError:  # lists of unequal lengths
+        mask = np.zeros(0, object)
     if mask.dtype != bool or mask.shape != (adata.n_vars,):
         raise ValueError(
             f"mask_var holds {mask.dtype} of shape {mask.shape}: pass booleans, one for each of {adata.n_vars} genes."
@@ -57,7 +60,30 @@ def check_positive(name: str, value: int) -> None:
 def check_flag(name: str, value: object) -> None:
     """Raise unless the value is True or False."""
     if not isinstance(value, bool | np.bool_):
-        raise ValueError(f"{name} is {value!r}: pass True or False.")
+        raise TypeError(f"{name} is {value!r}: pass True or False.")
+
+
+def check_name(name: str, value: object) -> None:
+    """Raise unless the value is a string."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {value!r}: pass a name, a string.")
+
+
+def check_mapping(name: str, value: object, keys: Collection[str]) -> None:
+    """Raise unless the value maps some of these names to values."""
+    known = ", ".join(keys)
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} is {value!r}: pass a dictionary, with any of {known}.")
+    if unknown := [key for key in value if key not in keys]:
+        raise ValueError(f"{name} has {', '.join(sorted(map(str, unknown)))}: it takes {known}.")
+
+
+def read_names(name: str, value: object, choices: Sequence[str]) -> tuple[str, ...]:
+    """Return some of the choices, at least one, each once; from any iterable, which is read once."""
+    names = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else ()
+    if not names or not all(isinstance(each, str) and each in choices for each in names):
+        raise ValueError(f"{name} is {names or value!r}: pass some of {', '.join(choices)}.")
+    return tuple(dict.fromkeys(names))
 
 
 def describe_counts(adata: AnnData, layer: str | None) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,19 @@ from anndata import AnnData
 from scanpy import logging as logg
 
 from .annotated import read_batches, survey
-from .arguments import bounded, check_one_of, check_positive, describe_counts, progress_bar, read_mask, seed_of
+from .arguments import (
+    bounded,
+    check_flag,
+    check_mapping,
+    check_name,
+    check_one_of,
+    check_positive,
+    describe_counts,
+    progress_bar,
+    read_mask,
+    read_names,
+    seed_of,
+)
 from .caveats import caveat, written_down
 from .chunks import InMemory
 from .denoisers.autoencoder import FURTHER, WIDTHS, LossName, require_torch
@@ -29,6 +41,7 @@ from .memory import check_fits_memory
 from .random import RandomState, as_generator
 from .scale import Scale, check_scale, sample_depth, to_scale
 from .selection import Selection, combine, n_steps, select
+from .threads import one_blas_thread
 from .transform import TransformName
 from .written import changes_of, check_key, committed, compared, summary
 
@@ -170,9 +183,9 @@ def denoise(
         noise alone has there, or the gain of each width with its error and the learning curve, or the gain of every
         number of components, neighbours and steps that was tried; every candidate's `gain` with the standard error of
         its difference to the best; `gain`, `gain_error` (nats per held-out molecule above the mean profile),
-        `gain_molecules` and `gain_cells` that it was measured on; with `mix=True` also `unmixed_gain`; `n_cells`,
-        `n_genes` and the `fingerprint`; and the `warnings`. `sc_noise2self.report` says the same in a paragraph,
-        `sc_noise2self.remove` removes all of it.
+        `gain_molecules` and `gain_cells` that it was measured on, and `n_cells`, of how many (the error is infinite
+        where fewer than two cells tell); with `mix=True` also `unmixed_gain`; `n_genes` and the `fingerprint`; and the
+        `warnings`. `sc_noise2self.report` says the same in a paragraph, `sc_noise2self.remove` removes all of it.
 
     Raises
     ------
@@ -196,8 +209,10 @@ def denoise(
     Noise2Self (Batson & Royer 2019), sections 3.1 and 3.2. Denoised values are not data: tests, correlations and
     differential expression computed on them are circular (Andrews & Hemberg 2018). The gain is measured on halves;
     the result, fitted to all molecules, does better. Of more than 5 000 cells, so many, drawn at random, are enough to
-    compare settings of PCA on; its components and their worth are learned from all. Counts are read a block of cells at
-    a time (`sc_noise2self.chunks`); nothing of size cells x genes is made but the layer.
+    compare settings of PCA on; its components and their worth are learned from all. Candidates are compared on 2e7
+    dense entries (1 000 cells of 20 000 genes), the gain of the choice and of its genes is measured on all cells, or on
+    a random sample of 4e8 (20 000 cells); by neighbours on those among which they were compared. Counts are
+    read a block of cells at a time (`sc_noise2self.chunks`); nothing of size cells x genes is made but the layer.
 
     Examples
     --------
@@ -210,8 +225,13 @@ def denoise(
     check_one_of("method", method, get_args(Method))
     check_one_of("transform", transform, ("auto", *get_args(TransformName)))
     check_one_of("loss", loss, get_args(LossName))
-    if not members or not set(members) <= set(get_args(MemberName)):
-        raise ValueError(f"members is {members!r}: pass some of {', '.join(get_args(MemberName))}.")
+    for name, flag in (("mix", mix), ("write_layer", write_layer), ("copy", copy)):
+        check_flag(name, flag)
+    check_name("device", device)
+    for name, given in (("layer", layer), ("batch_key", batch_key)):
+        if given is not None:
+            check_name(name, given)
+    members = cast("tuple[MemberName, ...]", read_names("members", members, get_args(MemberName)))
     used = members if method == "ensemble" else (method,)
     of_autoencoder = {
         "width": width is not None,
@@ -234,8 +254,11 @@ def denoise(
     if "autoencoder" not in used and any(of_autoencoder.values()):
         name = next(name for name, is_given in of_autoencoder.items() if is_given)
         raise ValueError(f"{name} was given, but no autoencoder is used: pass method='autoencoder' or 'ensemble'.")
-    if unknown := set(autoencoder or {}) - set(FURTHER):
-        raise ValueError(f"autoencoder has {', '.join(sorted(unknown))}: it takes {', '.join(FURTHER)}.")
+    if autoencoder is not None:
+        check_mapping("autoencoder", autoencoder, FURTHER)
+    if neighbors is not None:
+        kinds = of_neighbors
+        check_mapping("neighbors", neighbors, sorted({n for k in kinds for n, v in GRIDS[k].items() if len(v) > 1}))
     if save_model is not None:
         _check_model_file(save_model, one=method == "autoencoder" and n_seeds == 1)
         if isinstance(adata, AnnData) and not adata.var_names.is_unique:
@@ -275,7 +298,7 @@ def denoise(
             networks.append(AutoencoderMember(genes, codes, widths, options, like, number))
         candidates += networks
     for kind in of_neighbors:
-        grid = _check_grid(neighbors or {}, of_neighbors, n_components, n_cells)
+        grid = _check_grid(neighbors or {}, n_components, n_cells)
         candidates.append(
             NeighborsMember(kind, n_components, genes, {k: v for k, v in grid.items() if k in GRIDS[kind]})
         )
@@ -287,7 +310,8 @@ def denoise(
     pcas = [member for member in candidates if isinstance(member, PCAMember)]
     total = n_steps(candidates, average, n_splits) + 1
     total += sum(member.n_passes(n_cells, n_splits) for member in (pcas if average else pcas[:1]))
-    with written_down(warned), progress_bar("denoise", total) as bar:
+    total += 2 + int(mix)  # passes that measure the gain
+    with written_down(warned), one_blas_thread(), progress_bar("denoise", total) as bar:
         counted.chunks.on_pass = bar.update
         for network in networks:
             network.on_check = bar.set_postfix_str
@@ -296,7 +320,7 @@ def denoise(
         )
         if not selection.beats_mean:
             caveat(
-                f"no candidate predicts held-out molecules better than one mean profile (best gain {_gain(selection)}):"
+                f"no candidate predicts held-out molecules better than one mean profile (best gain {selection.gain}):"
                 " the mean profile is written. These cells look alike, or hold too few molecules to tell them apart."
                 + (" No model is saved." if save_model else ""),
                 stacklevel=2,
@@ -339,8 +363,7 @@ def denoise(
             "obs": {f"{key_added}_cell_scale": profiles.cell_scale},
             "var": {f"{key_added}_phi": profiles.phi, f"{key_added}_mixed": mixed},
         }
-    gene_gains = selection.gene_gains.mean_and_error()
-    changes = changes_of(key_added, record, of_genes, fitted, size, counted.totals, gene_gains, dense, more)
+    changes = changes_of(key_added, record, of_genes, fitted, size, counted.totals, selection.gene_gains, dense, more)
     if write_layer and not in_memory:
         scores, scales = (changes["obsm"][name] for name in (key_added, f"{key_added}_scale"))
         changes["layers"][key_added] = lazy_of(of_genes, scores, scales, size, scale, scale_depth)
@@ -351,7 +374,7 @@ def denoise(
             networks[0].fitted.batch_names_ = np.array([] if batches is None else batches.cat.categories, dtype=str)
             networks[0].fitted.save(save_model)
     logg.info(
-        f"    {_described(selection, record['members']['rank'])}: {_gain(selection)}",
+        f"    {_described(selection, record['members']['rank'])}: {selection.gain}",
         time=start,
         deep=f"added\n    {key_added!r}, the denoised counts (adata.layers) and their factors (adata.obsm, .varm)\n"
         f"    {key_added!r}, what was compared and chosen (adata.uns)",
@@ -382,6 +405,8 @@ def _read_several_batches(adata: AnnData, key: str) -> pd.Series:
 
 
 def _check_model_file(path: str | os.PathLike[str], one: bool) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"save_model is {path!r}: pass the path of a file.")
     if not one:
         raise ValueError("save_model was given, but it is for one autoencoder: pass method='autoencoder', n_seeds=1.")
     if os.path.exists(path):
@@ -408,17 +433,10 @@ def _described(selection: Selection, ranks: Sequence[int]) -> str:
     )
 
 
-def _gain(selection: Selection) -> str:
-    return f"{selection.gain.mean:.4f} +- {selection.gain.error:.4f} nats per held-out molecule"
-
-
 def _check_grid(
-    given: Mapping[str, int | Sequence[int]], kinds: Sequence[Kind], n_components: int, n_cells: int
+    given: Mapping[str, int | Sequence[int]], n_components: int, n_cells: int
 ) -> dict[str, tuple[int, ...]]:
     """Return the values of each parameter of an average over neighbours."""
-    known = {name for kind in kinds for name, values in GRIDS[kind].items() if len(values) > 1}
-    if unknown := set(given) - known:
-        raise ValueError(f"neighbors has {', '.join(sorted(unknown))}: it takes {', '.join(sorted(known))}.")
     grid = {}
     for name, values in given.items():
         grid[name] = tuple(values) if isinstance(values, Sequence) else (values,)

@@ -14,6 +14,9 @@ from typing import Protocol, Self
 import numpy as np
 import scipy.sparse as sp
 
+from .chunks import Partial
+from .counts import row_sums
+
 _FEW_CELLS = 10  # with molecules of a gene: fewer tell neither its gain's error nor its sign
 _ROUNDING = 1e-5  # nats: a prediction in single precision that is the mean differs from it by less
 _BLEND = 0.005  # share of the mean profile mixed into a prediction, so that one exact zero costs 5.3 nats, not infinity
@@ -49,27 +52,47 @@ class Score:
 
     @property
     def error(self) -> float:
-        """Standard error of the ratio over cells."""
+        """Standard error of the ratio over cells; infinite where fewer than two have any weight."""
         return self._error(self.sums, self.mean)
 
     def error_of_difference(self, other: Score) -> float:
         """Return the standard error of this less another on the same cells, paired by cell."""
-        return self._error(self.sums - other.sums, self.mean - other.mean)
+        return self._error(self.sums - other.sums, self.mean - other.mean) if other is not self else 0.0
+
+    @property
+    def n_cells(self) -> int:
+        """How many cells have any weight."""
+        return int((self.weights > 0).sum())
 
     def __add__(self, other: Self) -> Self:
         """Pool two measurements on the same cells, e.g. of both directions of a split."""
         return type(self)(self.sums + other.sums, self.weights + other.weights)
 
     def _error(self, sums: np.ndarray, mean: float) -> float:
-        n = len(sums)
+        n = self.n_cells
         if n < 2:
-            return float("nan")
+            return float("inf")
         residual = sums - mean * self.weights
         return float(np.sqrt(n / (n - 1) * (residual**2).sum()) / self.weights.sum())
 
 
 class Gain(Score):
     """Nats (`sums`) per held-out molecule (`weights`) above the mean profile."""
+
+    @property
+    def mean(self) -> float:
+        """Return the ratio; 0, the mean profile's own, where no molecule was held out."""
+        return super().mean if self.n_cells else 0.0
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the mean profile is beaten by more than two standard errors, and by more than rounding."""
+        return self.mean > max(2 * self.error, _ROUNDING)
+
+    def __str__(self) -> str:
+        """Return the gain with its error, for a message."""
+        error = f"+- {self.error:.4f}" if np.isfinite(self.error) else "of one cell, which tells no error,"
+        return f"{self.mean:.4f} {error} nats per held-out molecule"
 
 
 def held_out_probabilities(profiles: Profiles, held_out: sp.csr_matrix) -> np.ndarray:
@@ -116,73 +139,90 @@ def held_out_gain(probabilities: np.ndarray, held_out: sp.csr_matrix, mean_profi
 
 
 class GeneGains:
-    """The held-out gain gene by gene: nats per held-out molecule of the gene, with its error over cells.
+    """The held-out gain of cells and of genes, in sums over cells: one pass tells both.
 
-    With p the predicted profile of a cell, g the mean profile, L the cell's held-out molecules and x those of the gene,
+    The gain of a gene is in nats per held-out molecule of it, with its error over cells. With p the predicted profile
+    of a cell, g the mean profile, L the cell's held-out molecules and x those of the gene,
     a gene's gain is sum over cells of x log(p / g) - L (p - g), over its molecules: the difference of two Poisson
     log-likelihoods. Profiles sum to one, so the second term vanishes over all genes, and the mean of these gains
     weighted by molecules is the total gain. Without it a gene would gain by being predicted too high everywhere.
+
+    Parameters
+    ----------
+    mean_profiles
+        One for every part that is held out: the mean profile of what was seen, as in `held_out_gain`. The parts are
+        pooled cell by cell.
+    totals
+        Held-out molecules of each gene in each of these parts, over all cells that will be measured.
     """
 
-    def __init__(self, n_genes: int) -> None:
-        self._nats = np.zeros(n_genes)
-        self._squares_elsewhere = np.zeros(n_genes)  # of nats in cells without a molecule of the gene
-        self._entries: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # gene, nats, molecules
+    def __init__(self, mean_profiles: Sequence[np.ndarray], totals: Sequence[np.ndarray]) -> None:
+        self._mean_profiles = mean_profiles
+        self._total = np.sum([np.where(g > 0, t, 0) for g, t in zip(mean_profiles, totals, strict=True)], axis=0)
 
-    def add(
-        self, predictions: Sequence[Profiles], held_out: Sequence[sp.csr_matrix], mean_profiles: Sequence[np.ndarray]
-    ) -> None:
-        """Add cells.
+    def of_cells(self, predictions: Sequence[Profiles], held_out: Sequence[sp.csr_matrix]) -> Partial:
+        """Return the sums over cells that `of_genes` takes, and the nats and molecules of each cell, as in `Gain`.
 
         Parameters
         ----------
-        predictions, held_out, mean_profiles
-            One of each for every part that was held out: what was predicted of these cells, their molecules, and the
-            mean profile of what was seen, as in `held_out_gain`. The parts are pooled cell by cell.
+        predictions, held_out
+            One of each for every part: what was predicted of these cells, and their molecules.
         """
-        known = [x @ sp.diags_array((g > 0).astype(x.dtype)) for x, g in zip(held_out, mean_profiles, strict=True)]
+        known = [
+            x @ sp.diags_array((g > 0).astype(x.dtype)) for x, g in zip(held_out, self._mean_profiles, strict=True)
+        ]
         for x in known:
             x.eliminate_zeros()
-        molecules = sum(known[1:], known[0])
+        sizes = np.column_stack([row_sums(x) for x in known]).astype(np.float32) * np.float32(1 - _BLEND)
+        pooled = sum(known[1:], known[0])
+        sums, nats_of_cells = np.zeros((6, len(self._total))), np.zeros(pooled.shape[0])
         for blocks in zip(*(prediction.blocks() for prediction in predictions), strict=True):
             rows = blocks[0][0]
-            nats = np.zeros(blocks[0][1].shape, np.float32)
-            for (_, p), x, g in zip(blocks, known, mean_profiles, strict=True):
-                of_cells, g = x[rows], g.astype(np.float32)
-                total = p.sum(axis=1, keepdims=True)
-                p = p * (np.float32(1 - _BLEND) / np.where(total > 0, total, 1))
-                p += np.float32(_BLEND) * g
-                entry = of_cells.tocoo()
-                likelier = entry.data * np.log(p[entry.row, entry.col] / g[entry.col])
-                p -= g
-                p *= np.where(total > 0, of_cells.sum(axis=1), 0).astype(np.float32)
+            totals = [p.sum(axis=1) for _, p in blocks]
+            predicted = np.column_stack([np.where(total > 0, sizes[rows, i], 0) for i, total in enumerate(totals)])
+            nats = predicted @ np.array(self._mean_profiles, np.float32)
+            likelier = []
+            for i, ((_, p), x, g) in enumerate(zip(blocks, known, self._mean_profiles, strict=True)):
+                p *= (1 / np.where(totals[i] > 0, totals[i], 1))[:, None]
+                entry = x[rows].tocoo()
+                ratio = p[entry.row, entry.col] / g[entry.col]
+                likelier.append((entry, entry.data * np.log((1 - _BLEND) * ratio + _BLEND)))
+                p *= predicted[:, [i]]
                 nats -= p
-                nats[entry.row, entry.col] += likelier
-            entry = molecules[rows].tocoo()
-            there = nats[entry.row, entry.col]
-            self._entries.append((entry.col, there, entry.data))
-            self._nats += nats.sum(axis=0, dtype=np.float64)
-            nats[entry.row, entry.col] = 0
-            np.square(nats, out=nats)
-            self._squares_elsewhere += nats.sum(axis=0, dtype=np.float64)
+            for entry, gained in likelier:
+                nats[entry.row, entry.col] += gained
+                nats_of_cells[rows] += np.bincount(entry.row, weights=gained, minlength=len(nats))
+            sums += self._sums(nats, pooled[rows].tocoo())
+        return Partial([sums], [nats_of_cells, row_sums(pooled)])
 
-    def mean_and_error(self) -> tuple[np.ndarray, np.ndarray]:
+    def _sums(self, nats: np.ndarray, entry: sp.coo_matrix) -> np.ndarray:
+        """Return sums over cells, shape (6, genes): nats, their squares elsewhere, cells, and what moves the ratio.
+
+        Leaving a cell out moves the ratio by (nats - gain molecules) / (total - molecules); the square of that is a
+        sum of three, and `elsewhere` are the cells without a molecule of the gene.
+        """
+        gene, molecules, there = entry.col, entry.data.astype(np.float64), nats[entry.row, entry.col].astype(np.float64)
+        total = nats.sum(axis=0, dtype=np.float64)
+        nats[entry.row, entry.col] = 0
+        elsewhere = np.einsum("ij,ij->j", nats, nats, dtype=np.float64)
+        left = self._total[gene] - molecules
+        scale = 1 / np.where(left > 0, left, np.inf)
+        moves, shares = there * scale, molecules * scale
+        weights = (np.ones(len(gene)), moves**2, moves * shares, shares**2)
+        return np.array([total, elsewhere, *(np.bincount(gene, weights=w, minlength=len(total)) for w in weights)])
+
+    def of_genes(self, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the gain of each gene and its jackknife standard error over cells, shape (genes,) each.
 
         The gain is NaN for genes without a held-out molecule, the error for those with molecules in fewer than
         ten cells.
         """
-        n_genes = len(self._nats)
-        gene, nats, molecules = (np.concatenate(column) for column in zip(*self._entries, strict=True))
-        total = np.bincount(gene, weights=molecules, minlength=n_genes)
-        n_cells = np.bincount(gene, minlength=n_genes)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            gain = np.where(total > 0, self._nats / total, np.nan)
-            gain[np.abs(gain) < _ROUNDING] = 0
-            # Leaving a cell out moves the ratio by (nats - gain molecules) / (total - molecules).
-            moves = (nats - gain[gene] * molecules) / (total[gene] - molecules)
-            squares = self._squares_elsewhere / total**2 + np.bincount(gene, weights=moves**2, minlength=n_genes)
-        return gain, np.where(n_cells < _FEW_CELLS, np.nan, np.sqrt(squares))
+        nats, elsewhere, n_cells, moves, products, shares = sums
+        total = np.where(self._total > 0, self._total, 1)
+        gain = np.where(np.abs(nats) < _ROUNDING * total, 0, nats / total)
+        squares = elsewhere / total**2 + moves - 2 * gain * products + gain**2 * shares
+        error = np.where(n_cells < _FEW_CELLS, np.nan, np.sqrt(np.maximum(squares, 0)))
+        return np.where(self._total > 0, gain, np.nan), error
 
 
 def cumulative_residuals(target: sp.csr_matrix, scores: np.ndarray, loadings: np.ndarray) -> np.ndarray:
@@ -227,6 +267,8 @@ def row_square_sums(matrix: sp.csr_matrix, block: int = 256) -> np.ndarray:
 def paired_errors(loss: np.ndarray, products: np.ndarray, n_cells: float) -> np.ndarray:
     """Return the standard error of each candidate's mean loss less the least one's, paired by cell.
 
+    Fewer than two cells tell no error: it is infinite.
+
     Parameters
     ----------
     loss
@@ -238,7 +280,7 @@ def paired_errors(loss: np.ndarray, products: np.ndarray, n_cells: float) -> np.
         How many cells.
     """
     if n_cells < 2:
-        return np.full(len(loss), np.nan)
+        return np.full(len(loss), np.inf)
     best = int(np.argmin(loss))
     squares = np.diag(products) + products[best, best] - 2 * products[best]
     variance = (squares - n_cells * (loss - loss[best]) ** 2) / (n_cells - 1)

@@ -45,6 +45,7 @@ from .transform import Transform, TransformName
 
 Protocol = Literal["loo", "noise2self", "mcv", "bcv"]
 _CELL_GROUPS = 4  # of "bcv"
+_LEAST_LEFT = 1e-5  # of 1 less a leverage: less is rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +141,13 @@ def rank_curve(
     found = chunks.run(sizes).rows
     on_pass()
     for i, each in enumerate(hidden):
-        medians = [float(np.median(size[size > 0])) for size in found[2 * i : 2 * i + 2]]
+        of_halves = found[2 * i : 2 * i + 2]
+        if not all(size.any() for size in of_halves):
+            raise ValueError(
+                f"the counts hold {int(np.sum(of_halves))} molecule(s): too few to split into halves that each hold "
+                f"some, which protocol {protocol!r} needs."
+            )
+        medians = [float(np.median(size[size > 0])) for size in of_halves]
         each.transforms = [Transform(transform, median) for median in medians]
 
     def pieces(block: Block) -> list[Piece]:
@@ -290,7 +297,8 @@ class Model:
     def losses(self, piece: Piece) -> tuple[np.ndarray, np.ndarray | None]:
         """Return squared errors per entry of every rank, of each cell scored; also those in the sample, if it has any.
 
-        The leave-one-out error of a cell is its residual over 1 less its leverage.
+        The leave-one-out error of a cell is its residual over 1 less its leverage. A component that a cell has alone
+        is none without it, so its error is then that at the last rank that other cells know of.
         """
         scores = self.scores(_only(piece.seen, piece.scored))
         first, n_genes = int(self.center), piece.target.shape[1]
@@ -298,7 +306,10 @@ class Model:
         in_sample = None
         if self.protocol == "loo":
             in_sample = held_out.copy()
-            held_out[:, 1:] /= (1 - np.cumsum(np.square(scores), axis=1)) ** 2
+            left = 1 - np.cumsum(np.square(scores), axis=1)
+            known = (left > _LEAST_LEFT).sum(axis=1, keepdims=True)
+            held_out[:, 1:] /= np.maximum(left, _LEAST_LEFT) ** 2
+            held_out = np.take_along_axis(held_out, np.minimum(np.arange(held_out.shape[1]), known), axis=1)
         if self.protocol == "mcv":
             in_sample = cumulative_residuals(_only(piece.seen, piece.scored), scores, self.loadings)
         return held_out[:, first:] / n_genes, None if in_sample is None else in_sample[:, first:] / n_genes
@@ -436,4 +447,5 @@ def _scored(
     loss = losses / n_cells
     full = (in_samples / counted.sum() + 3 * loss) / 4 if corrected else None
     error = paired_errors(loss, products, float(n_cells))
-    return RankCurve(np.arange(max_rank + 1), loss, error, splits / counted[:, None], full, transform, center)
+    by_split = splits[counted > 0] / counted[counted > 0, None]  # of three cells or fewer, some groups have none
+    return RankCurve(np.arange(max_rank + 1), loss, error, by_split, full, transform, center)

@@ -90,10 +90,16 @@ def _member(name: str, rank: int, setting: str, weight: float | None) -> str:
 
 
 def _what_it_gained(written: Mapping[str, Any]) -> str:
-    gain, error = written["gain"], written["gain_error"]
-    measured = f"over {written['gain_molecules']:,} held-out molecules of {written['gain_cells']:,} cells"
+    gain, error, n_measured = written["gain"], written["gain_error"], written["gain_cells"]
+    of_all = "cells" if n_measured == written["n_cells"] else f"of {written['n_cells']:,} cells"
+    measured = f"measured on {written['gain_molecules']:,} held-out molecules of {n_measured:,} {of_all}"
+    if n_measured < 2:
+        return f"Too few cells ({n_measured} {of_all}) hold molecules to tell whether the mean profile is beaten."
     if gain <= 2 * error:
-        return f"Molecules held out were predicted no better than by one mean profile ({gain:.4f} +- {error:.4f} nats)."
+        return (
+            f"Molecules held out were predicted no better than by one mean profile ({gain:.4f} +- {error:.4f} nats, "
+            f"{measured})."
+        )
     gained = f"{gain:.3f} +- {error:.3f} nats per molecule better than one mean profile does, {measured}"
     if "model" in written["params"]:
         return f"From half of these cells' molecules it predicts the other half by {gained}."

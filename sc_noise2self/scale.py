@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Literal
 
 import numpy as np
 
+from .arguments import check_one_of
 from .transform import PoissonExpectation
 
 Scale = Literal["counts", "rates", "log1p_cp10k", "expected_log1p_cp10k"]
@@ -57,9 +59,10 @@ def sample_depth(scale: Scale, depth: float | None, size: np.ndarray) -> float |
 
 def check_scale(scale: str, depth: float | None) -> None:
     """Raise if there is no such scale, or if a depth was given to one that has none."""
-    if scale not in MEANING:
-        raise ValueError(f"scale is {scale!r}: pass one of {', '.join(MEANING)}.")
+    check_one_of("scale", scale, tuple(MEANING))
     if depth is not None and scale != "expected_log1p_cp10k":
         raise ValueError(f"scale_depth was given with scale={scale!r}: it is the depth of expected_log1p_cp10k.")
-    if depth is not None and not depth > 0:
+    if depth is None:
+        return
+    if isinstance(depth, bool) or not isinstance(depth, Real) or not 0 < depth < np.inf:
         raise ValueError(f"scale_depth is {depth!r}: pass a number of molecules above 0.")

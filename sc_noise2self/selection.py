@@ -8,14 +8,15 @@ held-out molecules are in its own prediction. (Without that, components of pure 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.sparse as sp
 
-from .chunks import Chunks, Survey
+from .chunks import Chunks, Partial, Survey
 from .counts import column_sums, row_sums
-from .denoisers.members import Half, MeanMember, Member
+from .denoisers.members import Half, MeanMember, Member, Sample, totals_of_halves
 from .denoisers.mixing import dispersion_curves, dispersions
 from .denoisers.pca import folds_of
 from .denoisers.profiles import LowRankProfiles, MixedProfiles, Profiles, WeightedProfiles
@@ -23,7 +24,8 @@ from .loss import Gain, GeneGains, held_out_gain, held_out_probabilities
 from .random import as_key
 from .split import halves as even_split
 
-_SCORED = 20_000_000  # dense entries scored per candidate: as many cells, drawn at random, as have so many
+_SCORED = 20_000_000  # dense entries that candidates are compared on: as many cells, drawn at random, as have so many
+_MEASURED = 400_000_000  # and those that the gain of the choice is measured on
 _DISPERSION = 100_000_000  # and for the dispersions, where rare genes need cells
 _LEAST_WEIGHT = 0.01  # members of a smaller weight are left out of the mean
 
@@ -62,7 +64,7 @@ class Selection:
         Whether the choice beats the mean profile, whose gain is 0, by more than two standard errors; the mean profile
         takes its place if not.
     gene_gains
-        The gain of the choice in each gene.
+        The gain of the choice in each gene and its standard error, shape (genes,) each, see `GeneGains`.
     """
 
     gains: dict[str, Gain]
@@ -71,7 +73,7 @@ class Selection:
     unmixed_gain: Gain
     phi: np.ndarray | None
     beats_mean: bool
-    gene_gains: GeneGains
+    gene_gains: tuple[np.ndarray, np.ndarray]
 
     def refit(self, survey: Survey, rng: np.random.Generator) -> tuple[LowRankProfiles, ...]:
         """Return the profiles of each choice, fitted to all molecules."""
@@ -116,25 +118,19 @@ def select(
     if max(enough) < len(cells):
         cells = np.sort(rng.choice(cells, max(enough), replace=False))
     counts = chunks.take(cells)
+    n_cells, n_genes = counts.shape
+    scored, dispersed = (_some(rng, n_cells, entries // n_genes) for entries in (_SCORED, _DISPERSION))
+    keys = [as_key(rng) for _ in range(n_splits)]
+    halves = _halves(counts, keys, cells)
+    _check_enough(halves, scored)
     for member in members:
         member.prepare(counts, cells, rng)
         on_step()
-    n_cells, n_genes = counts.shape
-    folds = folds_of(cells)
-    scored, dispersed = (
-        np.sort(rng.choice(n_cells, min(n_cells, max(2, entries // n_genes)), replace=False))
-        for entries in (_SCORED, _DISPERSION)
-    )
-    halves: list[Half] = []
-    keys = [as_key(rng) for _ in range(n_splits)]
-    for key in keys:
-        first, second = even_split(counts, key, cells)
-        for half in (Half(first, second, folds, cells), Half(second, first, folds, cells)):
-            halves.append(half)
-            for member in members:
-                member.learn(half, rng)
-                on_step()
     del counts  # their halves are all that is needed from here
+    for half in halves:
+        for member in members:
+            member.learn(half, rng)
+            on_step()
     scores = _Scores(halves, scored)
 
     best = {member.name: Choice(member, member.settings[0], 1.0) for member in members}
@@ -156,19 +152,21 @@ def select(
     if len(cells) < chunks.shape[0]:
         for choice in choices:
             choice.member.learn_all(chunks, keys, rng)
-    predict = _Prediction(choices, halves)
-    unmixed = predict.gain(scores)
-    beats_mean = unmixed.mean > 2 * unmixed.error
+    fitted = np.arange(chunks.shape[0]) if all(choice.member.predicts_others for choice in choices) else cells
+    sample = Sample(chunks, keys, fitted[_some(rng, len(fitted), _MEASURED // n_genes)])
+    measure = _Measurement(sample)
+    predict = _Prediction(choices, sample)
+    unmixed, gene_gains = measure(predict)
+    beats_mean = unmixed.is_clear
     if not beats_mean:
         choices = (Choice(MeanMember(), "as it is", 1.0),)
-        for half in halves:
-            choices[0].member.learn(half, rng)
-        predict = _Prediction(choices, halves)
+        predict = _Prediction(choices, sample)
+        _, gene_gains = measure(predict)
     gain, phi = unmixed, None
     if mix:
-        phi = predict.learn_dispersions(dispersed)
-        gain = predict.gain(scores)
-    return Selection(scores.gains, choices, gain, unmixed, phi, beats_mean, predict.gene_gains(scored))
+        phi = predict.learn_dispersions(halves, dispersed)
+        gain, gene_gains = measure(predict)
+    return Selection(scores.gains, choices, gain, unmixed, phi, beats_mean, gene_gains)
 
 
 def n_steps(members: Sequence[Member], average: bool, n_splits: int) -> int:
@@ -176,6 +174,28 @@ def n_steps(members: Sequence[Member], average: bool, n_splits: int) -> int:
     # The one setting of some members is not known before they are prepared.
     tuned = [max(1, len(member.settings)) - 1 for member in (members if average else members[:1])]
     return (2 * n_splits + 2) * len(members) + sum(tuned)
+
+
+def _some(rng: np.random.Generator, n_cells: int, n_wanted: int) -> np.ndarray:
+    """Return as many of the cells as are wanted, at least two, drawn at random, in rising order."""
+    return np.sort(rng.choice(n_cells, min(n_cells, max(2, n_wanted)), replace=False))
+
+
+def _halves(counts: sp.csr_matrix, keys: Sequence[int], cells: np.ndarray) -> list[Half]:
+    """Return both directions of each split."""
+    folds = folds_of(cells)
+    pairs = [even_split(counts, key, cells) for key in keys]
+    return [Half(seen, held_out, folds, cells) for one, two in pairs for seen, held_out in ((one, two), (two, one))]
+
+
+def _check_enough(halves: Sequence[Half], scored: np.ndarray) -> None:
+    """Raise if a half has no molecule to learn from or to be scored by."""
+    if any(half.held_out[scored].nnz == 0 for half in halves):
+        molecules = int(halves[0].seen.sum() + halves[0].held_out.sum())
+        raise ValueError(
+            f"the counts hold {molecules} molecule(s) in {halves[0].seen.shape[0]} cells: too few to split into "
+            "halves that each hold some, so nothing can be learned from one and tested on the other."
+        )
 
 
 def mixture_weights(probabilities: np.ndarray, molecules: np.ndarray, n_iter: int = 200) -> np.ndarray:
@@ -201,33 +221,30 @@ class _Scores:
     """Held-out probabilities and gains of candidates, on the same cells of every half."""
 
     def __init__(self, halves: list[Half], cells: np.ndarray) -> None:
-        self.cells = cells
+        self._numbers = halves[0].cells[cells]
+        self._seen = [half.seen[cells] for half in halves]
         self.held_out = [half.held_out[cells] for half in halves]
-        self.mean_profiles = [column_sums(half.seen) / half.seen.sum() for half in halves]
+        self._mean_profiles = [column_sums(half.seen) / half.seen.sum() for half in halves]
         self.probabilities: dict[str, list[np.ndarray]] = {}
         self.gains: dict[str, Gain] = {}
 
     def add(self, choice: Choice) -> None:
         """Predict and score a candidate."""
         self.probabilities[choice.label] = [
-            held_out_probabilities(choice.member.predict(i, choice.setting, self.cells), held_out)
-            for i, held_out in enumerate(self.held_out)
+            held_out_probabilities(choice.member.predict(i, choice.setting, seen, self._numbers), held_out)
+            for i, (seen, held_out) in enumerate(zip(self._seen, self.held_out, strict=True))
         ]
-        self.gains[choice.label] = self.gain(self.probabilities[choice.label])
+        first, *others = (
+            held_out_gain(p, held_out, mean)
+            for p, held_out, mean in zip(
+                self.probabilities[choice.label], self.held_out, self._mean_profiles, strict=True
+            )
+        )
+        self.gains[choice.label] = sum(others, first)
 
     def mean(self, choice: Choice) -> float:
         """Return the gain of a candidate that was added."""
         return self.gains[choice.label].mean
-
-    def gain(self, probabilities: list[np.ndarray]) -> Gain:
-        """Return the gain pooled over halves."""
-        first, *others = (
-            held_out_gain(p, held_out, mean)
-            for p, held_out, mean in zip(probabilities, self.held_out, self.mean_profiles, strict=True)
-        )
-        for other in others:
-            first += other
-        return first
 
 
 def _weighted(best: list[Choice], scores: _Scores) -> tuple[Choice, ...]:
@@ -246,60 +263,61 @@ def _weighted(best: list[Choice], scores: _Scores) -> tuple[Choice, ...]:
 class _Prediction:
     """What the choice predicts of each held-out half, the counts mixed in once their dispersions are learned."""
 
-    def __init__(self, choices: tuple[Choice, ...], halves: list[Half]) -> None:
+    def __init__(self, choices: tuple[Choice, ...], sample: Sample) -> None:
         self._choices = choices
-        self._halves = halves
-        self._folds = halves[0].folds
-        self._mean_profiles = [column_sums(half.seen) / half.seen.sum() for half in halves]
         self._phi_for_fold: list[np.ndarray] | None = None
+        for choice in choices:
+            choice.member.settle(choice.setting, sample)
 
-    def __call__(self, i: int, cells: np.ndarray) -> Profiles:
-        """Return the profiles of cells predicted from a half; all of one fold once counts are mixed in."""
+    def __call__(self, i: int, seen: sp.csr_matrix, cells: np.ndarray) -> Profiles:
+        """Return the profiles of cells predicted from their part of a half; of one fold once counts are mixed in."""
         weights = [choice.weight for choice in self._choices]
-        profiles = combine([choice.member.predict(i, choice.setting, cells) for choice in self._choices], weights)
+        profiles = combine([choice.member.predict(i, choice.setting, seen, cells) for choice in self._choices], weights)
         if self._phi_for_fold is None:
             return profiles
-        return MixedProfiles.with_totals(
-            profiles, self._halves[i].seen[cells], self._phi_for_fold[self._folds[cells[0]]]
-        )
+        return MixedProfiles.with_totals(profiles, seen, self._phi_for_fold[folds_of(cells[:1])[0]])
 
-    def learn_dispersions(self, cells: np.ndarray) -> np.ndarray:
+    def learn_dispersions(self, halves: Sequence[Half], cells: np.ndarray) -> np.ndarray:
         """Return the dispersion of each gene; a fold's own are learned from the other fold."""
         # The mean over halves, not the sum: the two directions of a split say nearly the same.
         by_fold = [
-            np.mean([_curves(self(i, own), half, own) for i, half in enumerate(self._halves)], axis=0)
-            for own in (cells[self._folds[cells] == fold] for fold in (0, 1))
+            np.mean([self._curves(i, half, cells[half.folds[cells] == fold]) for i, half in enumerate(halves)], axis=0)
+            for fold in (0, 1)
         ]
         self._phi_for_fold = [dispersions(by_fold[1]), dispersions(by_fold[0])]
         return dispersions(by_fold[0] + by_fold[1])
 
-    def gain(self, scores: _Scores) -> Gain:
-        """Return the gain on the cells of `scores`."""
-        probabilities = [np.empty(held_out.nnz) for held_out in scores.held_out]
-        for own in self._together(scores.cells):
-            for i, half in enumerate(self._halves):
-                entries = np.repeat(own, np.diff(scores.held_out[i].indptr))
-                cells = scores.cells[own]
-                probabilities[i][entries] = held_out_probabilities(self(i, cells), half.held_out[cells])
-        return scores.gain(probabilities)
-
-    def gene_gains(self, cells: np.ndarray) -> GeneGains:
-        """Return the gain of each gene on these cells."""
-        out = GeneGains(self._halves[0].seen.shape[1])
-        for own in self._together(cells):
-            of_fold = cells[own]
-            held_out = [half.held_out[of_fold] for half in self._halves]
-            out.add([self(i, of_fold) for i in range(len(self._halves))], held_out, self._mean_profiles)
-        return out
-
-    def _together(self, cells: np.ndarray) -> Iterator[np.ndarray]:
-        """Yield which of the cells are predicted together: all, or, once counts are mixed in, those of each fold."""
+    def together(self, cells: np.ndarray) -> list[np.ndarray]:
+        """Return which of the cells are predicted together: all, or, once counts are mixed in, those of each fold."""
         if self._phi_for_fold is None:
-            yield np.ones(len(cells), bool)
-            return
-        for fold in np.unique(self._folds[cells]):
-            yield self._folds[cells] == fold
+            return [np.ones(len(cells), bool)]
+        return [folds_of(cells) == fold for fold in np.unique(folds_of(cells))]
+
+    def _curves(self, i: int, half: Half, cells: np.ndarray) -> np.ndarray:
+        seen = half.seen[cells]
+        return dispersion_curves(self(i, seen, half.cells[cells]), half.held_out[cells], row_sums(seen))
 
 
-def _curves(profiles: Profiles, half: Half, cells: np.ndarray) -> np.ndarray:
-    return dispersion_curves(profiles, half.held_out[cells], row_sums(half.seen[cells]))
+class _Measurement:
+    """The held-out gain of a prediction and of its genes, on the cells of a sample: one pass."""
+
+    def __init__(self, sample: Sample) -> None:
+        totals = totals_of_halves(sample)
+        self._sample = sample
+        self._gains = GeneGains([total / total.sum() for total in totals], [totals[i ^ 1] for i in range(len(totals))])
+
+    def __call__(self, predict: _Prediction) -> tuple[Gain, tuple[np.ndarray, np.ndarray]]:
+        """Return the gain, and that of each gene with its error."""
+
+        def of_cells(cells: np.ndarray, parts: list[sp.csr_matrix]) -> Partial:
+            sums, rows = np.zeros((6, parts[0].shape[1])), np.zeros((2, len(cells)))
+            for own in predict.together(cells):
+                of_own = [part[own] for part in parts]
+                predictions = [predict(i, seen, cells[own]) for i, seen in enumerate(of_own)]
+                found = self._gains.of_cells(predictions, [of_own[i ^ 1] for i in range(len(parts))])
+                sums += found.sums[0]
+                rows[:, own] = found.rows
+            return Partial([sums], list(rows))
+
+        (sums,), (nats, molecules) = self._sample.run(of_cells)
+        return Gain(nats, molecules), self._gains.of_genes(sums)

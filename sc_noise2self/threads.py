@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from functools import lru_cache
-from threading import local
+from threading import Lock, local
 from typing import TypeVar
 
 from joblib import cpu_count
@@ -55,9 +55,30 @@ def alone(work: Callable[[], Out]) -> Out:
         _thread.is_ours = before
 
 
-def one_blas_thread() -> AbstractContextManager[object]:
-    """Return a context in which matrix products do not start threads of their own, which would fight with ours."""
-    return _controller().limit(limits=1, user_api="blas")
+class _OneBlasThread:
+    """A limit of the process that many may ask for at once: set by the first of them, lifted by the last.
+
+    A limit that each set and restored for itself would be lifted under the others, or stay when all have gone.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._n_users = 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Return the context."""
+        with self._lock:
+            if self._n_users == 0:
+                self._limit = _controller().limit(limits=1, user_api="blas")
+            self._n_users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._n_users -= 1
+                if self._n_users == 0:
+                    self._limit.restore_original_limits()
 
 
 @lru_cache(maxsize=1)
@@ -67,3 +88,10 @@ def _controller() -> ThreadpoolController:
 
 def _mark() -> None:
     _thread.is_ours = True
+
+
+one_blas_thread = _OneBlasThread()
+"""Context in which matrix products start no threads of their own, which would fight with ours.
+
+With one thread their rounding is the same too, whoever else is at work in the process.
+"""

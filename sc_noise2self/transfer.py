@@ -20,7 +20,7 @@ from .denoisers.autoencoder import Autoencoder, require_torch
 from .denoisers.members import AutoencoderMember
 from .denoisers.profiles import LowRankProfiles
 from .factors import GeneFactors
-from .loss import Gain, GeneGains, held_out_gain, held_out_probabilities
+from .loss import Gain, GeneGains
 from .random import RandomState, as_generator
 from .scale import Scale, check_scale, sample_depth, to_scale
 from .selection import Choice
@@ -96,7 +96,7 @@ def denoise_with(
     first, second = split_matrix(counts, random_state=rng)
     halves = ((first, second), (second, first))
     gain, gene_gains = _gains([fitted.predict(seen, batch) for seen, _ in halves], halves)
-    if gain.mean <= 2 * gain.error:
+    if not gain.is_clear:
         with written_down(warned):
             caveat(
                 "the model predicts held-out molecules of these cells no better than their own mean profile (gain "
@@ -144,14 +144,10 @@ def _gains(
     predictions: Sequence[LowRankProfiles], halves: Sequence[tuple[sp.csr_matrix, sp.csr_matrix]]
 ) -> tuple[Gain, tuple[np.ndarray, np.ndarray]]:
     """Return the gain, and that of each gene with its error, over (seen, held out) halves."""
-    gains = []
-    means = [column_sums(seen) / seen.sum() for seen, _ in halves]
     held_out = [part for _, part in halves]
-    for prediction, part, mean in zip(predictions, held_out, means, strict=True):
-        gains.append(held_out_gain(held_out_probabilities(prediction, part), part, mean))
-    of_genes = GeneGains(held_out[0].shape[1])
-    of_genes.add(predictions, held_out, means)
-    return sum(gains[1:], gains[0]), of_genes.mean_and_error()
+    gains = GeneGains([column_sums(seen) / seen.sum() for seen, _ in halves], [column_sums(part) for part in held_out])
+    (sums,), (nats, molecules) = gains.of_cells(predictions, held_out)
+    return Gain(nats, molecules), gains.of_genes(sums)
 
 
 def _order_of_genes(adata: AnnData, names: np.ndarray) -> np.ndarray:

@@ -84,7 +84,8 @@ def summary(
         "gain": gain.mean,
         "gain_error": gain.error,
         "gain_molecules": int(gain.weights.sum()),
-        "gain_cells": int((gain.weights > 0).sum()),
+        "gain_cells": gain.n_cells,
+        "n_cells": len(fitted[0].size),
         "warnings": np.array(warned, dtype=str),
     }
 
@@ -138,7 +139,6 @@ def changes_of(
             key: {
                 **record,
                 "fingerprint": of_genes.fingerprint,
-                "n_cells": len(size),
                 "n_genes": len(totals),
             }
         },

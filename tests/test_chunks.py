@@ -232,10 +232,11 @@ def test_the_passes_are_those_documented(counts, few_cells, monkeypatch):
     n2s.denoise(ad.AnnData(counts.copy()), write_layer=False)
     # Checked; halves: sizes, genes, components (2), worth, noise edge (4);
     # all molecules: sizes, genes, components (3), totals of genes, factors
-    assert found[-1].n_passes == 1 + 9 + 7
-    assert PCAMember.n_passes(230, 1) == 9 + 7
+    # the gain: scale of genes, totals of halves, gains
+    assert found[-1].n_passes == 1 + 9 + 7 + 3
+    assert PCAMember.n_passes(230, 1) == 9 + 7 + 1
     n2s.denoise(ad.AnnData(counts[:90].copy()), write_layer=False)
-    assert found[-1].n_passes == 1 + 7 == 1 + PCAMember.n_passes(90, 1)
+    assert found[-1].n_passes == 1 + 7 + 3 == 1 + PCAMember.n_passes(90, 1) + 2
 
 
 def test_a_layer_that_does_not_fit_is_refused_with_its_gigabytes(counts, monkeypatch):

@@ -15,7 +15,8 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
-from numbers import Integral
+from numbers import Integral, Real
+from threading import Lock
 from typing import TYPE_CHECKING, Literal, Self, get_args
 
 import numpy as np
@@ -61,6 +62,8 @@ _LEAST_EPOCHS, _MOST_EPOCHS = 12, 100
 _PREDICTED = 1024  # cells predicted at a time
 _SEEDS_DIFFER = 0.01  # of the gain
 _SCALED_CELLS = 20_000  # that the scales of genes are learned from, at most
+_LEAST_SPREAD = 0.01  # of the first score, in lengths of the mean cell
+_TRAINING = Lock()  # its random numbers are those of the process
 _PARAMETERS = ("loss", "n_components", "n_batches", *FURTHER)
 _LARGEST_OUTPUT = {"exp": 60.0, "power": 1e12}  # its rate, scaled and added over genes, is far from float32's end
 _FITTED = ("width_", "link_", "depth_")
@@ -215,7 +218,9 @@ class Autoencoder:
         self._check_parameters()
         rng = as_generator(self.random_state)
         device = choose_device(self.device)
-        seen, aside, held = _set_aside(counts, rng)
+        n_held = min(counts.shape[0], max(2, _ASIDE_ENTRIES // counts.shape[1]))
+        held = np.sort(rng.choice(counts.shape[0], n_held, replace=False))
+        seen, aside = set_aside(counts, held, rng)
         codes_here = batch if batch is None or cells is None else batch[cells]
         scores = self._principal_scores(seen, genes, rng)
         share = column_sums(seen) / seen.sum()
@@ -242,7 +247,7 @@ class Autoencoder:
                 on_device = Counts(seen, batch, device)
             else:
                 on_device = StreamedCounts(survey, batch, device, (cells[held], seen[held]))
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            with _TRAINING, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 for width in sorted(self.widths, reverse=True):
                     torch.manual_seed(int(rng.integers(2**63)))
                     network = Network(scores, width, self._n_hidden(width), loss.start, self.n_batches, self.dropout)
@@ -413,17 +418,21 @@ class Autoencoder:
     ) -> PrincipalScores:
         from .network import PrincipalScores
 
-        cells = np.flatnonzero(np.diff(counts.indptr))
+        cells = np.flatnonzero(row_sums(counts))
         if len(cells) > _COMPONENT_CELLS:
             cells = np.sort(rng.choice(cells, _COMPONENT_CELLS, replace=False))
         some = counts[cells]
         some.eliminate_zeros()
         n_used = counts.shape[1] if genes is None else int(genes.sum())
         pca = PCADenoiser(
-            "log1p", n_components=min(self.n_components, len(cells) - 1, n_used - 1), n_passes=3, random_state=rng
+            "log1p",
+            n_components=min(self.n_components, max(1, len(cells) - 1), n_used - 1),
+            n_passes=3,
+            random_state=rng,
         ).fit(some, genes)
         components = pca.components_ * pca.genes_[:, None]
-        first = pca.scores(some)[:, 0] / np.sqrt(row_sums(some) / pca.transform_.target)
+        # Where cells do not differ, the components are rounding errors, and so would be what they are divided by.
+        scale = max(pca.coordinates(some)[:, 0].std(), _LEAST_SPREAD * np.linalg.norm(pca.mean_))
         return PrincipalScores(
             components,
             pca.gene_weights_,
@@ -431,7 +440,7 @@ class Autoencoder:
             pca.transform_.target,
             pca.mean_,
             pca.gene_share_,
-            max(first.std(), 1e-6),
+            scale,
         )
 
     def _check_parameters(self) -> None:
@@ -440,9 +449,9 @@ class Autoencoder:
             if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
                 raise ValueError(f"{name} is {value!r}: pass a whole number, 1 or more, or None.")
         for name in ("learning_rate", "prior_scale"):
-            if not getattr(self, name) > 0:
+            if not 0 < _number(getattr(self, name)) < np.inf:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: pass a number above 0.")
-        if not 0 <= self.dropout < 1 or not self.invariance >= 0:
+        if not 0 <= _number(self.dropout) < 1 or not 0 <= _number(self.invariance) < np.inf:
             raise ValueError(
                 f"dropout is {self.dropout!r} and invariance {self.invariance!r}: dropout is from 0 to below 1, "
                 "invariance 0 or more."
@@ -460,6 +469,11 @@ class Autoencoder:
         if self.batch_size is not None:
             return self.batch_size
         return 128 if device.type == "cpu" else int(np.clip(n_cells // 200, 128, 4096))
+
+
+def _number(value: object) -> float:
+    """Return a real number as it is, NaN for anything else."""
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else float("nan")
 
 
 def require_torch() -> None:
@@ -502,18 +516,21 @@ def narrowest_as_good(gains: Sequence[Gain]) -> int:
     )
 
 
-def _set_aside(counts: sp.csr_matrix, rng: np.random.Generator) -> tuple[sp.csr_matrix, sp.csr_matrix, np.ndarray]:
-    """Return the counts less what is set aside, what is set aside, and the cells that have some set aside.
+def set_aside(
+    counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator
+) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+    """Return the counts less what is set aside, and what is set aside of these cells.
 
-    The first shares its indices with `counts`, so zeros may be stored.
+    Cells that would lose all their molecules keep them all. The first shares its indices with `counts`, so zeros may
+    be stored.
     """
-    n_cells, n_genes = counts.shape
-    cells = np.sort(rng.choice(n_cells, min(n_cells, max(2, _ASIDE_ENTRIES // n_genes)), replace=False))
     own = counts[cells]
     starts = counts.indptr[:-1][cells]
     positions = np.arange(own.nnz) + np.repeat(starts - own.indptr[:-1], np.diff(own.indptr))
+    size = row_sums(own)
     own.data = rng.binomial(own.data.astype(np.int64), _ASIDE).astype(np.float32)
+    own.data *= np.repeat(row_sums(own) < size, np.diff(own.indptr))
     data = counts.data.copy()
     data[positions] -= own.data
     own.eliminate_zeros()
-    return sp.csr_matrix((data, counts.indices, counts.indptr), shape=counts.shape, copy=False), own, cells
+    return sp.csr_matrix((data, counts.indices, counts.indptr), shape=counts.shape, copy=False), own

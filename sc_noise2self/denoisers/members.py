@@ -13,12 +13,13 @@ from typing import Any, Protocol
 import numpy as np
 import scipy.sparse as sp
 
-from ..chunks import Block, Chunks, InMemory, Survey
+from ..chunks import Block, Chunks, InMemory, Partial, Survey
 from ..counts import column_sums, row_sums
+from ..split import halves
 from ..transform import TransformName
 from .autoencoder import WIDTHS, Autoencoder
-from .pca import PCADenoiser, fit_together, halves_of, noise_edge, shrinkage, whole, worth_of_halves
-from .profiles import LowRankProfiles
+from .pca import PCADenoiser, fit_together, folds_of, halves_of, noise_edge, shrinkage, whole, worth_of_halves
+from .profiles import LowRankProfiles, scaled_to
 from .svd import N_PASSES
 
 _COMPARED_CELLS = 5_000  # that settings of PCA are compared on
@@ -47,6 +48,42 @@ class Half:
     cells: np.ndarray
 
 
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """The cells that a choice is measured on: their halves are made anew, a block at a time, and never held.
+
+    Attributes
+    ----------
+    chunks
+        The counts of all cells.
+    keys
+        Of the splits.
+    cells
+        Which of all cells these are, in rising order.
+    """
+
+    chunks: Chunks
+    keys: Sequence[int]
+    cells: np.ndarray
+
+    def run(self, work: Callable[[np.ndarray, list[sp.csr_matrix]], Partial]) -> Partial:
+        """Return the sums over cells and their rows: one pass.
+
+        Parameters
+        ----------
+        work
+            Takes the numbers of cells and both halves of each split; the other half of number i is number i ^ 1.
+        """
+
+        def of_block(block: Block) -> Partial:
+            first, last = np.searchsorted(self.cells, [block.start, block.start + block.counts.shape[0]])
+            own = self.cells[first:last]
+            counts = block.counts if len(own) == block.counts.shape[0] else block.counts[own - block.start]
+            return work(own, [half for key in self.keys for half in halves(counts, key, own)])
+
+        return self.chunks.run(of_block)
+
+
 class Member(Protocol):
     """A denoiser and the ways in which it may be set."""
 
@@ -63,6 +100,11 @@ class Member(Protocol):
     @property
     def enough_cells(self) -> int | None:
         """How many cells are enough to choose by; None where more always tell more."""
+        ...
+
+    @property
+    def predicts_others(self) -> bool:
+        """Whether what was learned from some cells predicts others."""
         ...
 
     def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:
@@ -87,8 +129,15 @@ class Member(Protocol):
         """Let go of what was learned, where the member was not chosen."""
         ...
 
-    def predict(self, half: int, setting: str, cells: np.ndarray) -> LowRankProfiles:
-        """Return profiles of these cells from the seen part of that half; no fold is used on its own cells."""
+    def settle(self, setting: str, sample: Sample) -> None:
+        """Learn what predictions in this setting share among all cells that will be measured, where they share any."""
+        ...
+
+    def predict(self, half: int, setting: str, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
+        """Return profiles of cells from their part of what was seen in that half; no fold is used on its own cells.
+
+        `cells` says which of all these are, shape (cells,).
+        """
         ...
 
     def refit(self, survey: Survey, setting: str, rng: np.random.Generator) -> LowRankProfiles:
@@ -107,26 +156,30 @@ class MeanMember:
     name: str = "mean"
     settings: tuple[str, ...] = ("as it is",)
     enough_cells: int | None = 1
-    _halves: list[Half] = field(default_factory=list)
+    predicts_others: bool = True
+    _totals: list[np.ndarray] = field(default_factory=list)
 
     def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:
         """See `Member`; there is nothing to settle."""
 
     def learn(self, half: Half, rng: np.random.Generator) -> None:
         """See `Member`."""
-        self._halves.append(half)
+        self._totals.append(column_sums(half.seen))
 
     def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
-        """See `Member`; there is nothing more to learn."""
+        """See `Member`; `settle` does it."""
 
     def forget(self) -> None:
         """See `Member`."""
-        self._halves.clear()
+        self._totals.clear()
 
-    def predict(self, half: int, setting: str, cells: np.ndarray) -> LowRankProfiles:
+    def settle(self, setting: str, sample: Sample) -> None:
         """See `Member`."""
-        seen = self._halves[half].seen
-        return _mean_profiles(row_sums(seen[cells]), column_sums(seen))
+        self._totals = totals_of_halves(sample)
+
+    def predict(self, half: int, setting: str, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
+        """See `Member`."""
+        return _mean_profiles(row_sums(seen), self._totals[half])
 
     def refit(self, survey: Survey, setting: str, rng: np.random.Generator) -> LowRankProfiles:
         """See `Member`."""
@@ -148,7 +201,9 @@ class PCAMember:
     transform: TransformName
     n_components: int
     genes: np.ndarray | None = None
+    predicts_others: bool = True
     _fits: list[tuple[PCADenoiser, Half, np.ndarray]] = field(default_factory=list)
+    _gene_scales: list[np.ndarray] = field(default_factory=list)
     _edge: float | None = None
 
     @property
@@ -176,9 +231,9 @@ class PCAMember:
 
     @staticmethod
     def n_passes(n_cells: int, n_splits: int) -> int:
-        """Return how often `learn_all`, where there are more cells than are compared, and `refit` read all counts."""
+        """Return how often `learn_all`, for more cells than are compared, `settle` and `refit` read all counts."""
         of_halves = (3 + _FURTHER_PASSES) * n_splits + N_PASSES if n_cells > _COMPARED_CELLS else 0
-        return of_halves + 4 + _FURTHER_PASSES + 1
+        return of_halves + 1 + 4 + _FURTHER_PASSES + 1
 
     def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
         """See `Member`. Each half starts from what some of its own cells gave, which has seen nothing of the other."""
@@ -194,12 +249,36 @@ class PCAMember:
     def forget(self) -> None:
         """See `Member`."""
         self._fits.clear()
+        self._gene_scales.clear()
 
-    def predict(self, half: int, setting: str, cells: np.ndarray) -> LowRankProfiles:
+    def predict(self, half: int, setting: str, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
         """See `Member`."""
-        denoiser, learned, worth = self._fits[half]
-        weights = np.array([component_weights(fold, setting, noise=1) for fold in worth])
-        return denoiser.predict(learned.seen[cells], weights[1 - learned.folds[cells]], n_rounds=1)
+        scale = self._gene_scales[half] if self._gene_scales else None
+        fitted = self._fits[half][0]
+        return fitted.predict(seen, self._weights(half, setting, cells), n_rounds=int(scale is None), gene_scale=scale)
+
+    def settle(self, setting: str, sample: Sample) -> None:
+        """See `Member`: that is the scale of genes."""
+
+        def totals(cells: np.ndarray, parts: list[sp.csr_matrix]) -> Partial:
+            return Partial(
+                [
+                    self._fits[i][0].unscaled(seen, self._weights(i, setting, cells)).scale_cells()
+                    for i, seen in enumerate(parts)
+                ]
+            )
+
+        sums = sample.run(totals).sums
+        shares = [fitted.gene_share_ for fitted, _, _ in self._fits]
+        self._gene_scales = [
+            scaled_to(share * total.sum(), total, np.ones_like(share))
+            for share, total in zip(shares, sums, strict=True)
+        ]
+
+    def _weights(self, half: int, setting: str, cells: np.ndarray) -> np.ndarray:
+        """Return the weight of each component in each cell; a fold's own are learned from the other fold."""
+        weights = np.array([component_weights(fold, setting, noise=1) for fold in self._fits[half][2]])
+        return weights[1 - folds_of(cells)]
 
     def refit(self, survey: Survey, setting: str, rng: np.random.Generator) -> LowRankProfiles:
         """See `Member`. The components start from those of a half."""
@@ -278,7 +357,8 @@ class AutoencoderMember:
     on_check: Callable[[str], object] = lambda line: None
     fitted: Autoencoder | None = None
     choice: Autoencoder | None = None
-    _fits: list[tuple[Autoencoder, Half]] = field(default_factory=list)
+    predicts_others: bool = True
+    _fits: list[Autoencoder] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -302,7 +382,7 @@ class AutoencoderMember:
 
     def learn(self, half: Half, rng: np.random.Generator) -> None:
         """See `Member`."""
-        self._fits.append((self._fit(half.seen, self._batch(half.cells), self._chosen(self), rng), half))
+        self._fits.append(self._fit(half.seen, self._batch(half.cells), self._chosen(self), rng))
 
     def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
         """See `Member`; there is nothing more to learn."""
@@ -311,10 +391,12 @@ class AutoencoderMember:
         """See `Member`."""
         self._fits.clear()
 
-    def predict(self, half: int, setting: str, cells: np.ndarray) -> LowRankProfiles:
+    def predict(self, half: int, setting: str, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
         """See `Member`."""
-        fitted, learned = self._fits[half]
-        return fitted.predict(learned.seen[cells], self._batch(learned.cells[cells]))
+        return self._fits[half].predict(seen, self._batch(cells))
+
+    def settle(self, setting: str, sample: Sample) -> None:
+        """See `Member`; there is nothing that they share."""
 
     def refit(self, survey: Survey, setting: str, rng: np.random.Generator) -> LowRankProfiles:
         """See `Member`."""
@@ -370,6 +452,11 @@ class AutoencoderMember:
 
     def _report(self, width: int, n_epochs: int, epoch: int, gain: float) -> None:
         self.on_check(f"width {width}, epoch {epoch}/{n_epochs}, gain {gain:.4f}")
+
+
+def totals_of_halves(sample: Sample) -> list[np.ndarray]:
+    """Return the molecules of each gene in each half, shape (genes,)."""
+    return list(sample.run(lambda _, parts: Partial([column_sums(part) for part in parts])).sums)
 
 
 def component_weights(worth: np.ndarray, setting: str, noise: float) -> np.ndarray:

@@ -13,9 +13,9 @@ from ..chunks import Chunks, Survey
 from ..counts import column_sums, row_sums
 from ..loss import Gain, held_out_gain, held_out_probabilities
 from ..random import RandomState
-from ..split import split_matrix
-from .members import Half
-from .neighbors import DiffusionDenoiser, KNNDenoiser, diffusion_walk, nearest, uniform_walk
+from .autoencoder import set_aside
+from .members import Half, Sample
+from .neighbors import DiffusionDenoiser, KNNDenoiser, diffusion_walk, nearest, uniform_walk, walked
 from .pca import PCADenoiser
 from .profiles import LowRankProfiles
 
@@ -27,7 +27,6 @@ GRIDS: dict[Kind, dict[str, tuple[int, ...]]] = {
 """What is compared unless others are given."""
 
 _ENOUGH_CELLS = 20_000  # to choose by
-_ASIDE = 0.1  # share of the molecules that the choice is made by
 
 
 @dataclass(eq=False)
@@ -55,8 +54,10 @@ class NeighborsMember:
     genes: np.ndarray | None = None
     grid: Mapping[str, Sequence[int]] = field(default_factory=dict)
     enough_cells: int | None = _ENOUGH_CELLS
+    predicts_others: bool = False
     _tried: dict[tuple[int, int, int], Gain] = field(default_factory=dict)  # by (n_pcs, n_neighbors, t)
     _fits: list[LowRankProfiles] = field(default_factory=list)
+    _cells: np.ndarray = field(default_factory=lambda: np.zeros(0, np.intp))
 
     @property
     def name(self) -> str:
@@ -79,7 +80,9 @@ class NeighborsMember:
         """See `Member`. One search serves every number of neighbours, and one walk every t, as long as it gains."""
         if counts.shape[0] > _ENOUGH_CELLS:
             counts = counts[np.sort(rng.choice(counts.shape[0], _ENOUGH_CELLS, replace=False))]
-        seen, aside = split_matrix(counts, 1 - _ASIDE, random_state=rng)
+        seen, aside = set_aside(counts, np.arange(counts.shape[0]), rng)
+        seen = seen.copy()
+        seen.eliminate_zeros()
         share, size = column_sums(seen) / seen.sum(), row_sums(seen)
         pca = PCADenoiser("log1p", n_components=self.n_components, n_passes=3, random_state=rng).fit(seen, self.genes)
         start = pca.coordinates(seen)
@@ -92,10 +95,8 @@ class NeighborsMember:
                 else:
                     walk = diffusion_walk(distances[:, : n_neighbors + 1], neighbors[:, : n_neighbors + 1], size)
                 steps, last = start, -np.inf
-                for t in range(1, grid["t"][-1] + 1):
-                    steps = walk @ steps
-                    if t not in grid["t"]:
-                        continue
+                for before, t in zip([0, *grid["t"]], grid["t"], strict=False):
+                    steps = walked(walk, steps, t - before)
                     probabilities = held_out_probabilities(pca.rebuild(steps, size, n_rounds=1), aside)
                     gain = self._tried[n_pcs, n_neighbors, t] = held_out_gain(probabilities, aside, share)
                     if gain.mean < last:
@@ -105,6 +106,7 @@ class NeighborsMember:
     def learn(self, half: Half, rng: np.random.Generator) -> None:
         """See `Member`."""
         self._fits.append(self._fit(half.seen, rng, n_rounds=1))
+        self._cells = half.cells
 
     def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
         """See `Member`; there is nothing more to learn."""
@@ -113,9 +115,12 @@ class NeighborsMember:
         """See `Member`."""
         self._fits.clear()
 
-    def predict(self, half: int, setting: str, cells: np.ndarray) -> LowRankProfiles:
-        """See `Member`."""
-        return self._fits[half].of_cells(cells)
+    def settle(self, setting: str, sample: Sample) -> None:
+        """See `Member`; there is nothing that they share."""
+
+    def predict(self, half: int, setting: str, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
+        """See `Member`; the cells are some of those that the half was learned from."""
+        return self._fits[half].of_cells(np.searchsorted(self._cells, cells))
 
     def refit(self, survey: Survey, setting: str, rng: np.random.Generator) -> LowRankProfiles:
         """See `Member`."""

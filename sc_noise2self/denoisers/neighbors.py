@@ -24,6 +24,7 @@ from ..random import RandomState, as_generator
 from .pca import PCADenoiser
 from .profiles import LowRankProfiles
 
+_STILL = float(np.finfo(np.float32).eps)
 _EXACT_CELLS = 50_000  # searched exactly; neighbours among more are found by nearest neighbour descent
 
 
@@ -84,7 +85,7 @@ class KNNDenoiser:
         self.size_ = row_sums(counts)
         coordinates = self.pca_.coordinates(counts)
         self.walk_ = self._walk(*nearest(coordinates[:, : self.n_pcs], self.n_neighbors, rng))
-        self._steps = [coordinates]
+        self._coordinates = coordinates
         return self
 
     def predict(self, counts: sp.csr_matrix, *, n_rounds: int = 3) -> LowRankProfiles:
@@ -108,9 +109,7 @@ class KNNDenoiser:
     def _predict(self, counts: sp.csr_matrix, t: int, n_rounds: int) -> LowRankProfiles:
         if not np.array_equal(row_sums(counts), self.size_):
             raise ValueError("these are other counts than those fitted: neighbours are known among those alone.")
-        while len(self._steps) <= t:
-            self._steps.append(self.walk_ @ self._steps[-1])
-        return self.pca_.rebuild(self._steps[t], self.size_, n_rounds)
+        return self.pca_.rebuild(walked(self.walk_, self._coordinates, t), self.size_, n_rounds)
 
 
 class DiffusionDenoiser(KNNDenoiser):
@@ -145,7 +144,7 @@ class DiffusionDenoiser(KNNDenoiser):
         Parameters
         ----------
         t
-            Steps of the walk; 0 leaves the components as they are. All t up to the largest asked come from one walk.
+            Steps of the walk; 0 leaves the components as they are.
         n_rounds
             Of `LowRankProfiles.with_totals`.
 
@@ -212,6 +211,15 @@ def diffusion_walk(distances: np.ndarray, neighbors: np.ndarray, size: np.ndarra
     scale = distances[:, [max(1, (distances.shape[1] - 1) // 3)]]
     affinity = np.exp(-np.square(distances / np.where(scale > 0, scale, 1)))
     return _walk(affinity, neighbors, size, symmetric=True)
+
+
+def walked(walk: sp.csr_matrix, coordinates: np.ndarray, n_steps: int) -> np.ndarray:
+    """Return the coordinates after so many steps; a walk that moves nothing more, to single precision, has arrived."""
+    for _ in range(n_steps):
+        before, coordinates = coordinates, walk @ coordinates
+        if np.abs(coordinates - before).max(initial=0) <= _STILL * np.abs(before).max(initial=0):
+            break
+    return coordinates
 
 
 def _walk(weights: np.ndarray, neighbors: np.ndarray, size: np.ndarray, symmetric: bool = False) -> sp.csr_matrix:

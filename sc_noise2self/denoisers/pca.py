@@ -155,6 +155,7 @@ class PCADenoiser:
         *,
         rank: int | None = None,
         n_rounds: int = 3,
+        gene_scale: np.ndarray | None = None,
     ) -> LowRankProfiles:
         """Return the denoised profiles of cells, each component's part multiplied by its weight.
 
@@ -166,7 +167,7 @@ class PCADenoiser:
             Between 0 and 1, shape (k,), or (cells, k) where they differ between cells; 0 everywhere leaves the mean.
         rank
             Instead of weights: the first components as they are, the others left out. With neither, all are kept.
-        n_rounds
+        n_rounds, gene_scale
             Of `LowRankProfiles.with_totals`.
 
         Raises
@@ -181,9 +182,20 @@ class PCADenoiser:
             weights = (np.arange(self.n_components_) < rank).astype(np.float64)
         elif rank is not None:
             raise ValueError("weights and rank were both given: a rank is weights of 1 and 0, so pass one.")
+        return LowRankProfiles.with_totals(*self._weighted_model(counts, weights), n_rounds, gene_scale)
+
+    def unscaled(
+        self, counts: sp.csr_matrix, weights: np.ndarray, gene_scale: np.ndarray | None = None
+    ) -> LowRankProfiles:
+        """Return the profiles of `predict` whose cells have no scale yet."""
+        return LowRankProfiles.unscaled(*self._weighted_model(counts, weights), gene_scale)
+
+    def _weighted_model(
+        self, counts: sp.csr_matrix, weights: np.ndarray
+    ) -> tuple[TransformName, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         weights = np.atleast_2d(weights)
         kept = np.asarray((weights > 0).any(axis=0))
-        return self.rebuild(self.coordinates(counts)[:, kept] * weights[:, kept], row_sums(counts), n_rounds, kept)
+        return self._model(self.coordinates(counts)[:, kept] * weights[:, kept], row_sums(counts), kept)
 
     def coordinates(self, counts: sp.csr_matrix) -> np.ndarray:
         """Return the coordinates of cells beyond the mean, as if all were of one depth, shape (cells, k)."""
@@ -237,12 +249,9 @@ class PCADenoiser:
         """
         step = max(1, chunks.shape[0] * chunks.shape[1] // _SCALED)
         some = self.predict(chunks.take(np.arange(0, chunks.shape[0], step)), weights, n_rounds=n_rounds - 1)
-        kept = weights > 0
 
         def unscaled(block: Block, gene_scale: np.ndarray) -> LowRankProfiles:
-            coordinates = self.coordinates(block.counts)[:, kept] * weights[kept]
-            model = self._model(coordinates, row_sums(block.counts), kept)
-            return LowRankProfiles.unscaled(*model, gene_scale)
+            return self.unscaled(block.counts, weights, gene_scale)
 
         return profiles_in_blocks(chunks, size, some, unscaled)
 
