@@ -92,15 +92,15 @@ def check_counts(
 
 def check_format(counts: Any, *, name: str = "the matrix") -> CountMatrix:
     """Return `counts` when it is a numeric matrix of a format that counts come in; see `check_counts`."""
-    if isinstance(counts, np.matrix):
-        counts = np.asarray(counts)
+    if isinstance(counts, np.ndarray) and not isinstance(counts, np.ma.MaskedArray):
+        counts = np.asarray(counts)  # a view of AnnData would write through to its parent
     if sp.issparse(counts):
         if counts.format not in ("csr", "csc"):
             raise TypeError(
                 f"{name} is a sparse matrix of format {counts.format!r}: pass CSR or CSC, e.g. counts.tocsr()."
             )
         check_indices(counts, name)
-    elif not isinstance(counts, np.ndarray) or isinstance(counts, np.ma.MaskedArray):
+    elif type(counts) is not np.ndarray:
         raise TypeError(
             f"{name} is of type {type(counts).__name__}: molecule splitting needs a NumPy array or a SciPy "
             "CSR or CSC matrix, cells x genes."

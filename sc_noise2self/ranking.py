@@ -60,7 +60,8 @@ def select_rank(
     Returns
     -------
     The rank. `.uns[key_added]` holds `rank`, `split_rank` (of least loss, at half depth), `within_one_error` (ranks as
-    good there within one paired standard error; `rank` need not be among them), the curve (`ranks`, `loss`, `error`,
+    good there within one paired standard error, all of them where one cell was scored, which tells no error; `rank`
+    need not be among them), the curve (`ranks`, `loss`, `error`,
     `splits`, and `full_depth_loss` where it is corrected; squared error per entry on the transformed scale), and
     `params`.
 

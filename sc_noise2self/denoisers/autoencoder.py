@@ -282,7 +282,9 @@ class Autoencoder:
             self.gene_scale_ = self._learned_gene_scale(counts, codes_here, rng)
         return self
 
-    def predict(self, counts: sp.csr_matrix, batch: np.ndarray | None = None, *, n_rounds: int = 0) -> LowRankProfiles:
+    def predict(
+        self, counts: sp.csr_matrix, batch: np.ndarray | None = None, *, n_rounds: int | None = 0
+    ) -> LowRankProfiles:
         """Return the denoised profiles of cells, of those fitted or of others.
 
         Parameters
@@ -380,7 +382,7 @@ class Autoencoder:
         counts: sp.csr_matrix,
         batch: np.ndarray | None,
         gene_share: np.ndarray,
-        n_rounds: int,
+        n_rounds: int | None,
     ) -> LowRankProfiles:
         factors, loadings = self._factors(network, counts, batch)
         return LowRankProfiles.with_totals(self.link_, factors, loadings, row_sums(counts), gene_share, n_rounds)

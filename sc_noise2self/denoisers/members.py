@@ -409,7 +409,7 @@ class AutoencoderMember:
         counts = survey.chunks.in_memory()
         if counts.shape[0] > _LEARNED_CELLS:
             self.fitted = self._new(self._chosen(self), rng).fit(counts, self.genes, self.batch)
-        return self.fitted.predict(counts, self.batch, n_rounds=1)
+        return self.fitted.predict(counts, self.batch, n_rounds=None)
 
     def record(self, setting: str) -> dict[str, object]:
         """See `Member`."""

@@ -124,7 +124,7 @@ class NeighborsMember:
 
     def refit(self, survey: Survey, setting: str, rng: np.random.Generator) -> LowRankProfiles:
         """See `Member`."""
-        return self._fit(survey.chunks.in_memory(), rng, n_rounds=3)
+        return self._fit(survey.chunks.in_memory(), rng)
 
     def record(self, setting: str) -> dict[str, object]:
         """See `Member`."""
@@ -145,7 +145,7 @@ class NeighborsMember:
         }
         return {name: sorted(values) for name, values in {**usual, **self.grid}.items()}
 
-    def _fit(self, counts: sp.csr_matrix, rng: RandomState, n_rounds: int) -> LowRankProfiles:
+    def _fit(self, counts: sp.csr_matrix, rng: RandomState, n_rounds: int | None = None) -> LowRankProfiles:
         n_pcs, n_neighbors, t = self._chosen
         options: dict[str, Any] = {"n_pcs": n_pcs, "n_components": self.n_components, "random_state": rng}
         if self.kind == "knn":

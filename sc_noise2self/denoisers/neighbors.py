@@ -88,7 +88,7 @@ class KNNDenoiser:
         self._coordinates = coordinates
         return self
 
-    def predict(self, counts: sp.csr_matrix, *, n_rounds: int = 3) -> LowRankProfiles:
+    def predict(self, counts: sp.csr_matrix, *, n_rounds: int | None = None) -> LowRankProfiles:
         """Return the denoised profiles of the cells that were fitted: `counts` is what `fit` was given.
 
         Parameters
@@ -106,7 +106,7 @@ class KNNDenoiser:
     def _walk(self, distances: np.ndarray, neighbors: np.ndarray) -> sp.csr_matrix:
         return uniform_walk(neighbors[:, : self.n_neighbors], self.size_)
 
-    def _predict(self, counts: sp.csr_matrix, t: int, n_rounds: int) -> LowRankProfiles:
+    def _predict(self, counts: sp.csr_matrix, t: int, n_rounds: int | None) -> LowRankProfiles:
         if not np.array_equal(row_sums(counts), self.size_):
             raise ValueError("these are other counts than those fitted: neighbours are known among those alone.")
         return self.pca_.rebuild(walked(self.walk_, self._coordinates, t), self.size_, n_rounds)
@@ -138,7 +138,7 @@ class DiffusionDenoiser(KNNDenoiser):
     ) -> None:
         super().__init__(n_neighbors, n_pcs=n_pcs, n_components=n_components, random_state=random_state)
 
-    def predict(self, counts: sp.csr_matrix, *, t: int = 2, n_rounds: int = 3) -> LowRankProfiles:
+    def predict(self, counts: sp.csr_matrix, *, t: int = 2, n_rounds: int | None = None) -> LowRankProfiles:
         """Return the denoised profiles of the cells that were fitted: `counts` is what `fit` was given.
 
         Parameters

@@ -154,7 +154,7 @@ class PCADenoiser:
         weights: np.ndarray | None = None,
         *,
         rank: int | None = None,
-        n_rounds: int = 3,
+        n_rounds: int | None = None,
         gene_scale: np.ndarray | None = None,
     ) -> LowRankProfiles:
         """Return the denoised profiles of cells, each component's part multiplied by its weight.
@@ -206,7 +206,7 @@ class PCADenoiser:
         self,
         coordinates: np.ndarray,
         size: np.ndarray,
-        n_rounds: int = 3,
+        n_rounds: int | None = None,
         kept: np.ndarray | slice = slice(None),
     ) -> LowRankProfiles:
         """Return the profiles that have these coordinates.
@@ -237,7 +237,7 @@ class PCADenoiser:
         loadings = np.column_stack([self.mean_, self.components_[:, kept]]) / scale[:, None]
         return np.ascontiguousarray(loadings, dtype=np.float32)
 
-    def profiles(self, chunks: Chunks, weights: np.ndarray, size: np.ndarray, n_rounds: int = 3) -> LowRankProfiles:
+    def profiles(self, chunks: Chunks, weights: np.ndarray, size: np.ndarray) -> LowRankProfiles:
         """Return the denoised profiles of all cells, as `predict`, in two passes over the counts.
 
         All rounds of scaling genes but the last look at some of the cells, the last at all.
@@ -248,7 +248,7 @@ class PCADenoiser:
             Molecules of each cell, shape (cells,).
         """
         step = max(1, chunks.shape[0] * chunks.shape[1] // _SCALED)
-        some = self.predict(chunks.take(np.arange(0, chunks.shape[0], step)), weights, n_rounds=n_rounds - 1)
+        some = self.predict(chunks.take(np.arange(0, chunks.shape[0], step)), weights)
 
         def unscaled(block: Block, gene_scale: np.ndarray) -> LowRankProfiles:
             return self.unscaled(block.counts, weights, gene_scale)
