@@ -568,8 +568,8 @@ class _unchanged:  # a context manager, named as one
             raise Wrong(f"mutated: {found}")
 
 
-def judge(seed: int) -> tuple[str, str, str, str]:
-    """Return the function called, the outcome, what was said, and what the call was made of."""
+def judge(seed: int, *, is_shown: bool = False) -> tuple[str, str, str, str]:
+    """Return the function called, the outcome, what was said, and what the call was made of; print the traceback."""
     from promises import documented_warnings
 
     rng = np.random.default_rng(seed)
@@ -585,6 +585,8 @@ def judge(seed: int) -> tuple[str, str, str, str]:
             outcome, said = "WRONG", f"accepted {call.hostile}"
     except Exception as error:
         outcome, said = _judged(error)
+        if is_shown:
+            traceback.print_exception(error)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if "matplotlib.pyplot" in sys.modules:
@@ -617,18 +619,22 @@ def _judged(error: Exception) -> tuple[str, str]:
 # Running
 
 
-def _work(connection: Connection) -> None:
-    """Judge the calls whose seeds come in, until none does."""
+def _prepare() -> None:
+    """Limit memory and threads, and silence what is not an outcome."""
     resource.setrlimit(resource.RLIMIT_DATA, (_GIGABYTES << 30, _GIGABYTES << 30))
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ.setdefault(name, "1")
     import matplotlib as mpl
-
-    mpl.use("agg")
     import scanpy as sc
 
+    mpl.use("agg")
     sc.settings.verbosity = "error"
     logging.disable(logging.CRITICAL)
+
+
+def _work(connection: Connection) -> None:
+    """Judge the calls whose seeds come in, until none does."""
+    _prepare()
     connection.send("ready")
     while (seed := connection.recv()) is not None:
         connection.send(judge(seed))
@@ -701,7 +707,12 @@ def main() -> int:
     parser.add_argument("--only", type=int, metavar="SEED", help="run one call and print all of it")
     parser.add_argument("--refusals", action="store_true", help="print the refusals too")
     args = parser.parse_args()
-    seeds = range(args.only, args.only + 1) if args.only is not None else range(args.seed, args.seed + args.calls)
+    if args.only is not None:
+        _prepare()
+        name, outcome, said, made = judge(args.only, is_shown=True)
+        print(f"{name}({made})\n{outcome}\n{said}")
+        return int(outcome == "WRONG")
+    seeds = range(args.seed, args.seed + args.calls)
     start = time.monotonic()
     table, distinct = Counter[tuple[str, str]](), dict[tuple[str, str, str], list[Any]]()
     for seed, (name, outcome, said, made) in outcomes(seeds, args.jobs):
@@ -710,9 +721,6 @@ def main() -> int:
         alike = "".join("#" if each.isdigit() else each for each in said.split("\n")[0])[:110]
         seen = distinct.setdefault((outcome, name, alike), [0, seed, said, made])
         seen[0] += 1
-        if args.only is not None:
-            print(f"{name}({made})\n{outcome}\n{said}")
-            return int(outcome == "WRONG")
     print(f"{'':18}{'ok':>8}{'refused':>10}{'WRONG':>8}")
     for name in sorted({name for name, _ in table}):
         print(f"{name:18}{table[name, 'ok']:8}{table[name, 'refused']:10}{table[name, 'WRONG']:8}")
