@@ -41,9 +41,9 @@ class Calibration:
         The parameters chosen.
     table
         One row a candidate, in the order of the grid: its parameters (`param_loss` for one called `loss`), `loss`,
-        `error` (standard error of loss less the least one, paired by cell), `gain` (minus the Poisson loss, nats
-        per held-out molecule above the mean profile), `seconds`, `failure` (what went wrong, or nothing) and
-        `chosen`.
+        `error` (standard error of loss less the least one, paired by cell; infinite where one cell tells), `gain`
+        (minus the Poisson loss, nats per held-out molecule above the mean profile), `seconds`, `failure` (what went
+        wrong, or nothing) and `chosen`.
     split_losses
         The loss of each candidate in each split, shape (candidates, splits).
     denoised

@@ -34,6 +34,7 @@ WARNINGS = (
     "training diverged",
     # anndata's own.
     "(Observation|Variable) names are not unique",
+    "adata is a view: it is made an object of its own",
     "Setting element|Trying to (set|modify) attribute|Initializing view as actual|Received a view",
     "Transforming to str index",
     "Writing zarr v2",

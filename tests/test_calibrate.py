@@ -889,7 +889,8 @@ def test_tiny_data_have_finite_tables_or_are_refused(partition, rule):
             assert re.search(refusals, str(error)), seed  # noqa: PT017
             continue
         done += 1
-        assert np.isfinite(found.table[["loss", "error", "gain"]]).all(axis=None)
+        assert np.isfinite(found.table[["loss", "gain"]]).all(axis=None)
+        assert (found.table["error"] >= 0).all()  # infinite where one cell tells
         assert np.isfinite(found.split_losses).all()
         np.testing.assert_allclose(found.denoised.sum(axis=1), x.sum(axis=1).A1, rtol=1e-5)
     assert done > 10

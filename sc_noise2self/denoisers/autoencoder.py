@@ -282,9 +282,7 @@ class Autoencoder:
             self.gene_scale_ = self._learned_gene_scale(counts, codes_here, rng)
         return self
 
-    def predict(
-        self, counts: sp.csr_matrix, batch: np.ndarray | None = None, *, n_rounds: int | None = 0
-    ) -> LowRankProfiles:
+    def predict(self, counts: sp.csr_matrix, batch: np.ndarray | None = None, *, n_rounds: int = 0) -> LowRankProfiles:
         """Return the denoised profiles of cells, of those fitted or of others.
 
         Parameters
@@ -310,7 +308,7 @@ class Autoencoder:
         )
 
     def profiles(self, survey: Survey, batch: np.ndarray | None = None) -> LowRankProfiles:
-        """Return the denoised profiles of cells whose counts are not in memory, in two passes over them."""
+        """Return the denoised profiles of all cells, wherever their counts are, every gene with its total."""
 
         def unscaled(block: Block, gene_scale: np.ndarray) -> LowRankProfiles:
             codes = None if batch is None else batch[block.cells]
@@ -382,7 +380,7 @@ class Autoencoder:
         counts: sp.csr_matrix,
         batch: np.ndarray | None,
         gene_share: np.ndarray,
-        n_rounds: int | None,
+        n_rounds: int,
     ) -> LowRankProfiles:
         factors, loadings = self._factors(network, counts, batch)
         return LowRankProfiles.with_totals(self.link_, factors, loadings, row_sums(counts), gene_share, n_rounds)

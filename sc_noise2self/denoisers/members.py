@@ -401,15 +401,14 @@ class AutoencoderMember:
     def refit(self, survey: Survey, setting: str, rng: np.random.Generator) -> LowRankProfiles:
         """See `Member`."""
         assert self.fitted is not None  # prepared before anything was learned
-        if not isinstance(survey.chunks, InMemory):
-            cells = np.sort(rng.choice(len(survey.size), min(len(survey.size), _LEARNED_CELLS), replace=False))
+        if len(survey.size) > _LEARNED_CELLS:
             fitted = self._new(self._chosen(self), rng)
-            self.fitted = fitted.fit(survey.chunks.take(cells), self.genes, self.batch, survey=survey, cells=cells)
-            return self.fitted.profiles(survey, self.batch)
-        counts = survey.chunks.in_memory()
-        if counts.shape[0] > _LEARNED_CELLS:
-            self.fitted = self._new(self._chosen(self), rng).fit(counts, self.genes, self.batch)
-        return self.fitted.predict(counts, self.batch, n_rounds=None)
+            if isinstance(survey.chunks, InMemory):
+                self.fitted = fitted.fit(survey.chunks.in_memory(), self.genes, self.batch)
+            else:
+                cells = np.sort(rng.choice(len(survey.size), _LEARNED_CELLS, replace=False))
+                self.fitted = fitted.fit(survey.chunks.take(cells), self.genes, self.batch, survey=survey, cells=cells)
+        return self.fitted.profiles(survey, self.batch)
 
     def record(self, setting: str) -> dict[str, object]:
         """See `Member`."""

@@ -106,7 +106,8 @@ class Counts:
             counts = counts.sorted_indices()  # else SciPy may sort the indices that are shared here in place
         largest = counts.data.max(initial=0)
         self.data = torch.from_numpy(counts.data.astype(np.int16 if largest < 2**15 else np.int32))
-        self.genes = torch.from_numpy(counts.indices.astype(np.int32, copy=False))
+        indices = np.require(counts.indices, np.int32, "W")  # PyTorch takes no array that is read only
+        self.genes = torch.from_numpy(indices)
         self.batch = None if batch is None else torch.from_numpy(batch.astype(np.int64))
         self.starts = counts.indptr[:-1].astype(np.int64)
         self.lengths = np.diff(counts.indptr).astype(np.int64)

@@ -107,10 +107,9 @@ class LowRankProfiles(Profiles):
         """
         out = cls.unscaled(link, scores, loadings, size, gene_share, gene_scale)
         target = out.gene_share * float(out.size.sum())
-        there = target > 0
         for _ in range(_MOST_ROUNDS if n_rounds is None else n_rounds):
             totals = out.scale_cells()
-            if n_rounds is None and np.abs(totals - target)[there] @ (1 / target[there]) <= _TOTALS_OFF * there.sum():
+            if n_rounds is None and _mean_deviation(totals, target) <= _TOTALS_OFF:
                 return out
             out.gene_scale[:] = scaled_to(target, totals, out.gene_scale)
         out.scale_cells()
@@ -184,12 +183,14 @@ def profiles_in_blocks(
     some: LowRankProfiles,
     unscaled: Callable[[Block, np.ndarray], LowRankProfiles],
 ) -> LowRankProfiles:
-    """Return the profiles of all cells, every gene with its share of all molecules: two passes over the counts.
+    """Return the profiles of all cells, every gene with its share of all molecules, in passes over the counts.
+
+    There are two where gene totals are right to 0.3 % on average at the start, else one or two more.
 
     Parameters
     ----------
     chunks
-        The counts. Of a Dask array, the second pass is made where scores and scales of cells are read.
+        The counts. Of a Dask array, the last pass is made where scores and scales of cells are read.
     size
         Molecules of each cell, shape (cells,).
     some
@@ -199,10 +200,14 @@ def profiles_in_blocks(
     """
 
     def of_totals(block: Block) -> Partial:
-        return Partial([unscaled(block, some.gene_scale).scale_cells()])
+        return Partial([unscaled(block, gene_scale).scale_cells()])
 
-    totals = chunks.run(of_totals).sums[0]
-    gene_scale = scaled_to(some.gene_share * size.sum(), totals, some.gene_scale)
+    gene_scale, target = some.gene_scale, some.gene_share * size.sum()
+    for _ in range(_MOST_ROUNDS):
+        totals = chunks.run(of_totals).sums[0]
+        gene_scale = scaled_to(target, totals, gene_scale)
+        if _mean_deviation(totals, target) <= 3 * _TOTALS_OFF:
+            break
 
     def of_cells(block: Block) -> Partial:
         found = unscaled(block, gene_scale)
@@ -218,6 +223,12 @@ def profiles_in_blocks(
         row_scale=cast("np.ndarray", scales[:, 1]),
         size=size.astype(np.float32),
     )
+
+
+def _mean_deviation(totals: np.ndarray, target: np.ndarray) -> float:
+    """Return how far totals of genes are from what they should be, as a share of it, on average."""
+    there = target > 0
+    return float(np.mean(np.abs(totals[there] / target[there] - 1)))
 
 
 def scaled_to(target: np.ndarray, totals: np.ndarray, gene_scale: np.ndarray) -> np.ndarray:
