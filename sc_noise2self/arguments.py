@@ -63,10 +63,10 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} is {value!r}: pass True or False.")
 
 
-def check_name(name: str, value: object) -> None:
+def check_name(name: str, value: object, hint: str = "") -> None:
     """Raise unless the value is a string."""
     if not isinstance(value, str):
-        raise TypeError(f"{name} is {value!r}: pass a name, a string.")
+        raise TypeError(f"{name} is {value!r}: pass a name, a string.{hint}")
 
 
 def check_mapping(name: str, value: object, keys: Collection[str]) -> None:

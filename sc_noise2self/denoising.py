@@ -228,9 +228,10 @@ def denoise(
     for name, flag in (("mix", mix), ("write_layer", write_layer), ("copy", copy)):
         check_flag(name, flag)
     check_name("device", device)
-    for name, given in (("layer", layer), ("batch_key", batch_key)):
-        if given is not None:
-            check_name(name, given)
+    if layer is not None:
+        check_name("layer", layer, " To write none, pass write_layer=False.")
+    if batch_key is not None:
+        check_name("batch_key", batch_key)
     members = cast("tuple[MemberName, ...]", read_names("members", members, get_args(MemberName)))
     used = members if method == "ensemble" else (method,)
     of_autoencoder = {

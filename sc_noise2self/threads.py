@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
-from threading import Lock, local
+from threading import Event, Lock, Thread, local
 from typing import TypeVar
 
 from joblib import cpu_count
@@ -32,7 +32,7 @@ def in_threads(work: Callable[[Item], Out], items: Iterable[Item]) -> Iterator[O
         return
     n_threads = cpu_count()
     pending: deque[Future[Out]] = deque()
-    with one_blas_thread(), ThreadPoolExecutor(n_threads, initializer=_mark) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(n_threads, initializer=_start) as pool:
         try:
             for item in items:
                 pending.append(pool.submit(work, item))
@@ -56,9 +56,10 @@ def alone(work: Callable[[], Out]) -> Out:
 
 
 class _OneBlasThread:
-    """A limit of the process that many may ask for at once: set by the first of them, lifted by the last.
+    """A limit of the process that many may ask for at once: set for the first of them, lifted after the last.
 
-    A limit that each set and restored for itself would be lifted under the others, or stay when all have gone.
+    A thread of its own keeps it meanwhile. A limit that each caller set and restored for itself would be lifted under
+    the others; and threadpoolctl lets only the thread that first set one change it, so that of a caller could stay.
     """
 
     def __init__(self) -> None:
@@ -70,20 +71,42 @@ class _OneBlasThread:
         """Return the context."""
         with self._lock:
             if self._n_users == 0:
-                self._limit = _controller().limit(limits=1, user_api="blas")
+                self._is_set, self._is_over = Event(), Event()
+                self._keeper = Thread(target=self._keep, daemon=True)
+                self._keeper.start()
+                self._is_set.wait()
             self._n_users += 1
         try:
-            yield
+            with _limit():  # of this thread, for libraries whose limits are those of threads
+                yield
         finally:
             with self._lock:
                 self._n_users -= 1
                 if self._n_users == 0:
-                    self._limit.restore_original_limits()
+                    self._is_over.set()
+                    self._keeper.join()
+
+    def _keep(self) -> None:
+        try:
+            with _limit():
+                self._is_set.set()
+                self._is_over.wait()
+        finally:
+            self._is_set.set()
+
+
+def _limit() -> AbstractContextManager[object]:
+    return _controller().limit(limits=1, user_api="blas")
 
 
 @lru_cache(maxsize=1)
 def _controller() -> ThreadpoolController:
     return ThreadpoolController()
+
+
+def _start() -> None:
+    _mark()
+    _limit()  # until the thread ends
 
 
 def _mark() -> None:

@@ -12,6 +12,7 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info
 
 import sc_noise2self as n2s
 
@@ -157,12 +158,14 @@ def test_threads_that_call_at_once_get_the_bytes_of_one_alone(simulated, method)
     together = [ad.AnnData(simulated.copy()) for _ in range(4)]
     threads = [threading.Thread(target=n2s.denoise, args=(adata, method)) for adata in together]
     alone = ad.AnnData(simulated.copy())
+    limits = [library["num_threads"] for library in threadpool_info()]
     n2s.denoise(alone, method)
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert {adata.layers["denoised"].tobytes() for adata in together} == {alone.layers["denoised"].tobytes()}
+    assert [library["num_threads"] for library in threadpool_info()] == limits
 
 
 @pytest.mark.parametrize(
