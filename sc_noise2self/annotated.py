@@ -197,8 +197,8 @@ def _matrix(adata: AnnData, layer: str | None) -> tuple[Any, str]:
     """Return what should hold counts, and what it is called in messages."""
     if not isinstance(adata, AnnData):
         raise TypeError(f"adata is of type {type(adata).__name__}: pass an AnnData object.")
-    if isinstance(layer, bool):
-        raise TypeError(f"layer is {layer}: it names the layer with raw counts. To write none, pass write_layer=False.")
+    if layer is not None and not isinstance(layer, str):
+        raise TypeError(f"layer is {layer!r}: pass the name of the layer that holds raw counts, or None for X.")
     if layer is not None and layer not in adata.layers:
         names = [name for name in adata.layers if name is not None]  # None is X since anndata 0.13
         raise ValueError(f"layer {layer!r} is missing: adata.layers has {names}.")

@@ -397,7 +397,7 @@ def test_no_structure_is_warned_about():
         ({"n_jobs": -2}, ValueError, "n_jobs is -2: pass a whole number"),
         ({"n_jobs": True}, ValueError, "n_jobs is True: pass a whole number"),
         ({"n_jobs": "2"}, ValueError, "n_jobs is '2': pass a whole number"),
-        ({"refit": "yes"}, ValueError, "refit is 'yes': pass True or False"),
+        ({"refit": "yes"}, TypeError, "refit is 'yes': pass True or False"),
         ({"rule": np.array(["least", "best"])}, ValueError, r"rule is array\(.*: pass one of least"),
         ({"prefer": None}, ValueError, "prefer is None: pass one of processes, threads"),
         ({"transform": ["log1p"]}, ValueError, r"transform is \['log1p'\]: pass one of log1p, sqrt, none"),
