@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test docs notebooks clean
+.PHONY: demo test test-slow docs notebooks clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python notebooks/run.py quickstart --into results
@@ -14,6 +14,9 @@ test: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 	$(BIN)/pytest
+
+test-slow: $(VENV)/.installed
+	$(BIN)/pytest -m slow
 
 docs: $(VENV)/.installed
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
