@@ -426,6 +426,8 @@ def _check_widths(width: int | Sequence[int], n_genes: int) -> tuple[int, ...]:
 
 
 def _described(selection: Selection, ranks: Sequence[int]) -> str:
+    if not selection.beats_mean:
+        return "the mean profile, which nothing beats; the best of what was tried"
     return "; ".join(
         ("" if choice.weight == 1 else f"{choice.weight:.2f} x ")
         + choice.label
