@@ -122,7 +122,7 @@ def select(
     scored, dispersed = (_some(rng, n_cells, entries // n_genes) for entries in (_SCORED, _DISPERSION))
     keys = [as_key(rng) for _ in range(n_splits)]
     halves = _halves(counts, keys, cells)
-    _check_enough(halves, scored)
+    check_enough([half.held_out[scored] for half in halves])
     for member in members:
         member.prepare(counts, cells, rng)
         on_step()
@@ -188,13 +188,12 @@ def _halves(counts: sp.csr_matrix, keys: Sequence[int], cells: np.ndarray) -> li
     return [Half(seen, held_out, folds, cells) for one, two in pairs for seen, held_out in ((one, two), (two, one))]
 
 
-def _check_enough(halves: Sequence[Half], scored: np.ndarray) -> None:
-    """Raise if a half has no molecule to learn from or to be scored by."""
-    if any(half.held_out[scored].nnz == 0 for half in halves):
-        molecules = int(halves[0].seen.sum() + halves[0].held_out.sum())
+def check_enough(parts: Sequence[sp.csr_matrix]) -> None:
+    """Raise if one of the halves has no molecule to predict from or to be scored by; a split has two, side by side."""
+    if any(part.nnz == 0 for part in parts):
         raise ValueError(
-            f"the counts hold {molecules} molecule(s) in {halves[0].seen.shape[0]} cells: too few to split into "
-            "halves that each hold some, so nothing can be learned from one and tested on the other."
+            f"the counts hold {int(parts[0].sum() + parts[1].sum())} molecule(s) in {parts[0].shape[0]} cells: too few "
+            "to split into halves that each hold some, so nothing can be predicted from one and tested on the other."
         )
 
 

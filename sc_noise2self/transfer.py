@@ -23,7 +23,7 @@ from .factors import GeneFactors
 from .loss import Gain, GeneGains
 from .random import RandomState, as_generator
 from .scale import Scale, check_scale, sample_depth, to_scale
-from .selection import Choice
+from .selection import Choice, check_enough
 from .split import split_matrix
 from .written import changes_of, check_key, committed, summary
 
@@ -94,6 +94,7 @@ def denoise_with(
     own_order = np.argsort(order)
     counts = counts[:, order]
     first, second = split_matrix(counts, random_state=rng)
+    check_enough([first, second])
     halves = ((first, second), (second, first))
     gain, gene_gains = _gains([fitted.predict(seen, batch) for seen, _ in halves], halves)
     if not gain.is_clear:

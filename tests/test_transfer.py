@@ -69,6 +69,18 @@ def test_writes_what_every_method_writes(tmp_path):
     assert np.allclose(n2s.get.denoised(again, ["gene-3"]), layer[:, [3]], rtol=1e-4, atol=1e-6)
 
 
+def test_one_molecule_is_refused(model):
+    adata = cells(5, 0)
+    adata.X.data[:] = 0
+    adata.X.data[0] = 1
+    with (
+        pytest.warns(UserWarning, match="hold no molecule"),
+        pytest.raises(ValueError, match=r"1 molecule\(s\) in 5 cells: too few to split into halves"),
+    ):
+        n2s.denoise_with(adata, model, device="cpu")
+    assert not adata.uns
+
+
 def test_same_seed_same_bytes():
     first, second, other = (cells(120, 0) for _ in range(3))
     for adata, seed in ((first, 0), (second, 0), (other, 1)):
