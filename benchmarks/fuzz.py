@@ -78,8 +78,12 @@ class Kind:
     takes: Callable[[Any], bool]
 
 
+def _is_whole(value: Any, least: int = 1) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+
+
 def _whole(*values: int, least: int = 1) -> Kind:
-    return Kind(values, lambda v: isinstance(v, Integral) and not isinstance(v, bool) and v >= least)
+    return Kind(values, lambda v: _is_whole(v, least))
 
 
 def _one_of(*values: Any) -> Kind:
@@ -116,7 +120,7 @@ _OF_METHOD: dict[str, dict[str, Kind]] = {
     },
     "diffusion": {"neighbors": Kind(({"t": 3}, {"t": [1, 2], "n_neighbors": 3}), lambda v: v is None or bool(v))},
     "autoencoder": {
-        "width": _whole(1, 2),
+        "width": Kind((1, 2), lambda v: _is_whole(v) or (isinstance(v, list) and bool(v) and all(map(_is_whole, v)))),
         "n_seeds": _whole(1, 2),
         "batch_key": _optional(_one_of("lane")),
         "loss": _one_of(
@@ -449,7 +453,8 @@ def file(call: Call) -> None:
                 status = main(argv)
             _demand("Traceback" not in said.getvalue(), "a traceback at the command line")
             if status:
-                raise Refused(said.getvalue())
+                lines = said.getvalue().splitlines(keepends=True)
+                raise Refused("".join(line for line in lines if ": warning: " not in line))
             options = {}
         else:
             options = call.options(kinds)

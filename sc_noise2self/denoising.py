@@ -161,8 +161,8 @@ def denoise(
     None, or the copy. Written, with `key_added="denoised"`:
 
     `.layers["denoised"]`
-        Expected counts at each cell's own depth: float32, dense, non-negative; every gene keeps its total, to .3 % on
-        average or better (not with `mix`). Empty cells and unexpressed genes stay 0.
+        Expected counts at each cell's own depth: float32, dense, non-negative; every gene keeps its total, to 0.3 % on
+        average or better, 1 % below 30 cells (not with `mix`). Empty cells and unexpressed genes stay 0.
     `.obsm["denoised"]`, `.varm["denoised"]`, `.obsm["denoised_scale"]`, `.varm["denoised_scale"]`,
     `.obs["denoised_size"]`
         The factors: scores (cells, k), loadings (genes, k), the scales of cells (two columns a member) and of genes

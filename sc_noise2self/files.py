@@ -23,6 +23,7 @@ from packaging.version import Version
 from scanpy import logging as logg
 
 from .annotated import chunks_of
+from .arguments import check_flag
 from .denoising import denoise
 from .estimates import estimate
 from .memory import check_fits_disk
@@ -87,6 +88,8 @@ def denoise_file(
     source, target = _path(source), _path(target)
     if "copy" in options:
         raise TypeError("copy was given: the target is the copy, so leave it out.")
+    check_flag("write_layer", write_layer)
+    check_flag("overwrite", overwrite)
     _check_paths(source, target, overwrite)
     with _read(source) as stored:
         in_memory = options.get("method", "pca") != "pca" or bool(options.get("mix"))

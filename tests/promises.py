@@ -166,13 +166,14 @@ def cells_keep_their_sizes(result: Result) -> None:
 
 
 def genes_keep_their_totals(result: Result) -> None:
-    """To .3 % on average; not with mix, nor where a scale does not say them."""
+    """To 0.3 % on average, 1 % below 30 cells; not with mix, nor where a scale does not say them."""
     if result.record["params"]["mix"] or result.rates is None:
         return
     total = result.counts.sum(axis=0)
     found = (result.rates * result.counts.sum(axis=1, keepdims=True)).sum(axis=0)
     off = np.abs(found - total)[total > 0] / total[total > 0]
-    assert off.mean() <= 3e-3, f"totals of genes are off by {off.mean():.2%} on average, {off.max():.2%} at most"
+    bound = 3e-3 if len(result.counts) >= 30 else 1e-2
+    assert off.mean() <= bound, f"totals of genes are off by {off.mean():.2%} on average, {off.max():.2%} at most"
 
 
 def what_is_empty_stays_zero(result: Result) -> None:
