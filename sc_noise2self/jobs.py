@@ -74,10 +74,14 @@ def in_jobs(
             except Exception as error:
                 out = error
             yield futures.pop(future), out
-    finally:
+    except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
-            worker.close()
+            worker.stop()
+        raise
+    pool.shutdown()
+    for worker in workers:
+        worker.close()
 
 
 def _call(sent: bytes) -> Any:
@@ -93,7 +97,10 @@ class _Here:
         return work(item)
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing: there is nothing to close."""
+
+    def stop(self) -> None:
+        """Do nothing: a thread ends with its task."""
 
 
 class _Process:
@@ -128,5 +135,12 @@ class _Process:
             raise ChildProcessError("its process ended, as by a segmentation fault or for want of memory") from error
 
     def close(self) -> None:
+        """End the process, which is idle."""
+        self._executor.shutdown()
+
+    def stop(self) -> None:
         """End the process, whatever it is doing."""
-        self._executor.shutdown(wait=True, kill_workers=True)
+        # `shutdown(kill_workers=True)` fails in its own thread where a task was just submitted.
+        for process in list((self._executor._processes or {}).values()):
+            process.terminate()
+        self._executor.shutdown(wait=False)
