@@ -182,7 +182,7 @@ def calibrate(
     if adata is not None:
         record = {
             "best": {name: _plain(value) for name, value in best.items()},
-            "table": table.apply(lambda column: column.map(_plain) if column.dtype == object else column),
+            "table": table.apply(lambda column: column.map(str) if column.dtype == object else column),
             "split_losses": found.split_losses,
             "denoiser": called.name,
             "partition": repr(partition),

@@ -161,7 +161,10 @@ class Comparison:
         losses = np.array([np.nan if score is None else score.mean for score in scores])
         errors = np.array([np.nan if score is None else score.error_of_difference(least) for score in scores])
         good = losses <= least.mean + (errors if rule == "one_standard_error" else 0)
-        table = pd.DataFrame(self.candidates).rename(columns={name: f"param_{name}" for name in COLUMNS})
+        values = pd.DataFrame(self.candidates, dtype=object)
+        # None is a value, and pandas would take it for a number that is missing.
+        table = values.apply(lambda column: column if any(v is None for v in column) else column.infer_objects())
+        table = table.rename(columns={name: f"param_{name}" for name in COLUMNS})
         table["loss"], table["error"] = losses, errors
         if loss == "poisson":
             table["gain"] = -losses

@@ -894,3 +894,15 @@ def test_tiny_data_have_finite_tables_or_are_refused(partition, rule):
         assert np.isfinite(found.split_losses).all()
         np.testing.assert_allclose(found.denoised.sum(axis=1), x.sum(axis=1).A1, rtol=1e-5)
     assert done > 10
+
+
+@pytest.mark.parametrize("values", [["auto", None, 0.3], [None, 0.3], [1, 2.5], [True, "yes"], [(1, 2), [3]]])
+def test_values_of_any_kinds_stay_what_they_are_and_go_to_files(adata, values, tmp_path):
+    def shrunken(counts, k):
+        return 0.5 * counts.toarray() + counts.mean(axis=0).A1 * (0.5 + 0.1 * values.index(k))
+
+    found = n2s.calibrate(adata, shrunken, {"k": values})
+    assert all(kept is given or kept == given for kept, given in zip(found.table["k"], values, strict=True))
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    table = ad.read_h5ad(tmp_path / "a.h5ad").uns["calibrate"]["table"]
+    assert [str(kept) for kept in table["k"]] == [str(kept) for kept in found.table["k"]]
