@@ -37,7 +37,7 @@ class NotACount(Exception):
                 "here, and no cell has so many molecules of a gene. Pass raw UMI counts."
             )
         return ValueError(
-            f"{name} holds {self.value} at {where}: molecule splitting needs raw counts. "
+            f"{name} holds {str(self.value).removesuffix('.0')} at {where}: molecule splitting needs raw counts. "
             'Pass the matrix before normalisation, e.g. layer="counts".'
         )
 

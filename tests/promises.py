@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
+from hypothesis import reject
 
 import sc_noise2self as n2s
 
@@ -52,6 +53,17 @@ def documented_warnings() -> Iterator[list[warnings.WarningMessage]]:
         warnings.filterwarnings("ignore", message="The '(future.infer_string|mode.chained_assignment)' option")
         warnings.filterwarnings("ignore", message="The set_bad function", category=PendingDeprecationWarning)
         yield gathered
+
+
+@contextmanager
+def refused_for_few(counts: np.ndarray) -> Iterator[None]:
+    """Let counts of so few molecules that a half may hold none be refused; the example is then another's."""
+    try:
+        yield
+    except ValueError as error:
+        if "too few" not in str(error) or counts.sum() > 100:
+            raise
+        reject()
 
 
 def fingerprint(value: Any) -> Any:
