@@ -71,8 +71,9 @@ def split_molecules(
     Two parts, or as many as `folds`. A matrix gives matrices of its own type and dtype (of a wider one if it repeats
     entries that add up to more than the dtype holds); an AnnData object gives AnnData objects with the part in `X` and
     the same `obs` and `var` (what `denoise` wrote there left out). Disjoint parts add up to the counts exactly. An
-    entry is dealt by the seed, its cell and its gene alone: the same seed splits a matrix of any format and dtype, and
-    its first rows alone, in the same way. The input is not modified.
+    entry is dealt by the seed, its cell (number and counts) and its gene alone: the same seed splits a matrix of any
+    format and dtype, and its first rows alone, in the same way, while other counts are split independently. The input
+    is not modified.
 
     Raises
     ------

@@ -1,7 +1,9 @@
 """The kernel that deals the molecules of one entry to parts, compiled by numba.
 
 Every entry of a matrix has a stream of random words of its own, keyed by (seed, cell, gene): SplitMix64 (Steele, Lea &
-Flood 2014) started at the hash of the three. Every draw takes the next word, so no two draws share one.
+Flood 2014) started at the hash of the three. Every draw takes the next word, so no two draws share one. A cell is known
+by its number and its counts: with its number alone, two matrices that are split by one seed would share their draws,
+and so would a matrix and a part of it that is split again.
 
 Laws. One molecule falls into a part by its share. Many fall one part after another: the first gets
 Binomial(n, share), the next its share of the rest. With overdispersion phi a part's probability is itself drawn, from
@@ -47,17 +49,48 @@ def _entry_state(key: np.uint64, number: int) -> np.uint64:
     return _mixed(key + (np.uint64(number) + _ONE) * _STEP)
 
 
-def row_keys(key: int, rows: np.ndarray) -> np.ndarray:
-    """Return the key of each row, uint64 of shape (rows,), from that of the matrix and the numbers of the rows."""
-    return _row_keys(np.uint64(key), rows.astype(np.int64))
+def row_keys(key: int, rows: np.ndarray, contents: np.ndarray | None = None) -> np.ndarray:
+    """Return the key of each row, uint64 of shape (rows,).
+
+    Parameters
+    ----------
+    key
+        Of the matrix.
+    rows
+        Their numbers.
+    contents
+        From `add_contents`, shape (rows,); None where only the number counts.
+    """
+    contents = np.zeros(len(rows), np.uint64) if contents is None else contents
+    return _row_keys(np.uint64(key), rows.astype(np.int64), contents)
 
 
 @_compiled
-def _row_keys(key: np.uint64, rows: np.ndarray) -> np.ndarray:
+def _row_keys(key: np.uint64, rows: np.ndarray, contents: np.ndarray) -> np.ndarray:
     out = np.empty(len(rows), np.uint64)
     for i in range(len(rows)):
-        out[i] = _entry_state(key, rows[i])
+        out[i] = _mixed(_entry_state(key, rows[i]) + contents[i])
     return out
+
+
+@_compiled
+def add_contents(
+    counts: np.ndarray, minor: np.ndarray, indptr: np.ndarray, first: int, by_row: bool, contents: np.ndarray
+) -> None:
+    """Add to the hash of each cell's contents that of some entries; the order of entries does not matter.
+
+    Parameters
+    ----------
+    counts, minor, indptr, first, by_row
+        As in `deal`.
+    contents
+        Added to, uint64: of these rows, or of all rows where columns are compressed.
+    """
+    for row in range(len(indptr) - 1):
+        for j in range(indptr[row], indptr[row + 1]):
+            gene = minor[j] if by_row else first + row
+            if counts[j]:
+                contents[row if by_row else minor[j]] += _entry_state(_entry_state(_ONE, gene), counts[j])
 
 
 @_compiled

@@ -5,8 +5,8 @@ X1 ~ Binomial(X, p), X2 = X - X1. Given the cell's true rates (Poisson counts) t
 function of X1 is J-invariant for X2 and its squared error against X2 is its squared error against the truth plus a
 constant (Noise2Self, Batson & Royer 2019, Proposition 1 and section 3.1).
 
-The draw of an entry depends on the seed, its cell and its gene alone (`sc_noise2self.dealing`), so the same split comes
-from the whole matrix, from any piece of it, and from any format and dtype.
+The draw of an entry depends on the seed, its cell (number and counts) and its gene alone (`sc_noise2self.dealing`), so
+the same split comes from all cells and from some of them, and from any format and dtype.
 
 Capture fractions are those of Batson, Royer & Webber 2019 (Molecular cross-validation); the Dirichlet-multinomial
 split for overdispersed counts is that of Neufeld et al. 2023 (Negative binomial count splitting).
@@ -14,6 +14,7 @@ split for overdispersed counts is that of Neufeld et al. 2023 (Negative binomial
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from numbers import Integral, Real
 from typing import Any, NamedTuple, Self
 
@@ -21,7 +22,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from .counts import CountMatrix, check_counts
-from .dealing import deal, row_keys
+from .dealing import add_contents, deal, row_keys
 from .random import RandomState, as_generator, as_key
 
 _BLOCK = 1 << 15  # entries dealt at a time: they and their parts stay in the cache
@@ -54,10 +55,6 @@ class Law(NamedTuple):
         """How many parts there are."""
         return len(self.shares) - int(self.overlap)
 
-    def arguments(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-        """Return shares, each with those after it, overdispersions and overlap, as the kernel takes them."""
-        return self.shares, np.cumsum(self.shares[::-1])[::-1].copy(), self.phi, self.overlap
-
 
 def split_matrix(
     counts: CountMatrix,
@@ -88,9 +85,9 @@ def split_matrix(
         shares = np.array([both, first - both, second - both])
     phi = np.zeros(counts.shape[1]) if overdispersion is None else _phi(overdispersion, counts.shape[1])
     law = Law(shares, capture is not None, phi)
-    keys = row_keys(as_key(as_generator(random_state)), np.arange(counts.shape[0]))
+    key, cells = as_key(as_generator(random_state)), np.arange(counts.shape[0])
     split = _split_dense if isinstance(counts, np.ndarray) else _split_sparse
-    return split(counts, keys, law)
+    return split(counts, key, cells, law)
 
 
 def halves(counts: sp.csr_matrix, key: int, cells: np.ndarray) -> tuple[sp.csr_matrix, sp.csr_matrix]:
@@ -105,7 +102,7 @@ def halves(counts: sp.csr_matrix, key: int, cells: np.ndarray) -> tuple[sp.csr_m
     cells
         Which rows of the whole they are, shape (rows,).
     """
-    first, second = _split_sparse(counts, row_keys(key, cells), Law.even(counts.shape[1]))
+    first, second = _split_sparse(counts, key, cells, Law.even(counts.shape[1]))
     return first, second
 
 
@@ -122,42 +119,48 @@ def overlap_probabilities(fraction: float, capture: float) -> tuple[float, float
     return first / capture, second / capture, first * second / capture
 
 
-def _split_sparse(counts: Any, keys: np.ndarray, law: Law) -> tuple[Any, ...]:
-    """Deal the stored entries, some rows (columns) at a time; only entries that are not zero are kept."""
-    by_row, n_parts = counts.format == "csr", law.n_parts
-    shares, rest, phi, overlap = law.arguments()
+class _Entries(NamedTuple):
+    """Stored entries of some rows (columns) of a compressed matrix, as the kernel takes them."""
+
+    counts: np.ndarray
+    minor: np.ndarray
+    indptr: np.ndarray
+
+
+def _in_blocks(counts: Any) -> Iterator[tuple[int, int, _Entries]]:
+    """Yield (first row or column, the one after the last, their entries)."""
     indptr, n_major = counts.indptr.astype(np.int64), len(counts.indptr) - 1
+    first = 0
+    while first < n_major:
+        last = max(first + 1, int(np.searchsorted(indptr, indptr[first] + _BLOCK, side="right")) - 1)
+        entries = slice(indptr[first], indptr[last])
+        values, minor = counts.data[entries].astype(np.int64), counts.indices[entries].astype(np.int64)
+        yield first, last, _Entries(values, minor, indptr[first : last + 1] - indptr[first])
+        first = last
+
+
+def _split_sparse(counts: Any, key: int, cells: np.ndarray, law: Law) -> tuple[Any, ...]:
+    """Deal the stored entries, some rows (columns) at a time; only entries that are not zero are kept."""
+    by_row, n_parts, n_major = counts.format == "csr", law.n_parts, len(counts.indptr) - 1
+    shares = law.shares, np.cumsum(law.shares[::-1])[::-1].copy()
+    contents = np.zeros(len(cells), np.uint64)
+    for first, last, entries in _in_blocks(counts):
+        add_contents(*entries, first, by_row, contents[first:last] if by_row else contents)
+    keys = row_keys(key, cells, contents)
     # As long as the counts' own, then cut to what is stored: pages never written to take no memory.
     data = [np.empty_like(counts.data) for _ in range(n_parts)]
     indices = [np.empty_like(counts.indices) for _ in range(n_parts)]
     ends = np.zeros((n_parts, n_major + 1), np.int64)
-    first = 0
-    while first < n_major:
-        last = max(first + 1, int(np.searchsorted(indptr, indptr[first] + _BLOCK, side="right")) - 1)
-        entries, rows = slice(indptr[first], indptr[last]), slice(first + 1, last + 1)
-        values, minors = np.empty((2, n_parts, entries.stop - entries.start), np.int64)
+    for first, last, entries in _in_blocks(counts):
+        values, minors = np.empty((2, n_parts, len(entries.counts)), np.int64)
         of_block = np.empty((n_parts, last - first), np.int64)
-        deal(
-            counts.data[entries].astype(np.int64),
-            counts.indices[entries].astype(np.int64),
-            indptr[first : last + 1] - indptr[first],
-            keys[first:last] if by_row else keys,
-            first,
-            by_row,
-            shares,
-            rest,
-            phi,
-            overlap,
-            values,
-            minors,
-            of_block,
-        )
+        own_keys = keys[first:last] if by_row else keys
+        deal(*entries, own_keys, first, by_row, *shares, law.phi, law.overlap, values, minors, of_block)
         for i, end in enumerate(of_block):
             stored, n_new = ends[i, first], end[-1]
             data[i][stored : stored + n_new] = values[i, :n_new]
             indices[i][stored : stored + n_new] = minors[i, :n_new]
-            ends[i, rows] = stored + end
-        first = last
+            ends[i, first + 1 : last + 1] = stored + end
     parts = []
     for own_data, own_indices, end in zip(data, indices, ends, strict=True):
         own_data.resize(end[-1], refcheck=False)
@@ -169,14 +172,14 @@ def _split_sparse(counts: Any, keys: np.ndarray, law: Law) -> tuple[Any, ...]:
     return tuple(parts)
 
 
-def _split_dense(counts: np.ndarray, keys: np.ndarray, law: Law) -> tuple[CountMatrix, ...]:
+def _split_dense(counts: np.ndarray, key: int, cells: np.ndarray, law: Law) -> tuple[CountMatrix, ...]:
     """Deal a block of rows at a time, its entries that are not zero."""
     parts = tuple(np.empty_like(counts) for _ in range(law.n_parts))
     step = max(1, _BLOCK // max(1, counts.shape[1]))
     for start in range(0, counts.shape[0], step):
         rows = slice(start, start + step)
         block = sp.csr_matrix(np.asarray(counts[rows], dtype=np.int64))
-        for part, dealt in zip(parts, _split_sparse(block, keys[rows], law), strict=True):
+        for part, dealt in zip(parts, _split_sparse(block, key, cells[rows], law), strict=True):
             part[rows] = dealt.toarray()
     return parts
 

@@ -168,6 +168,20 @@ def test_parts_of_other_seeds_cells_and_genes_are_independent(options, n):
     assert min(p) > LEAST_P / len(p)
 
 
+@pytest.mark.parametrize("options", [{}, {"fraction": 0.9}, {"folds": 5}], ids=str)
+def test_a_part_and_other_counts_are_split_independently_by_the_same_seed(options):
+    x, other = (np.random.default_rng(seed).poisson(3.0, size=(1000, 300)) for seed in (1, 2))
+    parts = split_molecules(x, **options)
+    again = split_molecules(parts[0], **options)
+    share = 1 / len(parts) if "folds" in options else options.get("fraction", 0.5)
+    z = (again[0].sum() - share * parts[0].sum()) / np.sqrt(share * (1 - share) * parts[0].sum())
+    assert 2 * stats.norm.sf(abs(z)) > LEAST_P
+    of_others = [split_molecules(parts[1], **options)[0], split_molecules(other, **options)[1]]
+    p = [correlation_p(parts[0].ravel(), each.ravel()) for each in of_others]
+    p += [correlation_p(again[0].ravel(), again[1].ravel())]
+    assert min(p) > LEAST_P / len(p)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"fraction": 0.1}, {"folds": 7}, {"capture": 0.5}, {"overdispersion": 0.5}], ids=str
 )
