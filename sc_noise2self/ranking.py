@@ -11,7 +11,16 @@ from anndata import AnnData
 from scanpy import logging as logg
 
 from .annotated import survey
-from .arguments import bounded, check_one_of, check_positive, describe_counts, progress_bar, read_mask, seed_of
+from .arguments import (
+    bounded,
+    check_flag,
+    check_one_of,
+    check_positive,
+    describe_counts,
+    progress_bar,
+    read_mask,
+    seed_of,
+)
 from .random import RandomState, as_generator
 from .rank import Protocol, RankCurve, learned_shape, n_passes, rank_curve
 from .transform import TransformName
@@ -87,12 +96,16 @@ def select_rank(
     """
     rng = as_generator(random_state)
     check_positive("n_splits", n_splits)
+    check_one_of("protocol", protocol, get_args(Protocol))
+    if transform is not None:
+        check_one_of("transform", transform, get_args(TransformName))
+    if center is not None:
+        check_flag("center", center)
     chunks = survey(adata, layer).chunks
     check_key(adata, key_added, layer, "select_rank")
     genes = read_mask(adata, mask_var)
     if genes is not None:
         chunks = chunks.of_genes(genes)
-    check_one_of("protocol", protocol, get_args(Protocol))
     max_rank = bounded("max_rank", max_rank, _MAX_RANK, *learned_shape(protocol, *chunks.shape))
     start = logg.info(f"selecting the rank of {describe_counts(adata, layer)}")
     with progress_bar("select_rank", n_passes(protocol, center)) as bar:

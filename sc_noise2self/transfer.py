@@ -13,7 +13,7 @@ from anndata import AnnData
 from scanpy import logging as logg
 
 from .annotated import read_batches, read_csr
-from .arguments import seed_of
+from .arguments import check_flag, seed_of
 from .caveats import caveat, written_down
 from .counts import column_sums, row_sums
 from .denoisers.autoencoder import Autoencoder, require_torch
@@ -80,6 +80,8 @@ def denoise_with(
     >>> n2s.denoise_with(new, "pbmc.pt")  # doctest: +SKIP
     """
     require_torch()
+    for name, flag in (("write_layer", write_layer), ("copy", copy)):
+        check_flag(name, flag)
     check_scale(scale, scale_depth)
     rng = as_generator(random_state)
     warned: list[str] = []

@@ -507,14 +507,15 @@ def test_an_interrupt_writes_nothing(adata, monkeypatch):
     ("name", "options", "least"),
     [  # each method on some of the counts; all of them on all are in benchmarks/README.md
         ("paul15_myeloid", {}, 0.103),
-        ("paul15_myeloid", AUTOENCODER, 0.111),
+        pytest.param("paul15_myeloid", AUTOENCODER, 0.111, marks=pytest.mark.slow),
         ("pbmc3k_10x", {}, 0.136),
         ("pbmc3k_10x", {"method": "diffusion"}, 0.124),
-        ("pbmc3k_10x", PCA_ENSEMBLE | {"mix": True}, 0.180),
+        pytest.param("pbmc3k_10x", PCA_ENSEMBLE | {"mix": True}, 0.180, marks=pytest.mark.slow),
         ("baron_human1_pancreas", {}, 0.457),
         ("baron_human1_pancreas", {"method": "knn"}, 0.433),
     ],
 )
+@pytest.mark.real
 def test_held_out_gain_on_real_counts(real_data, name, options, least):
     from sc_noise2self.loss import held_out_gain, held_out_probabilities
 

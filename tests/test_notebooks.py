@@ -12,6 +12,7 @@ for needed in ("nbclient", "torch", "skimage", "pywt", "ipykernel", "dask"):
     pytest.importorskip(needed)
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+TAKE_MINUTES = {"noise2self_paper"}
 NEED_A_DOWNLOAD = {"choosing_rank", "markers_after_denoising"}
 
 
@@ -21,7 +22,13 @@ spec.loader.exec_module(runner)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Jupyter's own parts
-@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=pytest.mark.slow if path.stem in TAKE_MINUTES else (), id=path.stem)
+        for path in sorted(NOTEBOOKS.glob("*.ipynb"))
+    ],
+)
 def test_notebook(path, tmp_path):
     if path.stem in NEED_A_DOWNLOAD and not os.environ.get("SC_NOISE2SELF_DATA"):
         pytest.skip("SC_NOISE2SELF_DATA names no folder of real counts")

@@ -194,8 +194,10 @@ def losses_and_truth(rank, depth, max_rank=30):
 @pytest.mark.parametrize("depth", [500, 2000, 10_000])
 def test_least_loss_is_least_true_error(rank, depth):
     loss, true_error, in_sample, noise = losses_and_truth(rank, depth)
-    best = true_error.mean(axis=0).argmin()
-    assert abs(int(loss.mean(axis=0).argmin()) - int(best)) <= 1
+    best, chosen = true_error.mean(axis=0).argmin(), loss.mean(axis=0).argmin()
+    # The same rank, or one whose error against the truth is not told apart from the least over so many cells.
+    excess = true_error[:, chosen] - true_error[:, best]
+    assert abs(int(chosen) - int(best)) <= 1 or excess.mean() < 2 * excess.std() / np.sqrt(len(excess))
     # Proposition 1: loss = true error + noise variance, at every rank, within the standard error over cells.
     surplus = loss - true_error - noise[:, None]
     z = surplus.mean(axis=0) / (surplus.std(axis=0, ddof=1) / np.sqrt(len(surplus)))
