@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 from helpers import poisson_counts
 from matplotlib.testing.compare import compare_images
 
@@ -320,3 +321,17 @@ def test_the_noise_edge_is_the_largest_singular_value_of_noise(simulated):
     fit_together(pair, chunks, halves)
     edge = noise_edge(pair[0], chunks, halves, np.random.default_rng(0))
     assert edge == pytest.approx(pair[0].singular_values_[0], rel=0.05)
+
+
+@pytest.mark.parametrize("autoshow", [True, False])
+def test_plots_are_shown_where_scanpy_would(written, monkeypatch, autoshow):
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda *_, **__: shown.append(True))
+    monkeypatch.setattr(sc.settings, "autoshow", autoshow)
+    n2s.pl.spectrum(written, key="denoised")
+    assert bool(shown) is autoshow
+    n2s.pl.spectrum(written, key="denoised", ax=plt.figure().subplots())
+    n2s.pl.spectrum(written, key="denoised", show=False)
+    assert len(shown) == autoshow
+    n2s.pl.spectrum(written, key="denoised", show=True)
+    assert len(shown) == autoshow + 1

@@ -112,6 +112,7 @@ class TestParts:
         part.write_h5ad(tmp_path / "part.h5ad")
         np.testing.assert_allclose(n2s.get.denoised(ad.read_h5ad(tmp_path / "part.h5ad")), expected.iloc[10:30, ::2])
 
+    @pytest.mark.filterwarnings("ignore:Writing zarr v2")
     @pytest.mark.parametrize("kind", ["lazy", "DataFrame"])
     @pytest.mark.parametrize("source", ["factors", "layer"])
     def test_two_results_are_told_apart_wherever_their_scales_are(self, kind, source, tmp_path):
@@ -120,7 +121,7 @@ class TestParts:
             if kind == "DataFrame":
                 part.obsm["denoised_scale"] = pd.DataFrame(part.obsm["denoised_scale"], part.obs_names).add_prefix("s")
             else:
-                pytest.importorskip("xarray")
+                pytest.importorskip("xarray"), pytest.importorskip("zarr")
                 part.write_zarr(tmp_path / f"{i}.zarr")
                 parts[i] = ad.experimental.read_lazy(tmp_path / f"{i}.zarr")
         assert n2s.get.denoised(parts[0], source=source).shape == (60, 20)
@@ -140,8 +141,9 @@ class TestParts:
         with pytest.raises(KeyError, match=r"are left: join parts .* merge='same', uns_merge='same'.*remove\(adata, "):
             n2s.get.denoised(ad.concat([whole[:25], whole[25:]]))
 
+    @pytest.mark.filterwarnings("ignore:Writing zarr v2")
     def test_what_is_read_lazily_is_read_and_replaced(self, tmp_path):
-        pytest.importorskip("xarray")
+        pytest.importorskip("xarray"), pytest.importorskip("zarr")
         expected = denoised(mix=True)
         expected.write_zarr(tmp_path / "a.zarr")
         lazy = ad.experimental.read_lazy(tmp_path / "a.zarr")
