@@ -4,13 +4,13 @@ A picture that is missing in `images/` is made and the test fails: look at it, a
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 from helpers import poisson_counts
 from matplotlib.testing.compare import compare_images
 
@@ -327,9 +327,12 @@ def test_the_noise_edge_is_the_largest_singular_value_of_noise(simulated):
 def test_plots_are_shown_where_scanpy_would(written, monkeypatch, autoshow):
     shown = []
     monkeypatch.setattr(plt, "show", lambda *_, **__: shown.append(True))
-    settings = SimpleNamespace(settings=SimpleNamespace(autoshow=autoshow))
-    monkeypatch.setattr("sc_noise2self.pl._style.sc", settings)
-    n2s.pl.spectrum(written, key="denoised")
+    before = sc.settings.autoshow
+    try:
+        sc.settings.autoshow = autoshow
+        n2s.pl.spectrum(written, key="denoised")
+    finally:
+        sc.settings.autoshow = before
     assert bool(shown) is autoshow
     n2s.pl.spectrum(written, key="denoised", ax=plt.figure().subplots())
     n2s.pl.spectrum(written, key="denoised", show=False)
