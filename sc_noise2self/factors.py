@@ -101,15 +101,22 @@ class GeneFactors:
         return combine(fitted, self.weights)
 
 
-def is_stamped(scales: np.ndarray, fingerprint: int) -> bool:
-    """Whether every row of scales has this fingerprint."""
-    return scales.ndim == 2 and bool((scales[:, -1] == fingerprint).all())
+def as_array(values: Any) -> Any:
+    """Return an array, NumPy's or Dask's, of a slot that may hold a DataFrame, in memory or not, instead."""
+    if hasattr(values, "to_memory"):
+        values = values.to_memory()
+    return values if hasattr(values, "__dask_graph__") else np.asarray(values)
+
+
+def is_stamped(scales: Any, fingerprint: int) -> bool:
+    """Whether every row of scales has this fingerprint; of a Dask array its last column alone is computed."""
+    scales = as_array(scales)
+    return scales.ndim == 2 and bool((np.asarray(scales[:, -1]) == fingerprint).all())
 
 
 def has_stamps(scales: Any) -> bool:
     """Whether some row has a fingerprint of some model, which nothing but a result has."""
-    if not isinstance(scales, np.ndarray) and not hasattr(scales, "__dask_graph__"):
-        return False
+    scales = as_array(scales)
     if scales.ndim != 2 or not scales.shape[1] or scales.dtype.kind != "f":
         return False
     last = np.asarray(scales[:, -1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -12,9 +13,10 @@ from anndata import AnnData
 
 from .arguments import check_one_of
 from .denoisers.profiles import Profiles
-from .factors import GeneFactors
+from .factors import GeneFactors, as_array
 from .results import Source, gene_factors, positions, profiles, record, sizes, values_of
 from .scale import Scale, check_scale, sample_depth, to_scale
+from .written import in_memory
 
 if TYPE_CHECKING:
     import dask.array
@@ -114,10 +116,10 @@ def adata(
     """
     values = denoised(adata, genes, cells=cells, key=key, scale=scale, scale_depth=scale_depth, source=source)
     rows, columns = positions(adata.obs_names, cells, "cell"), positions(adata.var_names, genes, "gene")
-    obs, var = adata.obs.iloc[rows].copy(), adata.var.iloc[columns].copy()
+    obs, var = in_memory(adata.obs).iloc[rows].copy(), in_memory(adata.var).iloc[columns].copy()
     obs.index, var.index = obs.index.astype(str), var.index.astype(str)  # anndata takes no other
     obsm = {name: value.iloc[rows] if hasattr(value, "iloc") else value[rows] for name, value in adata.obsm.items()}
-    return AnnData(values.to_numpy(), obs=obs, var=var, obsm=obsm, uns=dict(adata.uns))
+    return AnnData(values.to_numpy(), obs=obs, var=var, obsm=obsm, uns=deepcopy(dict(adata.uns)))
 
 
 def lazy(
@@ -162,7 +164,8 @@ def lazy(
     depth = sample_depth(scale, scale_depth, size)
     if record(adata, key)["params"]["mix"]:
         return _lazy(profiles(adata, key), size, scale, depth)
-    return lazy_of(gene_factors(adata, key), adata.obsm[key], adata.obsm[f"{key}_scale"], size, scale, depth)
+    scores, scales = (as_array(adata.obsm[name]) for name in (key, f"{key}_scale"))
+    return lazy_of(gene_factors(adata, key), scores, scales, size, scale, depth)
 
 
 def lazy_of(

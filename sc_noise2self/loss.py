@@ -87,12 +87,17 @@ class Gain(Score):
     @property
     def is_clear(self) -> bool:
         """Whether the mean profile is beaten by more than two standard errors, and by more than rounding."""
-        return self.mean > max(2 * self.error, _ROUNDING)
+        return is_clear(self.mean, self.error)
 
     def __str__(self) -> str:
         """Return the gain with its error, for a message."""
         error = f"+- {self.error:.4f}" if np.isfinite(self.error) else "of one cell, which tells no error,"
         return f"{self.mean:.4f} {error} nats per held-out molecule"
+
+
+def is_clear(gain: float, error: float) -> bool:
+    """Whether a gain of this error is more than two of them, and more than rounding, above 0."""
+    return gain > max(2 * error, _ROUNDING)
 
 
 def held_out_probabilities(profiles: Profiles, held_out: sp.csr_matrix) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 
 from anndata import AnnData
 
+from .loss import is_clear
 from .results import clear_gains, record
 from .scale import MEANING
 
@@ -47,7 +48,7 @@ def report(adata: AnnData, *, key: str = "denoised") -> str:
     written = record(adata, key)
     sentences = [
         _what_was_done(written),
-        _what_it_gained(written),
+        _what_it_gained(written, adata.n_obs),
         _in_which_genes(adata, key),
         *_what_to_mind(written),
         "Denoised values are not data: differential expression, correlations and p-values computed on them are "
@@ -71,8 +72,9 @@ def _what_was_done(written: Mapping[str, Any]) -> str:
     mixed = ", with each cell's own count of a gene mixed back in" if params["mix"] else ""
     tried = len(written["candidates"]["label"]) if "candidates" in written else 0
     chosen = f", the best of {tried} candidates by molecules held out" if tried > 1 and len(parts) == 1 else ""
-    if list(members["name"]) == ["mean"]:
-        chosen = f", which none of {tried} candidates beats by molecules held out"
+    if _is_mean(written):
+        beats = f"none of {tried} candidates beats" if tried > 1 else "the one candidate does not beat"
+        chosen = f", which {beats} by molecules held out"
     version = f"sc_noise2self {written['version']}, seed {params['random_state']}"
     return f"{how[0].upper()}{how[1:]}{mixed}{chosen} ({version}). Values are {MEANING[written['scale']]}."
 
@@ -89,18 +91,24 @@ def _member(name: str, rank: int, setting: str, weight: float | None) -> str:
     return f"{share}{what} ({setting})"
 
 
-def _what_it_gained(written: Mapping[str, Any]) -> str:
+def _is_mean(written: Mapping[str, Any]) -> bool:
+    """Whether nothing beat the mean profile, so that it was written."""
+    return [str(name) for name in written["members"]["name"]] == ["mean"]
+
+
+def _what_it_gained(written: Mapping[str, Any], n_here: int) -> str:
     gain, error, n_measured = written["gain"], written["gain_error"], written["gain_cells"]
-    of_all = "cells" if n_measured == written["n_cells"] else f"of {written['n_cells']:,} cells"
-    measured = f"measured on {written['gain_molecules']:,} held-out molecules of {n_measured:,} {of_all}"
+    cells = _cells(n_measured, written["n_cells"], n_here)
     if n_measured < 2:
-        return f"Too few cells ({n_measured} {of_all}) hold molecules to tell whether the mean profile is beaten."
-    if gain <= 2 * error:
-        return (
-            f"Molecules held out were predicted no better than by one mean profile ({gain:.4f} +- {error:.4f} nats, "
-            f"{measured})."
-        )
+        return f"Too few cells ({cells}) hold molecules to tell whether the mean profile is beaten."
+    measured = f"measured on {written['gain_molecules']:,} held-out molecules of {cells}"
     gained = f"{gain:.3f} +- {error:.3f} nats per molecule better than one mean profile does, {measured}"
+    no_better = "Molecules held out were predicted no better than by one mean profile"
+    if _is_mean(written) and "unmixed_gain" in written:
+        unmixed = f"{no_better} ({written['unmixed_gain']:.4f} nats)"
+        return f"{unmixed}; with mixing, half of the molecules predicts the other half by {gained}."
+    if _is_mean(written) or ("model" in written["params"] and not is_clear(gain, error)):
+        return f"{no_better} ({gain:.4f} +- {error:.4f} nats, {measured})."
     if "model" in written["params"]:
         return f"From half of these cells' molecules it predicts the other half by {gained}."
     mixed = f" ({written['unmixed_gain']:.3f} without mixing)" if "unmixed_gain" in written else ""
@@ -110,13 +118,30 @@ def _what_it_gained(written: Mapping[str, Any]) -> str:
     )
 
 
+def _cells(n_measured: int, n_denoised: int, n_here: int) -> str:
+    """Return the cells that a gain was measured on, of those denoised, of which others may be here now."""
+    if n_here == n_denoised:
+        return f"{n_measured:,} cells" if n_measured == n_denoised else f"{n_measured:,} of {n_denoised:,} cells"
+    of = "" if n_measured == n_denoised else f"{n_measured:,} of "
+    here = f"of which {n_here:,} are here" if n_here < n_denoised else f"while {n_here:,} are here"
+    return f"{of}the {n_denoised:,} cells that were denoised, {here}"
+
+
 def _in_which_genes(adata: AnnData, key: str) -> str:
     n = {name: int(genes.sum()) for name, genes in clear_gains(adata, key).items()}
+    n_scored = sum(n.values())
+    unscored = adata.n_vars - n_scored
+    rest = f" The other {unscored:,} of {adata.n_vars:,} genes have too few molecules to be scored." if unscored else ""
     if not n["gained"] + n["lost"]:
-        return "No gene is predicted better than its mean."
+        return f"No gene is predicted better than its mean.{rest}"
+    doubtful = [
+        *([f"for {n['unclear']:,} the molecules do not tell"] if n["unclear"] else []),
+        *([f"{n['lost']:,} are predicted worse"] if n["lost"] else []),
+    ]
+    trust = f"; {' and '.join(doubtful)}: do not trust the pattern of {'these' if len(doubtful) == 1 else 'either'}"
     return (
-        f"Of {sum(n.values()):,} genes {n['gained']:,} are predicted better than by their mean; for {n['unclear']:,} "
-        f"the molecules do not tell, and {n['lost']:,} are predicted worse, so do not trust the pattern of those."
+        f"Of {n_scored:,} genes {n['gained']:,} are predicted better than by their mean{trust if doubtful else ''}."
+        f"{rest}"
     )
 
 

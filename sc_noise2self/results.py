@@ -15,9 +15,9 @@ from .annotated import checked_block, chunks_of
 from .chunks import Block, Partial
 from .counts import NotACount, column_sums, row_sums
 from .denoisers.profiles import Index, MixedProfiles, Profiles
-from .factors import GeneFactors, is_stamped
+from .factors import GeneFactors, as_array, is_stamped
 from .scale import Scale, sample_depth, to_scale
-from .written import kind_of, owned, results_in
+from .written import check_not_transposed, in_memory, kind_of, named, owned, results_in
 
 Source = Literal["factors", "layer"]
 
@@ -41,30 +41,45 @@ def record(adata: AnnData, key: str) -> Mapping[str, Any]:
     ValueError
         If the record, the cells and the genes are not of one result.
     """
+    check_not_transposed(adata, key)
     again = f"call sc_noise2self.remove(adata, {key!r}) and denoise again"
-    if kind_of(adata, key) != "denoise":
-        left = [f"adata.{slot}[{name!r}]" for slot, name in owned(adata, key) if slot != "uns"]
+    kind = kind_of(adata, key)
+    if kind != "denoise":
+        left = [(slot, name) for slot, name in owned(adata, key) if slot != "uns"]
+        if kind is not None and set(left) <= {("layers", key)}:
+            where = f"adata.layers[{key!r}]" if left else f"adata.uns[{key!r}]"
+            raise KeyError(
+                f"{key!r} is a result of {kind}, not of denoise: read {where}, or plot it with sc_noise2self.pl.loss."
+            )
         if left:
             raise KeyError(
                 f"the record of result {key!r} is gone from adata.uns, as after anndata.concat or where something else "
-                f"was written there, while {', '.join(left)} is left: {again}."
+                f"was written there, while {named(left)} left: join parts of one result with anndata.concat(..., "
+                f"merge='same', uns_merge='same'), which keeps it; otherwise {again}."
             )
         raise KeyError(
             f"there is no result {key!r}: run sc_noise2self.denoise(adata, key_added={key!r}), or pass another key: "
             f"the results in adata are {results_in(adata, 'denoise')}."
         )
-    found = adata.uns[key]
-    missing = sorted((_NEEDED - set(found)) | (_NEEDED_PARAMS - set(found.get("params", ()))))
+    found = in_memory(adata.uns[key])
+    several = (
+        f"as after anndata.concat of objects that were denoised one by one. To denoise them together, {again}; to read "
+        "results of one object each, do so before they are joined."
+    )
+    missing = sorted((_NEEDED - set(found)) | (_NEEDED_PARAMS - set(found["params"])))
+    if "fingerprint" in missing:
+        raise ValueError(
+            f"result {key!r} was put together from several: its record in adata.uns holds only what they share, "
+            f"{several}"
+        )
     if missing:
         raise ValueError(f"the record of result {key!r} in adata.uns has lost {', '.join(missing)}: {again}.")
     for slot, what in (("varm", "genes"), ("obsm", "cells")):
         scales = getattr(adata, slot).get(f"{key}_scale")
-        # Those of a Dask array are looked at where they are computed.
-        if isinstance(scales, np.ndarray) and not is_stamped(scales, int(found["fingerprint"])):
+        if scales is not None and not is_stamped(scales, int(found["fingerprint"])):
             raise ValueError(
                 f"result {key!r} was put together from several: its {what} (adata.{slot}) do not belong to the record "
-                f"in adata.uns, as after anndata.concat of objects that were denoised one by one. To denoise them "
-                f"together, {again}; to read results of one object each, do so before they are joined."
+                f"in adata.uns, {several}"
             )
     return found
 
@@ -83,7 +98,7 @@ def gene_factors(adata: AnnData, key: str) -> GeneFactors:
     names = [key, f"{key}_scale"]
     if any(name not in slot for slot in (adata.obsm, adata.varm) for name in names):
         raise KeyError(f"the factors of {key!r} are gone from adata.obsm or adata.varm: pass source='layer'.")
-    return GeneFactors.read(written, *(np.asarray(adata.varm[name]) for name in names))
+    return GeneFactors.read(written, *(np.asarray(as_array(adata.varm[name])) for name in names))
 
 
 def profiles(adata: AnnData, key: str = "denoised", layer: str | None = None) -> Profiles:
@@ -101,7 +116,7 @@ def profiles(adata: AnnData, key: str = "denoised", layer: str | None = None) ->
     ValueError
         If it was put together from several, or if counts were mixed in and are no longer where they were.
     """
-    scores, scales = (np.asarray(adata.obsm.get(name)) for name in (key, f"{key}_scale"))
+    scores, scales = (np.asarray(as_array(adata.obsm.get(name))) for name in (key, f"{key}_scale"))
     combined = gene_factors(adata, key).profiles(scores, scales, sizes(adata, key))
     if not record(adata, key)["params"]["mix"]:
         return combined
@@ -109,7 +124,7 @@ def profiles(adata: AnnData, key: str = "denoised", layer: str | None = None) ->
     if mixed[0] not in adata.var or mixed[1] not in adata.obs:
         raise KeyError(f"the weights of the counts that were mixed into {key!r} are gone: pass source='layer'.")
     phi, cell_scale = adata.var[mixed[0]].to_numpy(), adata.obs[mixed[1]].to_numpy()
-    return MixedProfiles(combined, observed(adata, key, layer=layer), phi, cell_scale)
+    return MixedProfiles(combined, observed(adata, key, layer=layer, to_mix=True), phi, cell_scale)
 
 
 def values_of(
@@ -138,7 +153,9 @@ def values_of(
     return values
 
 
-def observed(adata: AnnData, key: str, columns: np.ndarray | None = None, layer: str | None = None) -> sp.csr_matrix:
+def observed(
+    adata: AnnData, key: str, columns: np.ndarray | None = None, layer: str | None = None, *, to_mix: bool = False
+) -> sp.csr_matrix:
     """Return the counts that were denoised, in one pass over them that makes sure that they still are those.
 
     Parameters
@@ -147,6 +164,8 @@ def observed(adata: AnnData, key: str, columns: np.ndarray | None = None, layer:
         Positions of the genes asked, None for all.
     layer
         Where the counts are now; None for where they were.
+    to_mix
+        Whether they are mixed in rather than shown, for the messages.
 
     Returns
     -------
@@ -160,14 +179,15 @@ def observed(adata: AnnData, key: str, columns: np.ndarray | None = None, layer:
         If it holds other numbers than were denoised.
     """
     written, size = record(adata, key), sizes(adata, key)
+    guess = " (normalised since?)" if layer is None else ""
     layer = written["params"].get("layer") if layer is None else layer
     name = "adata.X" if layer is None else f"layer {layer!r}"
     matrix = adata.X if layer is None else adata.layers.get(layer)
     if matrix is None:
         layers = [each for each in adata.layers if each is not None]
         raise KeyError(
-            f"{name} with the counts that were denoised to {key!r} is gone: pass layer= to a plot, or source='layer' "
-            f"to sc_noise2self.get; adata.layers has {layers}."
+            f"{name} with the counts that were denoised to {key!r} is gone: pass layer= to a plot"
+            f"{_or_layer(to_mix)}; adata.layers has {layers}."
         )
 
     def of_block(block: Block) -> Partial:
@@ -176,20 +196,64 @@ def observed(adata: AnnData, key: str, columns: np.ndarray | None = None, layer:
 
     try:
         (totals,), (found, counts) = chunks_of(matrix, name).run(of_block, checked_block)
-        n_cells, n_genes = int(written["n_cells"]), int(written["n_genes"])
-        all_genes, all_cells = adata.n_vars == n_genes, adata.n_obs == n_cells and f"{key}_total" in adata.var
-        changed = (found != size) if all_genes else ~(found <= size)
-        changed_genes = all_cells and (totals != adata.var[f"{key}_total"].to_numpy()).any()
+        same = _are_those_of(adata, key, written, size, found, totals)
     except NotACount:
-        changed, changed_genes = np.ones(1, bool), False
-    if changed.any() or changed_genes:
+        same = False
+    if not same:
+        holds = next((each for each in adata.layers if each != layer and _holds(adata, key, written, size, each)), None)
+        if holds is not None:
+            now = f"pass layer={holds!r} to the plot" if not to_mix else _put_back(layer, holds)
+        else:
+            now = (
+                'keep them, adata.layers["counts"] = adata.X.copy() before normalising and denoise(adata, '
+                'layer="counts"), and where they are in a layer now, pass layer= to the plot'
+            )
         raise ValueError(
-            f"{name} does not hold the counts that were denoised to {key!r} any more (normalised since?): keep them, "
-            'adata.layers["counts"] = adata.X.copy() before normalising and denoise(adata, layer="counts"), and where '
-            "they are in a layer now, pass layer= to the plot; sc_noise2self.get reads a denoised layer with "
-            "source='layer'."
+            f"{name} does not hold the counts that were denoised to {key!r} any more{guess}: {now}{_or_layer(to_mix)}."
         )
     return counts
+
+
+def _are_those_of(
+    adata: AnnData, key: str, written: Mapping[str, Any], size: np.ndarray, found: np.ndarray, totals: np.ndarray
+) -> bool:
+    """Whether molecules of cells and of genes are those that were denoised, as far as the cells and genes left tell."""
+    all_genes = adata.n_vars == int(written["n_genes"])
+    if not ((found == size) if all_genes else (found <= size)).all():
+        return False
+    return not _has_all_cells(adata, key, written) or bool((totals == in_memory(adata.var[f"{key}_total"])).all())
+
+
+def _has_all_cells(adata: AnnData, key: str, written: Mapping[str, Any]) -> bool:
+    """Whether cells are those that were denoised, so that genes have their totals; a bootstrap repeats some."""
+    return adata.n_obs == int(written["n_cells"]) and adata.obs_names.is_unique and f"{key}_total" in adata.var
+
+
+def _holds(adata: AnnData, key: str, written: Mapping[str, Any], size: np.ndarray, layer: str | None) -> bool:
+    """Whether a layer in memory clearly holds the counts that were denoised."""
+    matrix = None if layer is None else adata.layers[layer]
+    tells = adata.n_vars == int(written["n_genes"]) or _has_all_cells(adata, key, written)
+    if not tells or not (sp.issparse(matrix) or isinstance(matrix, np.ndarray)):
+        return False
+
+    def sums(block: Block) -> Partial:
+        return Partial((column_sums(block.counts),), (row_sums(block.counts),))
+
+    try:
+        (totals,), (found,) = chunks_of(matrix, f"layer {layer!r}").run(sums, checked_block)
+    except (NotACount, TypeError, ValueError):
+        return False
+    return _are_those_of(adata, key, written, size, found, totals)
+
+
+def _put_back(layer: str | None, holds: str) -> str:
+    slot = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+    return f"put them back, {slot} = adata.layers[{holds!r}].copy(), or pass layer={holds!r} to a plot"
+
+
+def _or_layer(to_mix: bool) -> str:
+    """Return the other way out where counts are mixed in, for a message; a plot of them has none."""
+    return "; sc_noise2self.get reads a denoised layer with source='layer'" if to_mix else ""
 
 
 def gains_of_genes(adata: AnnData, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -198,7 +262,7 @@ def gains_of_genes(adata: AnnData, key: str) -> tuple[np.ndarray, np.ndarray, np
     columns = [f"{key}_gain", f"{key}_gain_error", f"{key}_total"]
     if not set(columns) <= set(adata.var):
         raise KeyError(f"the gains of genes of {key!r} are gone from adata.var: run denoise again.")
-    gain, error, molecules = adata.var[columns].to_numpy().T
+    gain, error, molecules = in_memory(adata.var[columns]).to_numpy().T
     return gain, error, molecules
 
 

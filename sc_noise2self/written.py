@@ -25,8 +25,14 @@ Kind = Literal["denoise", "calibrate", "select_rank"]
 Changes = Mapping[str, Mapping[str, Any]]
 """By slot and name, what to set there; None for what to remove."""
 
-# What each function's record in `.uns` has and no other.
-_MARKS: dict[Kind, str] = {"denoise": "scale_meaning", "calibrate": "split_losses", "select_rank": "split_rank"}
+# What each function's record in `.uns` has, and what others write has not, all together.
+_MARKS: dict[Kind, set[str]] = {
+    "denoise": {"method", "version", "params", "scale", "scale_meaning"},
+    "calibrate": {"best", "table", "split_losses", "denoiser", "params"},
+    "select_rank": {"rank", "split_rank", "ranks", "loss", "params"},
+}
+
+_LONGEST = 200  # bytes of a key: zarr makes files of names with what follows the key, of 255 bytes at most
 
 # Names that scanpy's functions write to without being asked: they would overwrite a result of that name.
 _OF_SCANPY = {
@@ -155,6 +161,10 @@ def committed(adata: AnnData, changes: Changes) -> Iterator[None]:
         what = "adata is a view: it is made an object of its own, and its parent left alone."
         warnings.warn(what, ImplicitModificationWarning, stacklevel=4)
         adata.obs = adata.obs.copy()  # does that, as any assignment to a view
+    for slot in {"obs", "var"} & set(changes):
+        frame = getattr(adata, slot)
+        if any(value is None and name in frame for name, value in changes[slot].items()):
+            setattr(adata, slot, in_memory(frame))  # a lazily read table gives up no column
     frames = {slot: getattr(adata, slot).copy(deep=False) for slot in ("obs", "var") if slot in changes}
     before = {
         slot: {name: getattr(adata, slot).get(name) for name in names}
@@ -196,9 +206,24 @@ def _slots(key: str) -> dict[str, list[str]]:
 def kind_of(adata: AnnData, key: str) -> Kind | None:
     """Return which function wrote the record under `key`, if any did."""
     found = adata.uns.get(key)
-    if not isinstance(found, Mapping):
+    if not isinstance(found, Mapping) or not isinstance(found.get("params"), Mapping):
         return None
-    return next((kind for kind, mark in _MARKS.items() if mark in found), None)
+    return next((kind for kind, marks in _MARKS.items() if marks <= set(found)), None)
+
+
+def in_memory(values: Any) -> Any:
+    """Return a table or a record with all that was read lazily loaded, as after `anndata.experimental.read_lazy`."""
+    if isinstance(values, Mapping) and not hasattr(values, "to_memory"):
+        return {name: in_memory(value) for name, value in values.items()}
+    if hasattr(values, "__dask_graph__"):
+        return np.asarray(values)
+    return values.to_memory() if hasattr(values, "to_memory") else values
+
+
+def check_not_transposed(adata: AnnData, key: str) -> None:
+    """Refuse a result whose cells are in `var` and genes in `obs`."""
+    if f"{key}_size" in adata.var and f"{key}_gain" in adata.obs:
+        raise ValueError(f"adata was transposed after it was denoised to {key!r}: pass adata.T, cells x genes.")
 
 
 def results_in(adata: AnnData, *kinds: Kind) -> str:
@@ -212,7 +237,7 @@ def owned(adata: AnnData, key: str) -> list[tuple[str, str]]:
     kind = kind_of(adata, key)
     has_factors = any(has_stamps(getattr(adata, slot).get(f"{key}_scale")) for slot in ("varm", "obsm"))
     slots = _slots(key) if kind == "denoise" or has_factors else {"uns": [key]}
-    if kind == "calibrate" and adata.uns[key]["params"]["refit"]:
+    if kind == "calibrate" and adata.uns[key]["params"].get("refit"):
         slots["layers"] = [key]
     return [
         (slot, name)
@@ -236,6 +261,8 @@ def remove(adata: AnnData, key: str = "denoised") -> None:
     ------
     KeyError
         If there is no such result.
+    ValueError
+        If `adata` was transposed since.
 
     Examples
     --------
@@ -246,6 +273,7 @@ def remove(adata: AnnData, key: str = "denoised") -> None:
     >>> "denoised" in adata.layers
     False
     """
+    check_not_transposed(adata, key)
     found = owned(adata, key)
     if not found:
         raise KeyError(f"there is nothing of a result {key!r} to remove: the results in adata are {results_in(adata)}.")
@@ -260,7 +288,7 @@ def without_results(adata: AnnData) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return copies of `obs` and `var` without the columns of results, which would not hold for other counts."""
     keys = [key for key in adata.uns if kind_of(adata, key) == "denoise"]
     obs, var = (
-        frame.drop(columns=[name for key in keys for name in _slots(key)[slot]], errors="ignore")
+        in_memory(frame).drop(columns=[name for key in keys for name in _slots(key)[slot]], errors="ignore")
         for slot, frame in (("obs", adata.obs), ("var", adata.var))
     )
     return obs, var
@@ -279,6 +307,7 @@ def check_key(adata: AnnData, key: str, layer: str | None, kind: Kind = "denoise
         Whether `calibrate` will write a layer.
     """
     _check_name(key)
+    check_not_transposed(adata, key)
     if key == layer:
         raise ValueError(f"key_added is {key!r}, the layer that holds the counts: choose another name.")
     if adata.is_view and adata.isbacked:
@@ -290,21 +319,23 @@ def check_key(adata: AnnData, key: str, layer: str | None, kind: Kind = "denoise
     if strange := [] if same and kind == "denoise" else [each for each in taken if each not in ours]:
         what = {"denoise": "result", "calibrate": "calibration", "select_rank": "rank"}[kind]
         raise ValueError(
-            f"{_named(strange)} exists and is not an earlier {what}: choose another key_added than {key!r}."
+            f"{named(strange, 'exists and is', 'exist and are')} not an earlier {what}: choose another key_added than "
+            f"{key!r}."
         )
     if taken and not same:
         raise ValueError(
-            f"{_named(taken)} is left of a result that was not written by {kind}, or whose record in adata.uns is "
+            f"{named(taken)} left of a result that was not written by {kind}, or whose record in adata.uns is "
             f"gone, as after anndata.concat: call sc_noise2self.remove(adata, {key!r}) first, or choose another "
             "key_added."
         )
 
 
 def _check_name(key: str) -> None:
-    if not isinstance(key, str) or not key or not key.isprintable() or key[0] == "." or set(key) & set("/\\"):
+    is_text = isinstance(key, str) and key != "" and key.isprintable()
+    if not is_text or key[0] == "." or set(key) & set("/\\") or len(key.encode()) > _LONGEST:
         raise ValueError(
             f"key_added is {key!r}: pass a name without '/' and '\\', of characters that can be printed, that does not "
-            "start with '.', because files keep no other."
+            f"start with '.', and of at most {_LONGEST} bytes, because files keep no other."
         )
     by = _OF_SCANPY.get(key)
     if key.startswith(("X_", "dendrogram_")) or key.endswith("_colors"):
@@ -313,5 +344,7 @@ def _check_name(key: str) -> None:
         raise ValueError(f"key_added is {key!r}, a name that {by} writes to: choose another, e.g. {f'n2s_{key}'!r}.")
 
 
-def _named(slots: Sequence[tuple[str, str]]) -> str:
-    return ", ".join(f"adata.{slot}[{name!r}]" for slot, name in slots)
+def named(slots: Sequence[tuple[str, str]], one: str = "is", several: str = "are") -> str:
+    """Return the names of slots and a verb, for a message."""
+    names = [f"adata.{slot}[{name!r}]" for slot, name in slots]
+    return f"{', '.join(names)} {one if len(names) == 1 else several}"

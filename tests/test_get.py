@@ -223,3 +223,20 @@ def test_without_dask_it_says_what_to_install(written, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "dask.array", None)
     with pytest.raises(ImportError, match=r'pip install "sc-noise2self\[lazy\]"'):
         n2s.get.lazy(written)
+
+
+def test_an_object_shares_nothing_that_is_nested_with_the_one_it_is_from(adata):
+    adata.uns["mine"] = {"a": [1]}
+    n2s.denoise(adata, write_layer=False)
+    own = n2s.get.adata(adata, "gene-1")
+    own.uns["mine"]["a"].append(2)
+    own.uns["denoised"]["params"]["mix"] = True
+    assert adata.uns["mine"] == {"a": [1]}
+    assert n2s.get.denoised(adata, "gene-1").shape == (300, 1)
+
+
+def test_lazy_takes_factors_in_data_frames(adata):
+    n2s.denoise(adata)
+    for name in ("denoised", "denoised_scale"):
+        adata.obsm[name] = pd.DataFrame(adata.obsm[name], adata.obs_names).add_prefix("factor")
+    np.testing.assert_allclose(n2s.get.lazy(adata).compute(), adata.layers["denoised"], rtol=1e-4)

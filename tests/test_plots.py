@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 from helpers import poisson_counts
 from matplotlib.testing.compare import compare_images
 
@@ -260,7 +261,7 @@ def test_what_does_not_fit_is_refused(written, call, message):
         (lambda a: n2s.pl.embedding(a, "gene-0", "tsne"), "there is no embedding 'tsne': .* Run sc.tl.tsne first"),
         (lambda a: n2s.pl.gain_per_gene(_without_gains(a)), "gains of genes of 'denoised' are gone from adata.var"),
         (lambda a: n2s.pl.gain_per_gene(a, key="x"), "there is no result 'x': run sc_noise2self.denoise"),
-        (lambda a: n2s.pl.gain_per_gene(a, key="select_rank"), "there is no result 'select_rank'"),
+        (lambda a: n2s.pl.gain_per_gene(a, key="select_rank"), "'select_rank' is a result of select_rank, not of"),
         (lambda a: n2s.pl.spectrum(a, key="walk"), "result 'walk' has no PCA: its members are diffusion"),
         (lambda a: n2s.pl.spectrum(a, member="pca sqrt"), "result 'denoised' has no pca sqrt"),
         (lambda a: n2s.pl.caption(a, plt.figure(), key="x"), "there is no result 'x'"),
@@ -320,3 +321,21 @@ def test_the_noise_edge_is_the_largest_singular_value_of_noise(simulated):
     fit_together(pair, chunks, halves)
     edge = noise_edge(pair[0], chunks, halves, np.random.default_rng(0))
     assert edge == pytest.approx(pair[0].singular_values_[0], rel=0.05)
+
+
+@pytest.mark.parametrize("autoshow", [True, False])
+def test_plots_are_shown_where_scanpy_would(written, monkeypatch, autoshow):
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda *_, **__: shown.append(True))
+    before = sc.settings.autoshow
+    try:
+        sc.settings.autoshow = autoshow
+        n2s.pl.spectrum(written, key="denoised")
+    finally:
+        sc.settings.autoshow = before
+    assert bool(shown) is autoshow
+    n2s.pl.spectrum(written, key="denoised", ax=plt.figure().subplots())
+    n2s.pl.spectrum(written, key="denoised", show=False)
+    assert len(shown) == autoshow
+    n2s.pl.spectrum(written, key="denoised", show=True)
+    assert len(shown) == autoshow + 1

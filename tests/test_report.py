@@ -92,6 +92,32 @@ def test_report_of_nothing_gained(adata):
         n2s.report(adata)
 
 
+def test_report_goes_by_what_was_written(adata):
+    null = n2s.null_counts(adata)
+    with pytest.warns(UserWarning, match="no candidate"):
+        n2s.denoise(null)
+    null.uns["denoised"]["gain"], null.uns["denoised"]["gain_error"] = 1e-6, 1e-7  # clear, and no more than rounding
+    text = n2s.report(null)
+    assert "predicted no better than by one mean profile" in text
+    assert "it predicts the other half" not in text
+
+
+def test_report_of_some_cells_and_of_genes_that_are_not_scored(adata):
+    adata.X = adata.X @ sp.diags_array(np.float32(np.arange(120) >= 7))
+    n2s.denoise(adata, write_layer=False)
+    gain, error = adata.var["denoised_gain"], adata.var["denoised_gain_error"]
+    n_unclear = int((gain.abs() <= 2 * error).sum() + (gain.notna() & error.isna()).sum())
+    text = n2s.report(adata[:50].copy())
+    assert "held-out molecules of the 300 cells that were denoised, of which 50 are here" in text
+    assert f"The other {gain.isna().sum()} of 120 genes have too few molecules to be scored." in text
+    adata.var["denoised_gain"] = gain.abs()
+    text = n2s.report(adata)
+    assert "are predicted worse" not in text
+    assert f"for {n_unclear} the molecules do not tell: do not trust the pattern of these." in text
+    adata.var["denoised_gain"] = np.where(np.arange(120) < 20, -1, gain.abs())
+    assert "are predicted worse: do not trust the pattern of either." in n2s.report(adata)
+
+
 def test_report_of_a_model_applied_to_other_cells(adata, tmp_path):
     pytest.importorskip("torch")
     old, new = adata[:200].copy(), adata[200:].copy()

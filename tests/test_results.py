@@ -112,6 +112,57 @@ class TestParts:
         part.write_h5ad(tmp_path / "part.h5ad")
         np.testing.assert_allclose(n2s.get.denoised(ad.read_h5ad(tmp_path / "part.h5ad")), expected.iloc[10:30, ::2])
 
+    @pytest.mark.filterwarnings("ignore:Writing zarr v2")
+    @pytest.mark.parametrize("kind", ["lazy", "DataFrame"])
+    @pytest.mark.parametrize("source", ["factors", "layer"])
+    def test_two_results_are_told_apart_wherever_their_scales_are(self, kind, source, tmp_path):
+        parts = [denoised(seed=0), denoised(seed=1, scale="rates")]
+        for i, part in enumerate(parts):
+            if kind == "DataFrame":
+                part.obsm["denoised_scale"] = pd.DataFrame(part.obsm["denoised_scale"], part.obs_names).add_prefix("s")
+            else:
+                pytest.importorskip("xarray"), pytest.importorskip("zarr")
+                part.write_zarr(tmp_path / f"{i}.zarr")
+                parts[i] = ad.experimental.read_lazy(tmp_path / f"{i}.zarr")
+        assert n2s.get.denoised(parts[0], source=source).shape == (60, 20)
+        assert n2s.get.denoised(parts[0][:25], source=source).shape == (25, 20)
+        joined = ad.concat(parts, merge="first", uns_merge="first")
+        with pytest.raises(ValueError, match=r"put together from several: its cells \(adata.obsm\)"):
+            n2s.get.denoised(joined, source=source, scale="counts")
+
+    @pytest.mark.parametrize("how", ["same", "unique"])
+    def test_a_record_of_what_two_results_share_is_not_one(self, how):
+        joined = ad.concat([denoised(seed=0), denoised(seed=1)], merge="same", uns_merge=how)
+        with pytest.raises(ValueError, match=r"was put together from several: its record .*remove\(adata, 'denoised'"):
+            n2s.get.denoised(joined)
+
+    def test_halves_of_one_result_are_told_how_to_be_joined(self):
+        whole = denoised()
+        with pytest.raises(KeyError, match=r"are left: join parts .* merge='same', uns_merge='same'.*remove\(adata, "):
+            n2s.get.denoised(ad.concat([whole[:25], whole[25:]]))
+
+    @pytest.mark.filterwarnings("ignore:Writing zarr v2")
+    def test_what_is_read_lazily_is_read_and_replaced(self, tmp_path):
+        pytest.importorskip("xarray"), pytest.importorskip("zarr")
+        expected = denoised(mix=True)
+        expected.write_zarr(tmp_path / "a.zarr")
+        lazy = ad.experimental.read_lazy(tmp_path / "a.zarr")
+        assert n2s.report(lazy) == n2s.report(expected)
+        assert len(n2s.pl.gain_per_gene(lazy).collections) == 3
+        assert n2s.pl.spectrum(lazy).get_title() == "Spectrum, PCA of counts"
+        n2s.denoise(lazy, **QUICK)
+        assert "denoised_phi" not in lazy.var
+        assert n2s.get.denoised(lazy).shape == (60, 20)
+        n2s.remove(lazy)
+        assert not any(names(lazy).values())
+
+    def test_a_transposed_result_is_refused(self):
+        adata = denoised()
+        for call in (n2s.remove, n2s.get.denoised, n2s.report):
+            with pytest.raises(ValueError, match="was transposed after it was denoised to 'denoised': pass adata.T"):
+                call(adata.T)
+        n2s.remove(adata.T.T)
+
     def test_cells_denoised_with_one_model_are_joined(self, model):
         parts = [cells(50, seed=3), cells(50, seed=4)[:, ::-1].copy()]
         for part in parts:
@@ -155,6 +206,28 @@ class TestRemove:
         for key in ("select_rank", "calibrate"):
             n2s.remove(adata, key)
         assert not any(names(adata).values())
+
+    def test_results_of_other_functions_are_read_elsewhere(self):
+        adata = cells()
+        n2s.select_rank(adata, max_rank=3)
+        n2s.calibrate(adata, identity, {"share": [0.5, 0.9]}, refit=True)
+        for key, where in (("calibrate", "layers"), ("select_rank", "uns")):
+            for read in (n2s.get.denoised, n2s.report, n2s.pl.gain_per_gene):
+                with pytest.raises(
+                    KeyError, match=rf"'{key}' is a result of {key}, not of denoise: read adata.{where}"
+                ):
+                    read(adata, key=key)
+
+    @pytest.mark.parametrize("foreign", [{"split_losses": 1}, {"scale_meaning": 3}, {"split_rank": 2, "params": 1}])
+    def test_a_record_is_not_known_by_one_name(self, foreign):
+        adata = cells()
+        adata.uns["x"] = foreign
+        with pytest.raises(KeyError, match="nothing of a result 'x' to remove"):
+            n2s.remove(adata, "x")
+        for write in TO_KEYS.values():
+            with pytest.raises(ValueError, match=r"adata.uns\['x'\] exists and is not an earlier"):
+                write(adata, "x")
+        assert adata.uns["x"] == foreign
 
     def test_nothing_of_others_is_removed(self):
         adata = denoised(key_added="mine")
@@ -217,6 +290,24 @@ class TestCounts:
         part.X = part.X * 100
         with pytest.raises(ValueError, match="does not hold the counts"):
             n2s.pl.markers(part, ["gene-0", "gene-1"])
+
+    def test_the_layer_that_holds_the_counts_is_named(self):
+        adata = denoised(mix=True)
+        adata.layers["other"], adata.layers["kept"], adata.X = adata.X * 2, adata.X.copy(), adata.X * 3
+        with pytest.raises(ValueError, match=r"any more \(normalised since\?\): pass layer='kept' to the plot\.$"):
+            n2s.pl.markers(adata, ["gene-0", "gene-1"])
+        with pytest.raises(ValueError, match=r"layer 'other' does not .* any more: pass layer='kept' to the plot\.$"):
+            n2s.pl.markers(adata, ["gene-0", "gene-1"], layer="other")
+        with pytest.raises(ValueError, match=r"adata.X = adata.layers\['kept'\].copy\(\).*source='layer'"):
+            n2s.get.denoised(adata)
+        adata.X = adata.layers["kept"].copy()
+        assert n2s.get.denoised(adata).shape == adata.shape
+
+    @pytest.mark.filterwarnings("ignore:Observation names are not unique")
+    def test_a_bootstrap_still_has_its_counts(self):
+        adata = denoised(mix=True)
+        chosen = np.random.default_rng(0).integers(adata.n_obs, size=adata.n_obs)
+        np.testing.assert_allclose(n2s.get.denoised(adata[chosen]), n2s.get.denoised(adata).iloc[chosen], rtol=1e-5)
 
     @pytest.mark.parametrize("change", CHANGES)
     def test_a_mixture_is_rebuilt_from_what_was_mixed_in_or_not_at_all(self, change):
@@ -402,7 +493,7 @@ class TestKeys:
     @pytest.mark.parametrize("name", TO_KEYS)
     def test_names_that_files_do_not_keep_or_that_scanpy_writes_to(self, name):
         adata = cells()
-        for key in ("", ".", "..", ".x", "a/b", "a\\b", "a\0b", "\ud800", 3):
+        for key in ("", ".", "..", ".x", "a/b", "a\\b", "a\0b", "\ud800", 3, "k" * 201, "\u00e9" * 101):
             with pytest.raises(ValueError, match="because files keep no other"):
                 TO_KEYS[name](adata, key)
         for key in ("pca", "neighbors", "umap", "log1p", "X_pca", "group_colors", "dendrogram_group"):

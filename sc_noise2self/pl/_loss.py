@@ -12,7 +12,7 @@ from anndata import AnnData
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from ..written import kind_of, results_in
+from ..written import in_memory, kind_of, results_in
 from ._style import COLORS, GREY, MARKERS, finish, new_axes
 
 _MANY_LINES = 6
@@ -42,7 +42,7 @@ def loss(
     ax
         Axes to draw on.
     show
-        Whether to call `matplotlib.pyplot.show`; None does so where scanpy would (interactively, no `ax`).
+        Whether to call `matplotlib.pyplot.show`; None does so where scanpy would (`settings.autoshow`, and no `ax`).
 
     Returns
     -------
@@ -119,7 +119,7 @@ def _run(adata: AnnData, key: str, member: str | None) -> _Run:
             f"there is no result {key!r}: run sc_noise2self.select_rank, calibrate or denoise to {key!r}, or pass key: "
             f"the results in adata are {results_in(adata)}."
         )
-    written = adata.uns[key]
+    written = in_memory(adata.uns[key])
     learned = written.get("learned", {})
     if member is not None and member not in learned:
         raise KeyError(f"result {key!r} has no member {member!r}: it has {', '.join(learned) or 'none'}.")

@@ -8,6 +8,8 @@ import scanpy as sc
 from anndata import AnnData
 from matplotlib.axes import Axes
 
+from ..written import in_memory
+
 # Okabe & Ito (2008), dark and light in turn.
 COLORS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#CC79A7", "#009E73")
 BLUE, ORANGE, RED, GREY = COLORS[0], COLORS[1], COLORS[4], "0.72"
@@ -21,8 +23,8 @@ def new_axes(ax: Axes | None, width: float = 5.2, height: float = 3.7) -> Axes:
 
 
 def finish(ax: Axes | None, show: bool | None) -> None:
-    """Show the figure if asked to, or, with None, where scanpy would: interactively, and no Axes were given."""
-    if show or (show is None and ax is None and plt.isinteractive()):
+    """Show the figure if asked to, or, with None, where scanpy would: by its setting, and if no Axes were given."""
+    if show or (show is None and ax is None and sc.settings.autoshow):
         plt.show()
 
 
@@ -38,7 +40,7 @@ def groups_and_colors(adata: AnnData, column: str) -> tuple[pd.Series, dict[str,
     """
     if column not in adata.obs:
         raise KeyError(f"there is no column {column!r} in adata.obs: it has {list(adata.obs.columns)}.")
-    values = adata.obs[column]
+    values = in_memory(adata.obs[[column]])[column]
     if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
         raise ValueError(f"adata.obs[{column!r}] holds numbers: color takes a categorical column.")
     groups = values.astype("category")
