@@ -23,7 +23,7 @@ from packaging.version import Version
 from scanpy import logging as logg
 
 from .annotated import chunks_of
-from .arguments import check_flag
+from .arguments import check_flag, check_name
 from .denoising import denoise
 from .estimates import estimate
 from .memory import check_fits_disk
@@ -32,6 +32,7 @@ from .reporting import report
 from .results import profiles, sizes
 from .scale import sample_depth, to_scale
 from .threads import in_threads
+from .written import check_key_name, kind_of
 
 _FORMATS = (".h5ad", ".zarr")
 _SLOTS = ("obs", "var", "obsm", "varm", "uns")  # that a result is written to, besides its layer
@@ -90,6 +91,9 @@ def denoise_file(
         raise TypeError("copy was given: the target is the copy, so leave it out.")
     check_flag("write_layer", write_layer)
     check_flag("overwrite", overwrite)
+    check_key_name(key_added)
+    if layer is not None:
+        check_name("layer", layer)
     _check_paths(source, target, overwrite)
     with _read(source) as stored:
         in_memory = options.get("method", "pca") != "pca" or bool(options.get("mix"))
@@ -108,7 +112,7 @@ def denoise_file(
             logg.info("" if said is None else str(said))
         denoise(adata, layer=layer, key_added=key_added, write_layer=False, **options)
         reported = report(adata, key=key_added)
-        with replaced(target, overwrite=overwrite, like=source) as partial:
+        with replaced(target, overwrite=overwrite, like=source) as partial, _readable(source, OSError):
             start = logg.info(f"writing {target}")
             if source.suffix == target.suffix:
                 _copy_file(source, partial)
@@ -148,8 +152,7 @@ def _check_paths(source: Path, target: Path, overwrite: bool) -> None:
 
 
 def _check_layer(stored: Any, adata: AnnData, key: str) -> None:
-    written = adata.uns.get(key)
-    if key in stored.get("layers", ()) and not (isinstance(written, dict) and "scale_meaning" in written):
+    if key in stored.get("layers", ()) and kind_of(adata, key) != "denoise":
         raise ValueError(f"layer {key!r} exists and is not an earlier result: choose another key_added.")
 
 
@@ -161,11 +164,15 @@ def _require_zarr() -> None:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Say in one sentence what is wrong with a file, whichever library found it, in whichever way."""
+def _readable(path: Path, *but: type[Exception]) -> Iterator[None]:
+    """Say in one sentence what is wrong with a file, whichever library found it, in whichever way.
+
+    Errors of the types in `but` are another's.
+    """
+    others: tuple[type[Exception], ...] = (MemoryError, PermissionError, _Refused, *but)
     try:
         yield
-    except (MemoryError, PermissionError, _Refused):
+    except others:
         raise
     except Exception as error:
         why = " ".join(str(error).split()) or type(error).__name__

@@ -306,7 +306,7 @@ def check_key(adata: AnnData, key: str, layer: str | None, kind: Kind = "denoise
     refit
         Whether `calibrate` will write a layer.
     """
-    _check_name(key)
+    check_key_name(key)
     check_not_transposed(adata, key)
     if key == layer:
         raise ValueError(f"key_added is {key!r}, the layer that holds the counts: choose another name.")
@@ -330,7 +330,8 @@ def check_key(adata: AnnData, key: str, layer: str | None, kind: Kind = "denoise
         )
 
 
-def _check_name(key: str) -> None:
+def check_key_name(key: str) -> None:
+    """Refuse a name that files do not keep, or that scanpy writes to."""
     is_text = isinstance(key, str) and key != "" and key.isprintable()
     if not is_text or key[0] == "." or set(key) & set("/\\") or len(key.encode()) > _LONGEST:
         raise ValueError(

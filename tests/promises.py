@@ -39,6 +39,7 @@ WARNINGS = (
     "Setting element|Trying to (set|modify) attribute|Initializing view as actual|Received a view",
     "Transforming to str index",
     "Writing zarr v2",
+    "zarr v3 autosharding",
 )
 
 

@@ -68,7 +68,9 @@ def gain_per_gene(
         )
     own.axhline(0, color="0.3", linewidth=0.8)
     own.set_xscale("log")
-    if np.ptp(np.log10(molecules[molecules > 0])) > 1:
+    if np.isnan(gain).all():
+        own.set_xlim(1, 10 * max(1.0, molecules.max(initial=0)))  # an empty axis has no logarithm
+    elif np.ptp(np.log10(molecules[molecules > 0])) > 1:
         own.xaxis.set_minor_formatter(NullFormatter())
     own.set(
         xlabel="molecules of the gene",

@@ -12,6 +12,7 @@ import scanpy as sc
 from anndata import AnnData
 from matplotlib.axes import Axes
 
+from ..arguments import check_name
 from ..denoisers.profiles import LowRankProfiles
 from ..results import observed, positions, profiles, record, sizes, values_of
 from ..scale import Scale, check_scale, to_scale
@@ -164,6 +165,7 @@ def embedding(
     genes = [genes] if isinstance(genes, str) else list(genes)
     if not genes:
         raise ValueError("genes is empty: pass a name or several.")
+    check_name("basis", basis)
     basis = basis.removeprefix("X_")
     name = f"X_{basis}" if f"X_{basis}" in adata.obsm else basis
     if name not in adata.obsm:
