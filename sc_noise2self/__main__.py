@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import re
 import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 _TYPED = {
     "write_layer=False": "--factors",
@@ -55,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     denoise.add_argument("--key-added", default="denoised", help="name of the result (default: %(default)s)")
     denoise.add_argument("--batch-key", help="column of obs with each cell's batch, for the autoencoder")
     denoise.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    denoise.add_argument("--save-model", type=_file, help="file to write the fitted autoencoder to")
+    denoise.add_argument("--save-model", help="file to write the fitted autoencoder to")
     denoise.add_argument("--factors", action="store_true", help="write the factors alone, no dense layer")
     denoise.add_argument("--overwrite", action="store_true", help="replace OUT.h5ad, in one step, once it is done")
     denoise.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
@@ -67,12 +68,14 @@ def _parser() -> argparse.ArgumentParser:
 def _denoise(args: argparse.Namespace) -> None:
     import scanpy as sc
 
-    from .files import denoise_file
+    from .files import denoise_file, expanded
 
     if not args.quiet:
         sc.settings.verbosity = "info"
     # Only what was given: what belongs to another method is refused.
     options = {name: getattr(args, name) for name in ("batch_key", "save_model") if getattr(args, name) is not None}
+    if args.save_model is not None:
+        options["save_model"] = expanded(args.save_model)
     with warnings.catch_warnings():
         warnings.showwarning = _print_warning
         said = denoise_file(
@@ -89,12 +92,21 @@ def _denoise(args: argparse.Namespace) -> None:
             **options,
         )
     if not args.quiet:
-        print(f"{args.target}, result {args.key_added!r}")
-        print(textwrap.fill(said, 100))
+        _print_done(f"{args.target}, result {args.key_added!r}\n{textwrap.fill(said, 100)}")
 
 
-def _file(given: str) -> Path:
-    return Path(given).expanduser()
+def _print_done(text: str) -> None:
+    """Print what is known of a result that is written: where that cannot be printed, it is written all the same."""
+    try:
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            print(f"sc_noise2self: the result is written, but not all of this printed: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # what it still holds would fail again when the program ends
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
 
 
 def _print_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -6,11 +6,12 @@ in whatever way, leaves the source as it was and no target, or the old one.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -86,7 +87,7 @@ def denoise_file(
     >>> import sc_noise2self as n2s
     >>> n2s.denoise_file("big.h5ad", "big.zarr", write_layer=False)  # doctest: +SKIP
     """
-    source, target = _path(source), _path(target)
+    source, target = expanded(source), expanded(target)
     if "copy" in options:
         raise TypeError("copy was given: the target is the copy, so leave it out.")
     check_flag("write_layer", write_layer)
@@ -116,18 +117,29 @@ def denoise_file(
             start = logg.info(f"writing {target}")
             if source.suffix == target.suffix:
                 _copy_file(source, partial)
-            with _written(partial) as out:
+            with _written(partial) as (out, check):
                 if source.suffix != target.suffix:
-                    _copy_matrices(stored, out)
-                _write_result(out, adata, key_added, write_layer, options)
+                    _copy_matrices(stored, out, check)
+                _write_result(out, adata, key_added, write_layer, options, check)
             logg.info("    written", time=start)
     return reported
 
 
-def _path(given: str | os.PathLike[str]) -> Path:
-    if _URL.match(os.fspath(given)):
-        raise ValueError(f"{os.fspath(given)} is an address: download it first, and pass the path of the file.")
-    return Path(given).expanduser()
+def expanded(given: str | bytes | os.PathLike[str]) -> Path:
+    """Return a path with the folder of the user in place of its `~`.
+
+    Raises
+    ------
+    ValueError
+        If it is an address, or there is no such user.
+    """
+    path = os.fsdecode(given)
+    if _URL.match(path):
+        raise ValueError(f"{path} is an address: download it first, and pass the path of the file.")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path} starts with a user without a home folder: write ./{path} for a file.") from None
 
 
 def _check_paths(source: Path, target: Path, overwrite: bool) -> None:
@@ -146,6 +158,8 @@ def _check_paths(source: Path, target: Path, overwrite: bool) -> None:
         _require_zarr()
     if target.exists() and source.samefile(target):
         raise FileExistsError(f"{target} is the source: choose another name.")
+    if source.resolve() in target.resolve().parents:
+        raise ValueError(f"{target} is inside the source, which is not changed: choose another folder.")
     check_target(target, overwrite)
     if not os.access(target.resolve().parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{target.resolve().parent} may not be written to by this user: choose another folder.")
@@ -201,21 +215,73 @@ def _read(path: Path) -> Iterator[Any]:
         yield group
 
 
+class _Steady(io.FileIO):
+    """A file that keeps its first failure and takes what is written after it as written.
+
+    HDF5 cannot close a file that it fails to write to: it fails again, and crashes when the program ends.
+    """
+
+    failed: BaseException | None = None
+
+    def write(self, data: Any, /) -> int:
+        """Write all of it, unless a write failed."""
+        try:
+            rest = memoryview(data)
+            while rest and self.failed is None:
+                rest = rest[super().write(rest) :]
+        except BaseException as error:
+            self.failed = error
+        return len(data)
+
+    def truncate(self, size: int | None = None, /) -> int:
+        """Cut or extend it, unless a write failed."""
+        try:
+            if self.failed is None:
+                return super().truncate(size)
+        except BaseException as error:
+            self.failed = error
+        return size or 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return as many bytes as asked for: zeros where nothing was written."""
+        return (super().read(size) or b"").ljust(size or 0, b"\0")
+
+    def check(self) -> None:
+        """Raise the failure."""
+        if self.failed is not None:
+            raise self.failed
+
+
 @contextmanager
-def _written(path: Path) -> Iterator[Any]:
-    """Open the file to write, as a group of h5py or zarr, and have what was consolidated in it consolidated again."""
+def _written(path: Path) -> Iterator[tuple[Any, Callable[[], None]]]:
+    """Open the file to write, as a group of h5py or zarr, and have what was consolidated in it consolidated again.
+
+    With it comes a check, which raises if something was not written; it is made again in the end.
+    """
     if path.suffix == ".h5ad":
         import h5py
 
-        with closing(h5py.File(path, "a")) as file:
-            yield file
+        exists = path.exists()
+        raw = _Steady(path, "r+" if exists else "x+")
+        try:
+            file = h5py.File(raw, "r+" if exists else "w")
+            try:
+                yield file, raw.check
+            finally:
+                try:
+                    file.close()
+                finally:
+                    file.close()  # unless an interrupt came before it was
+        finally:
+            raw.close()
+            raw.check()  # what followed from it is no other reason
     else:
         import zarr
 
         # What exists has its own format; a new store that of anndata.
         new: dict[str, Any] = {"zarr_format": 3 if Version(version("anndata")) >= Version("0.13") else 2}
         consolidated = path.exists() and zarr.open_group(path, mode="r").metadata.consolidated_metadata is not None
-        yield zarr.open_group(path, mode="a", use_consolidated=False, **({} if path.exists() else new))
+        yield zarr.open_group(path, mode="a", use_consolidated=False, **({} if path.exists() else new)), lambda: None
         if consolidated:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that other programs may not know of it
@@ -229,6 +295,11 @@ def _without_matrices(stored: Any) -> AnnData:
         raise _Refused(
             f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing in the file, which has "
             f"{sorted(stored)}: it holds no AnnData object."
+        )
+    if any(getattr(stored[slot], "dtype", np.dtype(float)).names for slot in ("obs", "var")):
+        raise _Refused(
+            "obs or var is a table as anndata wrote it before 0.7: read the file with anndata.read_h5ad, write it "
+            "again with write_h5ad, and pass the new file."
         )
     found = {slot: ad.io.read_elem(stored[slot]) for slot in _SLOTS if slot in stored}
     return AnnData(**found)
@@ -246,8 +317,11 @@ def _counts(stored: Any, layer: str | None, in_memory: bool) -> Any:
     return element if hasattr(element, "shape") else ad.io.sparse_dataset(element)
 
 
-def _write_result(out: Any, adata: AnnData, key: str, write_layer: bool, options: dict[str, Any]) -> None:
+def _write_result(
+    out: Any, adata: AnnData, key: str, write_layer: bool, options: dict[str, Any], check: Callable[[], None]
+) -> None:
     for slot in _SLOTS:
+        check()
         value = getattr(adata, slot)
         ad.io.write_elem(out, slot, value if slot in ("obs", "var") else dict(value))
     if "layers" not in out:
@@ -255,10 +329,18 @@ def _write_result(out: Any, adata: AnnData, key: str, write_layer: bool, options
     if key in out["layers"]:
         del out["layers"][key]  # of an earlier result
     if write_layer:
-        _write_layer(out["layers"], adata, key, **{n: options[n] for n in ("scale", "scale_depth") if n in options})
+        to = {n: options[n] for n in ("scale", "scale_depth") if n in options}
+        _write_layer(out["layers"], adata, key, check, **to)
 
 
-def _write_layer(out: Any, adata: AnnData, key: str, scale: Any = "counts", scale_depth: float | None = None) -> None:
+def _write_layer(
+    out: Any,
+    adata: AnnData,
+    key: str,
+    check: Callable[[], None],
+    scale: Any = "counts",
+    scale_depth: float | None = None,
+) -> None:
     """Write the dense layer, a chunk at a time."""
     rebuilt, size = profiles(adata, key), sizes(adata, key)
     depth = sample_depth(scale, scale_depth, size)
@@ -276,6 +358,7 @@ def _write_layer(out: Any, adata: AnnData, key: str, scale: Any = "counts", scal
 
     for part, block in zip(parts, in_threads(values, parts), strict=True):
         made[part] = block
+        check()
 
 
 def _even(n: int, most: int) -> int:
@@ -303,15 +386,15 @@ def _copy_file(source: Path, target: Path) -> None:
             shutil.copyfile(Path(folder) / name, here / name)
 
 
-def _copy_matrices(stored: Any, out: Any) -> None:
+def _copy_matrices(stored: Any, out: Any, check: Callable[[], None]) -> None:
     """Copy what `_without_matrices` leaves out from one format to the other."""
     for name in stored:
         if name not in _SLOTS:
-            _copy(stored, out, name)
+            _copy(stored, out, name, check)
     out.attrs.update(_attributes(stored))
 
 
-def _copy(stored: Any, out: Any, key: str) -> None:
+def _copy(stored: Any, out: Any, key: str, check: Callable[[], None]) -> None:
     """Copy an element; of a matrix some rows or entries at a time."""
     element = stored[key]
     kind = element.attrs.get("encoding-type")
@@ -321,25 +404,26 @@ def _copy(stored: Any, out: Any, key: str) -> None:
         made = out.create_group(key)
         made.attrs.update(_attributes(element))
         for name in ("data", "indices", "indptr"):
-            _copy_array(element[name], made, name)
+            _copy_array(element[name], made, name, check)
     elif kind == "array" and element.dtype.kind in "biuf" and element.shape:
-        _copy_array(element, out, key)
+        _copy_array(element, out, key, check)
     elif kind in ("dict", "raw"):
         made = out.create_group(key)
         made.attrs.update(_attributes(element))
         for name in element:
-            _copy(element, made, name)
+            _copy(element, made, name, check)
     else:
         ad.io.write_elem(out, key, ad.io.read_elem(element))
 
 
-def _copy_array(stored: Any, out: Any, key: str) -> None:
+def _copy_array(stored: Any, out: Any, key: str, check: Callable[[], None]) -> None:
     rest = int(np.prod(stored.shape[1:]))
     rows = max(1, _COPIED // max(1, stored.dtype.itemsize * rest))
     made = _create(out, key, stored.shape, stored.dtype, (rows, *stored.shape[1:]))
     made.attrs.update(_attributes(stored))
     for start in range(0, stored.shape[0], 16 * rows):
         made[start : start + 16 * rows] = stored[start : start + 16 * rows]
+        check()
 
 
 def _attributes(stored: Any) -> dict[str, Any]:

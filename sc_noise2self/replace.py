@@ -6,6 +6,7 @@ process of which machine made it, so that a later run can remove what a killed o
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -18,6 +19,8 @@ from pathlib import Path
 
 _MARK = ".sc_noise2self"
 _NAME = re.compile(re.escape(_MARK) + r"-(?P<host>.+)-(?P<process>\d+)-(?P<started>\d+)-\w{8}")
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EINVAL)
 _CLOCKS_DIFFER = 3600  # seconds by which the start of one and the same process may seem to change
 
 
@@ -39,6 +42,8 @@ def replaced(target: Path, *, overwrite: bool = False, like: Path | None = None)
     ------
     FileExistsError, FileNotFoundError
         As `check_target`, before and after the block.
+    OSError
+        If the disk, or what the user may write, is full: what to do, for the operating system's own error.
     """
     check_target(target, overwrite)
     place = Path(os.path.realpath(target))
@@ -52,7 +57,14 @@ def replaced(target: Path, *, overwrite: bool = False, like: Path | None = None)
         if pattern is not None:
             _permit_like(written, pattern.stat())
         _flush(written)
-        os.replace(written, place)
+        _move(written, place, overwrite)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise OSError(
+            f"{target} could not be written ({os.strerror(error.errno)}): make room, or choose another folder; nothing "
+            "is left of it."
+        ) from error
     finally:
         shutil.rmtree(own, ignore_errors=True)
 
@@ -72,9 +84,34 @@ def check_target(target: Path, overwrite: bool) -> None:
     if target.is_symlink() and not target.exists():
         raise FileNotFoundError(f"{target} is a link to {os.readlink(target)}, which does not exist: remove the link.")
     if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists: nothing is overwritten, so choose another name, or pass overwrite.")
+        raise _exists(target)
     if target.is_dir():
         raise FileExistsError(f"{target} is a folder, which cannot be replaced in one step: choose another name.")
+
+
+def _exists(target: Path) -> FileExistsError:
+    return FileExistsError(f"{target} exists: nothing is overwritten, so choose another name, or pass overwrite.")
+
+
+def _move(written: Path, place: Path, overwrite: bool) -> None:
+    """Put what was written in its place in one step, which fails where something appeared there meanwhile."""
+    if written.is_dir() or overwrite:
+        try:
+            os.replace(written, place)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                check_target(place, overwrite)
+            raise
+        return
+    try:
+        os.link(written, place)
+    except FileExistsError:
+        raise _exists(place) from None
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        check_target(place, overwrite)  # a file system without links: the moment between the two stays
+        os.replace(written, place)
 
 
 def _private_folder(parent: Path) -> Path:

@@ -213,7 +213,7 @@ DIES = """
 import os, signal, sys
 import sc_noise2self as n2s
 
-os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+os.link = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
 n2s.denoise_file(sys.argv[1], sys.argv[2], layer="counts", write_layer=False, transform="log1p")
 """
 
@@ -228,14 +228,14 @@ def test_what_a_killed_run_leaves_is_removed_by_the_next_and_nothing_else_is(sou
     others = [left.with_name(left.name.replace(socket.gethostname(), "elsewhere")), left.with_name(f"{left.name}.bak")]
     for other in others:
         shutil.copytree(left, other)
-    replace, inner = os.replace, source.with_name("inner.h5ad")
+    link, inner = os.link, source.with_name("inner.h5ad")
 
     def another_run_meanwhile(*paths):
-        monkeypatch.setattr(os, "replace", replace)
+        monkeypatch.setattr(os, "link", link)
         n2s.denoise_file(source, inner, layer="counts", write_layer=False)
-        replace(*paths)
+        link(*paths)
 
-    monkeypatch.setattr(os, "replace", another_run_meanwhile)
+    monkeypatch.setattr(os, "link", another_run_meanwhile)
     n2s.denoise_file(source, target, layer="counts", write_layer=False)
     names = sorted([*(other.name for other in others), "in.h5ad", "inner.h5ad", "out.h5ad"])
     assert listed(source.parent) == names
@@ -517,3 +517,76 @@ def test_the_command_line(source, capsys):
     assert "denoised" in ad.read_zarr(target).obsm
     assert main(["denoise", str(source), str(target), "--layer", "counts"]) == 2
     assert "exists: nothing is overwritten" in capsys.readouterr().err
+
+
+FULL = """
+import os, resource, signal, sys
+from sc_noise2self.__main__ import main
+
+source, target, more = sys.argv[1:]
+most = os.path.getsize(source) + int(more)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+sys.exit(main(["denoise", source, target, "--layer", "counts", "--quiet"]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit of file sizes")
+@pytest.mark.parametrize("more", [1000, 15_000, 30_000])
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(source, more):
+    target = source.with_name("out.h5ad")
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, source, target, str(more)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "out.h5ad could not be written (File too large): make room" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert listed(source.parent) == ["in.h5ad"]
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_what_appears_at_the_target_meanwhile_stays(source, suffix, monkeypatch):
+    target, flush = source.with_name(f"out{suffix}"), os.fsync
+
+    def appears(file):
+        if not target.exists():
+            if suffix == ".zarr":
+                target.mkdir()
+            (target / "mine" if suffix == ".zarr" else target).write_text("mine")
+        flush(file)
+
+    monkeypatch.setattr(os, "fsync", appears)
+    with pytest.raises(FileExistsError, match="exists: nothing is overwritten, so choose another name"):
+        n2s.denoise_file(source, target, layer="counts", write_layer=False)
+    assert (target / "mine" if suffix == ".zarr" else target).read_text() == "mine"
+    assert listed(source.parent) == ["in.h5ad", target.name]
+
+
+def test_paths_that_mean_nothing_here_are_refused(source, capsys):
+    assert main(["denoise", "~nosuchuser.h5ad", str(source.with_name("out.h5ad"))]) == 2
+    assert "~nosuchuser.h5ad starts with a user without a home folder" in capsys.readouterr().err
+    inside = source.with_name("a.zarr")
+    n2s.denoise_file(os.fsencode(source), os.fsencode(inside), layer="counts", write_layer=False)
+    with pytest.raises(ValueError, match="b.zarr is inside the source, which is not changed"):
+        n2s.denoise_file(inside, inside / "b.zarr", layer="counts")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_result_that_is_written_is_a_success_even_where_nothing_can_be_printed(source):
+    target = source.with_name("out.h5ad")
+    command = [sys.executable, "-m", "sc_noise2self", "denoise", source, target, "--layer", "counts", "--factors"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "the result is written, but not all of this printed" in done.stderr
+    assert target.exists()
+
+
+def test_a_file_of_an_old_anndata_is_named_as_one(source):
+    def old(file):
+        del file["obs"]
+        file["obs"] = np.zeros(150, dtype=[("index", "S4")])
+
+    edited(source, old)
+    with pytest.raises(ValueError, match=r"as anndata wrote it before 0\.7: read the file with anndata.read_h5ad"):
+        n2s.denoise_file(source, source.with_name("out.h5ad"), layer="counts")
