@@ -77,6 +77,13 @@ class Kind:
     values: tuple[Any, ...]
     takes: Callable[[Any], bool]
 
+    def may_be(self, value: Any) -> bool:
+        """Return whether this is a value that it may take."""
+        try:
+            return bool(self.takes(value))
+        except Exception:  # what the question itself does not take
+            return False
+
 
 def _is_whole(value: Any, least: int = 1) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
@@ -91,7 +98,7 @@ def _one_of(*values: Any) -> Kind:
 
 
 def _optional(kind: Kind) -> Kind:
-    return Kind((None, *kind.values), lambda v: v is None or kind.takes(v))
+    return Kind((None, *kind.values), lambda v: v is None or kind.may_be(v))
 
 
 _FLAG = Kind((False, True), lambda v: isinstance(v, bool | np.bool_) or (isinstance(v, Integral) and v in (0, 1)))
@@ -192,7 +199,7 @@ class Call:
             # A million splits are what was asked for, and last as long.
             if not (name in _REPEATS and isinstance(value, int) and value > 10):
                 out[name] = value
-                self.hostile += "" if kinds[name].takes(value) else f"{name}={value!r} "
+                self.hostile += "" if kinds[name].may_be(value) else f"{name}={value!r} "
         self.made |= out
         return out
 

@@ -190,7 +190,10 @@ def _check_share(name: str, value: float) -> None:
 
 
 def _phi(overdispersion: float | np.ndarray, n_genes: int) -> np.ndarray:
-    values = np.asarray(overdispersion, dtype=np.float64)
+    try:
+        values = np.asarray(overdispersion, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"overdispersion is {overdispersion!r}: pass one number, or one per gene.") from None
     if values.ndim > 1 or (values.ndim == 1 and values.size != n_genes):
         raise ValueError(
             f"overdispersion has shape {values.shape}: pass one number, or one per gene ({n_genes} of them)."

@@ -40,6 +40,7 @@ WARNINGS = (
     "Transforming to str index",
     "Writing zarr v2",
     "zarr v3 autosharding",
+    "Both zarr.json",
 )
 
 

@@ -184,6 +184,11 @@ def test_refuses_options_out_of_range(counts, options, message):
         split_molecules(counts, **options)
 
 
+def test_refuses_overdispersion_that_is_no_number(counts):
+    with pytest.raises(TypeError, match="overdispersion is 'a': pass one number"):
+        split_molecules(counts, overdispersion="a")
+
+
 def test_refuses_a_string_seed(counts):
     with pytest.raises(TypeError, match="random_state is 'abc': pass a whole number"):
         split_molecules(counts, random_state="abc")
