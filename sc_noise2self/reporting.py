@@ -43,7 +43,7 @@ def report(adata: AnnData, *, key: str = "denoised") -> str:
     >>> adata = n2s.datasets.pbmc68k_reduced()
     >>> n2s.denoise(adata)
     >>> print(n2s.report(adata))  # doctest: +ELLIPSIS
-    PCA of log1p (17 components worth more than noise...
+    PCA of log1p (20 components worth more than noise...
     """
     written = record(adata, key)
     sentences = [
