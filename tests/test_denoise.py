@@ -275,7 +275,8 @@ def test_molecules_dealt_at_random_gain_nothing(adata, options):
     adata = n2s.null_counts(adata)
     with pytest.warns(UserWarning, match="no candidate predicts held-out molecules better than one mean profile"):
         n2s.denoise(adata, **options)
-    assert adata.uns["denoised"]["gain"] <= 2 * adata.uns["denoised"]["gain_error"]
+    # Rounding in single precision may be told apart from 0.
+    assert adata.uns["denoised"]["gain"] <= max(2 * adata.uns["denoised"]["gain_error"], 1e-5)
     assert list(adata.uns["denoised"]["members"]["name"]) == ["mean"]
     profiles = adata.layers["denoised"] / adata.layers["denoised"].sum(axis=1, keepdims=True)
     share = x.sum(axis=0) / x.sum()

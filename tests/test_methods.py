@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from promises import (
     PROMISES,
@@ -29,6 +29,7 @@ from promises import (
     documented_warnings,
     factors_rebuild_the_layer,
     fingerprint,
+    refused_for_few,
 )
 from strategies import DTYPES, FORMATS, Data, data, in_format
 
@@ -509,7 +510,7 @@ def test_the_smallest_counts_are_denoised(words, method, mix):
 def check_denoised(words, method, mix):
     adata = words.adata()
     before = fingerprint(adata)
-    with documented_warnings():
+    with documented_warnings(), refused_for_few(words.counts()):
         # A bottleneck is no wider than the genes.
         options = METHODS[method] | ({"width": 2} if "width" in METHODS[method] else {})
         found = n2s.denoise(adata, layer=words.layer, mix=mix, copy=True, **options)
@@ -543,8 +544,8 @@ def test_any_counts_are_split(words, options):
     values = []
     for part in parts:
         assert type(part) is type(matrix)
-        # Truth values have no room for counts.
-        assert part.dtype == (np.int8 if matrix.dtype == bool else matrix.dtype)
+        # Repeated entries may add up to more than their own type holds.
+        assert part.dtype == matrix.dtype or counts.max() > (np.iinfo(matrix.dtype).max if matrix.dtype != bool else 1)
         part = part.toarray() if sp.issparse(part) else part
         assert ((part >= 0) & (part <= counts)).all()
         values.append(part.astype(np.int64))
@@ -599,11 +600,12 @@ def test_any_counts_have_null_counts(words, kind):
 @examples
 @given(data(smallest=5), st.sampled_from(["loo", "noise2self", "mcv", "bcv"]), st.sampled_from([None, 1, 2]))
 def test_any_counts_have_a_rank(words, protocol, max_rank):
-    adata = words.adata()
-    if words.is_view:
-        adata = adata.copy()
-    before = fingerprint(adata)
     with documented_warnings():
+        adata = words.adata().copy()
+    before = fingerprint(adata)
+    # Half of the genes may hold nothing, however many molecules there are.
+    few = np.zeros(1) if protocol == "bcv" else words.counts()
+    with documented_warnings(), refused_for_few(few):
         rank = n2s.select_rank(adata, protocol=protocol, max_rank=max_rank, layer=words.layer)
     curve = adata.uns.pop("select_rank")
     assert not difference(before, fingerprint(adata))
@@ -612,8 +614,9 @@ def test_any_counts_have_a_rank(words, protocol, max_rank):
     assert 0 <= rank <= curve["ranks"][-1] < min(words.n_cells, words.n_genes)
     assert curve["ranks"][curve["loss"].argmin()] == curve["split_rank"]
     assert curve["split_rank"] in curve["within_one_error"]
-    for name in ("loss", "error", "splits", "full_depth_loss"):
+    for name in ("loss", "splits", "full_depth_loss"):
         assert np.isfinite(curve.get(name, 0)).all(), name
+    assert (curve["error"] >= 0).all()  # infinite where one cell is scored
 
 
 @examples
@@ -624,19 +627,20 @@ def test_any_counts_have_a_rank(words, protocol, max_rank):
     st.sampled_from(["least", "one_standard_error"]),
 )
 def test_any_counts_calibrate_a_denoiser(words, partition, loss, rule):
-    adata = words.adata()
-    if words.is_view:
-        adata = adata.copy()
+    assume(min(words.n_cells, words.n_genes) >= {"molecules": 1, "genes": 10, "blocks": 5}[partition])
+    with documented_warnings():
+        adata = words.adata().copy()
     before = fingerprint(adata)
     options = {"partition": partition, "loss": loss, "rule": rule, "refit": True, "layer": words.layer}
-    with documented_warnings():
+    with documented_warnings(), refused_for_few(words.counts()):
         found = n2s.calibrate(adata, shrunken, {"share": [0.1, 0.5, 0.9]}, **options)
     assert found.best == {
         "share": found.table["param_share" if "share" not in found.table else "share"][found.table["chosen"]].iloc[0]
     }
     assert found.table["chosen"].sum() == 1
     assert (found.table["failure"] == "").all()
-    assert np.isfinite(found.table[["loss", "error"]]).all(axis=None)
+    assert np.isfinite(found.table["loss"]).all()
+    assert (found.table["error"] >= 0).all()  # infinite where one cell tells
     refitted = adata.layers.pop("calibrate")
     assert np.isfinite(refitted).all()
     np.testing.assert_allclose(refitted.sum(axis=1), words.counts().sum(axis=1), rtol=1e-4)
@@ -647,8 +651,8 @@ def test_any_counts_calibrate_a_denoiser(words, partition, loss, rule):
 @examples
 @given(data(has_extras=True), st.booleans(), st.sampled_from(SCALES))
 def test_any_result_is_read_by_name(words, mix, scale):
-    adata = words.adata().copy()
-    with documented_warnings():
+    with documented_warnings(), refused_for_few(words.counts()):
+        adata = words.adata().copy()
         n2s.denoise(adata, layer=words.layer, transform="log1p", mix=mix, scale=scale)
         before = fingerprint(adata)
         own = n2s.get.adata(adata, scale=scale)
@@ -694,13 +698,14 @@ PLOTS = {
 def test_any_result_is_plotted(plot, words):
     adata = words.adata()
     with documented_warnings():
-        n2s.denoise(adata, transform="log1p")
-        n2s.select_rank(adata)
-        n2s.calibrate(adata, shrunken, {"share": [0.1, 0.5, 0.9]})
+        with refused_for_few(words.counts()):
+            n2s.denoise(adata, transform="log1p")
+            n2s.select_rank(adata)
+            n2s.calibrate(adata, shrunken, {"share": [0.1, 0.5, 0.9]})
         before = fingerprint(adata.obs), fingerprint(adata.layers), fingerprint(adata.obsm), fingerprint(adata.X)
         is_mean = list(adata.uns["denoised"]["members"]["name"]) == ["mean"]
         if is_mean and plot in ("spectrum", "markers in panels"):
-            with pytest.raises(ValueError, match="pca"):
+            with pytest.raises((ValueError, KeyError), match="(?i)pca"):
                 PLOTS[plot](adata, list(adata.var_names))
         else:
             PLOTS[plot](adata, list(adata.var_names))

@@ -374,7 +374,7 @@ def test_a_model_is_written_whole_or_not_at_all_and_for_whom_the_user_says(tmp_p
     def interrupt(*args, **given):
         raise KeyboardInterrupt
 
-    for owner, name in ((torch, "save"), (os, "replace")):
+    for owner, name in ((torch, "save"), (os, "link")):
         adata = cells(300, 0)
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, interrupt)
