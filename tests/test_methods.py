@@ -405,13 +405,6 @@ def test_an_interrupt_leaves_the_old_or_the_new(writer, earlier):
     interrupted(WRITERS[writer], beginning(earlier), n_writing=10, n_random=2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("writer", WRITERS)
-@pytest.mark.parametrize("earlier", [False, True], ids=["fresh", "earlier result"])
-def test_many_interrupts_leave_the_old_or_the_new(writer, earlier):
-    interrupted(WRITERS[writer], beginning(earlier), n_writing=40, n_random=60, seed=1)
-
-
 def beginning(earlier):
     """What makes the object to write to, with an earlier result or without."""
     first = TINY.adata()
