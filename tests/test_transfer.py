@@ -330,7 +330,7 @@ HOSTILE = {
     "infinite": (put("genes", "gene_scale_", fill(float("inf"))), "its gene_scale_ holds values that are not finite"),
     "1e30": (put("network", "genes.weight", fill(1e30)), "output for these cells reaches .*: its weights, or these"),
     "1e30 at the start": (put("network", "encoder.weight", fill(1e30)), "output for these cells reaches"),
-    "100": (put("network", "genes.bias", fill(100.0)), "output for these cells reaches 10"),
+    "1e6": (put("network", "genes.bias", fill(1e6)), "output for these cells reaches 1e\\+"),
     "negative shares": (
         put("genes", "gene_share_", lambda x: -x),
         "its gene_share_ holds values that are not from 0 to 1",

@@ -65,7 +65,8 @@ _SCALED_CELLS = 20_000  # that the scales of genes are learned from, at most
 _LEAST_SPREAD = 0.01  # of the first score, in lengths of the mean cell
 _TRAINING = Lock()  # its random numbers are those of the process
 _PARAMETERS = ("loss", "n_components", "n_batches", *FURTHER)
-_LARGEST_OUTPUT = {"exp": 60.0, "power": 1e12}  # its rate, scaled and added over genes, is far from float32's end
+# Whose rate, scaled and added over genes, is far from float32's end; log rates may have any level that it resolves.
+_LARGEST_OUTPUT = {"exp": 1e4, "log1p": 60.0, "sqrt": 1e12, "none": 1e12}
 _FITTED = ("width_", "link_", "depth_")
 _OF_GENES = ("gene_share_", "gene_scale_")
 _NAMES = ("feature_names_in_", "batch_names_")  # known to whoever has names
@@ -395,11 +396,12 @@ class Autoencoder:
 
         network.eval()
         cells = Counts(counts, batch, network.scores.components.device)
-        factors = np.ones((len(cells), network.n_factors + 1), np.float32)
+        factors = np.ones((len(cells), network.n_factors + 2), np.float32)
+        factors[:, -1] = 0
         with torch.no_grad():
             for start in range(0, len(cells), _PREDICTED):
                 some = np.arange(start, min(start + _PREDICTED, len(cells)))
-                factors[some, :-1] = network.factors(cells[some]).cpu().numpy()
+                factors[some, :-2] = network.factors(cells[some]).cpu().numpy()
         if self.link_ == "sqrt":
             factors *= np.sqrt(row_sums(counts) / self.depth_).astype(np.float32)[:, None]
         return factors, network.loadings()
@@ -487,7 +489,7 @@ def require_torch() -> None:
 
 def _check_output(link: Link, factors: np.ndarray, loadings: np.ndarray) -> None:
     """Raise where a cell's largest rate, or the sum of its rates, would not be a number, or would be 0."""
-    most = _LARGEST_OUTPUT["exp" if link in ("exp", "log1p") else "power"]
+    most = _LARGEST_OUTPUT[link]
     step = max(1, _CHECKED_ENTRIES // len(loadings))
 
     def largest(start: int) -> float:

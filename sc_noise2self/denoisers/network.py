@@ -322,6 +322,7 @@ class Network(nn.Module):
         return out if entries.batch is None else out + self.batch_offsets[entries.batch]
 
     def loadings(self) -> np.ndarray:
-        """Return the weights of the factors and, last, the constant: shape (genes, hidden + batches + 1)."""
-        parts = [self.genes.weight, self.batch_offsets.T, self.genes.bias[:, None]]
+        """Return the weights of the factors, the constant, and 1s for a level: shape (genes, hidden + batches + 2)."""
+        bias = self.genes.bias[:, None]
+        parts = [self.genes.weight, self.batch_offsets.T, bias, torch.ones_like(bias)]
         return torch.cat(parts, dim=1).detach().cpu().numpy()

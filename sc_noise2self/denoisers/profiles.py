@@ -63,7 +63,8 @@ class LowRankProfiles(Profiles):
     link
         The transform on whose scale the model is linear, or `"exp"` where it is log-linear.
     scores, loadings
-        float32 of shape (cells, k) and (genes, k).
+        float32 of shape (cells, k) and (genes, k). With `"exp"` the last column of loadings is 1: a cell's last score is
+        the level of its log rates.
     gene_scale, cell_scale, row_scale
         Factors that give every gene its observed total and every cell its observed size, before and after the floor.
     gene_share
@@ -138,7 +139,13 @@ class LowRankProfiles(Profiles):
         """
 
         def of_rows(rows: slice) -> np.ndarray:
-            block = rates(self.link, self.scores[rows] @ self.loadings.T)
+            block = self.scores[rows] @ self.loadings.T
+            if self.link == "exp":
+                # The level of a cell's log rates is arbitrary: with the largest at 0 their sum is a number.
+                level = block.max(axis=1)
+                block -= level[:, None]
+                self.scores[rows, -1] -= level
+            block = rates(self.link, block)
             block *= self.gene_scale
             self.cell_scale[rows] = _ratio(self.size[rows], block.sum(axis=1))
             block *= self.cell_scale[rows, None]
