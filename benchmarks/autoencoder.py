@@ -25,10 +25,10 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from sc_noise2self.denoisers import network
-from sc_noise2self.denoisers.autoencoder import Autoencoder, LossName, narrowest_as_good
-from sc_noise2self.loss import Gain, held_out_gain, held_out_probabilities
-from sc_noise2self.split import split_matrix
+from sc_noise2self._loss import Gain, held_out_gain, held_out_probabilities
+from sc_noise2self._split import split_matrix
+from sc_noise2self.methods import network
+from sc_noise2self.methods._autoencoder import Autoencoder, LossName, narrowest_as_good
 
 WIDTHS = (32, 16, 8, 4, 2, 1)
 

@@ -19,7 +19,7 @@ import numpy as np
 import scipy.sparse as sp
 
 import sc_noise2self as n2s
-from sc_noise2self.denoisers.autoencoder import Autoencoder
+from sc_noise2self.methods._autoencoder import Autoencoder
 
 FLOPS, BYTES = 700e12, 4.3e12  # a second
 BLOCK = 1000

@@ -61,7 +61,7 @@ def published_mcv(counts, fraction: float) -> int:
     from sklearn.utils.extmath import randomized_svd
 
     import sc_noise2self as n2s
-    from sc_noise2self.transform import PoissonExpectation
+    from sc_noise2self._transform import PoissonExpectation
 
     first, second = (np.sqrt(part.toarray(), dtype=np.float64) for part in n2s.split_molecules(counts, fraction))
     u, s, vt = randomized_svd(first, n_components=min(50, *counts.shape), random_state=0)

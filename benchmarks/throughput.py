@@ -29,7 +29,7 @@ def read(path):
 
 def train_ours(counts, n_epochs, width):
     """Train the autoencoder of this package at one width; its hidden layers are twice as wide."""
-    from sc_noise2self.denoisers.autoencoder import Autoencoder
+    from sc_noise2self.methods._autoencoder import Autoencoder
 
     Autoencoder((width,), n_epochs=n_epochs, device="cpu").fit(counts.astype("float32"))
 

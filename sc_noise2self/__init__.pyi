@@ -15,12 +15,12 @@ __all__ = [
 ]
 
 from . import datasets, get, partitions, pl
-from .annotated import split_molecules
-from .calibration import calibrate
-from .denoising import denoise
-from .files import denoise_file
-from .null import null_counts
-from .ranking import select_rank
-from .reporting import report
-from .transfer import denoise_with
-from .written import remove
+from ._anndata import split_molecules
+from ._calibrate import calibrate
+from ._denoise import denoise
+from ._files import denoise_file
+from ._null import null_counts
+from ._rank import select_rank
+from ._report import report
+from ._slots import remove
+from ._transfer import denoise_with

@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 def _denoise(args: argparse.Namespace) -> None:
     import scanpy as sc
 
-    from .files import denoise_file, expanded
+    from ._files import denoise_file, expanded
 
     if not args.quiet:
         sc.settings.verbosity = "info"

@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from .arguments import check_one_of
-from .denoisers.profiles import Profiles
-from .factors import GeneFactors, as_array
-from .results import Source, gene_factors, positions, profiles, record, sizes, values_of
-from .scale import Scale, check_scale, sample_depth, to_scale
-from .written import in_memory
+from ._checks import check_one_of
+from ._factors import GeneFactors, as_array
+from ._result import Source, gene_factors, positions, profiles, record, sizes, values_of
+from ._scale import Scale, check_scale, sample_depth, to_scale
+from ._slots import in_memory
+from .methods._profiles import Profiles
 
 if TYPE_CHECKING:
     import dask.array

@@ -24,10 +24,10 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from .counts import column_sums, row_sums
-from .loss import Score
-from .split import split_matrix
-from .transform import PoissonExpectation
+from ._counts import column_sums, row_sums
+from ._loss import Score
+from ._split import split_matrix
+from ._transform import PoissonExpectation
 
 LossName = Literal["poisson", "mse", "mse_sqrt", "mse_log1p"]
 Loss = LossName | Callable[[np.ndarray, np.ndarray], np.ndarray]

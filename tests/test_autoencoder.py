@@ -17,14 +17,14 @@ from scipy.special import gammaln, logsumexp
 torch = pytest.importorskip("torch")
 
 import sc_noise2self as n2s  # noqa: E402
-from sc_noise2self.calibration import calibrate  # noqa: E402
-from sc_noise2self.chunks import InMemory, Survey  # noqa: E402
-from sc_noise2self.counts import column_sums, row_sums  # noqa: E402
-from sc_noise2self.denoisers import network_losses, training  # noqa: E402
-from sc_noise2self.denoisers.autoencoder import Autoencoder, LossName, set_aside  # noqa: E402
-from sc_noise2self.denoisers.network import Counts, Network, PrincipalScores, StreamedCounts  # noqa: E402
-from sc_noise2self.denoisers.pca import PCADenoiser  # noqa: E402
-from sc_noise2self.loss import Gain  # noqa: E402
+from sc_noise2self._blocks import InMemory, Survey  # noqa: E402
+from sc_noise2self._calibrate import calibrate  # noqa: E402
+from sc_noise2self._counts import column_sums, row_sums  # noqa: E402
+from sc_noise2self._loss import Gain  # noqa: E402
+from sc_noise2self.methods import network_losses, training  # noqa: E402
+from sc_noise2self.methods._autoencoder import Autoencoder, LossName, set_aside  # noqa: E402
+from sc_noise2self.methods._network import Counts, Network, PrincipalScores, StreamedCounts  # noqa: E402
+from sc_noise2self.methods._pca import PCADenoiser  # noqa: E402
 
 CPU = torch.device("cpu")
 LOSSES = get_args(LossName)
@@ -407,9 +407,9 @@ def test_it_can_be_calibrated_like_any_other_denoiser(counts):
 def test_cells_that_are_not_in_memory_train_it_too(counts, truth, loss, mean_divergence, monkeypatch):
     """From a Dask array, in pools of a few cells, it comes as near to the truth as from memory."""
     da = pytest.importorskip("dask.array")
-    monkeypatch.setattr("sc_noise2self.chunks._STRETCH", 30)
-    monkeypatch.setattr("sc_noise2self.chunks._STRETCHES", 3)
-    monkeypatch.setattr("sc_noise2self.denoisers.members._LEARNED_CELLS", 200)
+    monkeypatch.setattr("sc_noise2self._blocks._STRETCH", 30)
+    monkeypatch.setattr("sc_noise2self._blocks._STRETCHES", 3)
+    monkeypatch.setattr("sc_noise2self.methods._base._LEARNED_CELLS", 200)
     batch = pd.Categorical(np.where(np.arange(counts.shape[0]) % 2, "a", "b"))
     options = {"width": 8, "autoencoder": {"n_epochs": 30}, "loss": loss, "batch_key": "batch", "write_layer": False}
     inside = ad.AnnData(counts.copy(), obs=pd.DataFrame({"batch": batch}, index=[f"c{i}" for i in range(300)]))

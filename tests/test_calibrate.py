@@ -19,8 +19,8 @@ import scipy.sparse as sp
 from helpers import divergence
 
 import sc_noise2self as n2s
-from sc_noise2self.denoisers.neighbors import DiffusionDenoiser, KNNDenoiser
-from sc_noise2self.denoisers.pca import PCADenoiser
+from sc_noise2self.methods._neighbors import DiffusionDenoiser, KNNDenoiser
+from sc_noise2self.methods._pca import PCADenoiser
 
 
 def toward_mean(counts, share):

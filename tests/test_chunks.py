@@ -13,11 +13,11 @@ import scipy.sparse as sp
 from helpers import dense, low_rank_profiles, poisson_counts
 
 import sc_noise2self as n2s
-from sc_noise2self.chunks import InMemory, OnDask, OnDisk, Partial, block_rows
-from sc_noise2self.counts import column_sums, row_sums
-from sc_noise2self.denoisers.members import PCAMember
-from sc_noise2self.rank import n_passes
-from sc_noise2self.split import halves, split_matrix
+from sc_noise2self._blocks import InMemory, OnDask, OnDisk, Partial, block_rows
+from sc_noise2self._counts import column_sums, row_sums
+from sc_noise2self._rank_curve import n_passes
+from sc_noise2self._split import halves, split_matrix
+from sc_noise2self.methods._base import PCAMember
 
 da = pytest.importorskip("dask.array")
 
@@ -30,8 +30,8 @@ def counts():
 @pytest.fixture
 def few_cells(monkeypatch):
     """Blocks of 50 cells, and settings compared on 100: what otherwise needs thousands."""
-    monkeypatch.setattr("sc_noise2self.chunks._ENTRIES", 50 * 40)
-    monkeypatch.setattr("sc_noise2self.denoisers.members._COMPARED_CELLS", 100)
+    monkeypatch.setattr("sc_noise2self._blocks._ENTRIES", 50 * 40)
+    monkeypatch.setattr("sc_noise2self.methods._base._COMPARED_CELLS", 100)
 
 
 def on_disk(counts, path, suffix):
@@ -165,7 +165,7 @@ def test_learning_from_all_cells_gains_over_those_compared(monkeypatch):
     counts = poisson_counts(low_rank_profiles(3000, 60, 8, seed=0), 60, seed=1)
     gains = []
     for enough in (3000, 150):
-        monkeypatch.setattr("sc_noise2self.denoisers.members._COMPARED_CELLS", enough)
+        monkeypatch.setattr("sc_noise2self.methods._base._COMPARED_CELLS", enough)
         adata = ad.AnnData(counts.copy())
         n2s.denoise(adata, write_layer=False, transform="log1p")
         gains.append((adata.uns["denoised"]["gain"], adata.uns["denoised"]["gain_error"]))
@@ -226,7 +226,7 @@ def test_empty_cells_are_warned_of_out_of_memory(counts, tmp_path, few_cells):
 
 def test_the_passes_are_those_documented(counts, few_cells, monkeypatch):
     found = []
-    monkeypatch.setattr("sc_noise2self.annotated.InMemory", lambda matrix: found.append(InMemory(matrix)) or found[-1])
+    monkeypatch.setattr("sc_noise2self._anndata.InMemory", lambda matrix: found.append(InMemory(matrix)) or found[-1])
     n2s.select_rank(ad.AnnData(counts.copy()), max_rank=12)
     assert found[-1].n_passes == 1 + n_passes("loo") == 9
     n2s.denoise(ad.AnnData(counts.copy()), write_layer=False)
@@ -240,7 +240,7 @@ def test_the_passes_are_those_documented(counts, few_cells, monkeypatch):
 
 
 def test_a_layer_that_does_not_fit_is_refused_with_its_gigabytes(counts, monkeypatch):
-    monkeypatch.setattr("sc_noise2self.memory.available_memory", lambda: 10_000)
+    monkeypatch.setattr("sc_noise2self._memory.available_memory", lambda: 10_000)
     adata = ad.AnnData(counts.copy())
     with pytest.raises(MemoryError, match=r"layer of 230 cells x 40 genes takes 0.0 GB and 0.0 GB of memory are free"):
         n2s.denoise(adata)
@@ -259,7 +259,7 @@ if __name__ == "__main__":
         with Client(cluster) as client:
             adata = ad.AnnData(da.from_array(counts, chunks=(500, -1), asarray=False))
             if sys.argv[3] == "kill":
-                from sc_noise2self.chunks import OnDask
+                from sc_noise2self._blocks import OnDask
                 run, passes = OnDask.run, []
 
                 def killing(self, *args):

@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from helpers import layer_names
 
 import sc_noise2self as n2s
-from sc_noise2self.results import profiles
+from sc_noise2self._result import profiles
 
 SLOTS = ("layers", "obsm", "varm", "obs", "var", "uns", "obsp", "varp")
 
@@ -491,7 +491,7 @@ def test_messages_follow_scanpy_verbosity(adata, capsys):
 
 
 def test_an_interrupt_writes_nothing(adata, monkeypatch):
-    from sc_noise2self.denoisers.profiles import LowRankProfiles
+    from sc_noise2self.methods._profiles import LowRankProfiles
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -518,7 +518,7 @@ def test_an_interrupt_writes_nothing(adata, monkeypatch):
 )
 @pytest.mark.real
 def test_held_out_gain_on_real_counts(real_data, name, options, least):
-    from sc_noise2self.loss import held_out_gain, held_out_probabilities
+    from sc_noise2self._loss import held_out_gain, held_out_probabilities
 
     x = real_data(name).X.tocsr()
     x = x[np.asarray(x.sum(axis=1)).ravel() > 200]

@@ -126,7 +126,7 @@ class TestLazy:
         getattr(sc.pl, plot)(lazy, GENES, groupby="bulk_labels", layer="denoised", show=False)
 
     def test_only_what_is_asked_is_computed(self, lazy, monkeypatch):
-        from sc_noise2self.denoisers.profiles import LowRankProfiles
+        from sc_noise2self.methods._profiles import LowRankProfiles
 
         asked = []
         counts = LowRankProfiles.counts

@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse as sp
 from scipy import stats
 
-from sc_noise2self.loss import (
+from sc_noise2self._loss import (
     Gain,
     GeneGains,
     cumulative_residuals,

@@ -11,9 +11,9 @@ import scipy.sparse as sp
 from helpers import divergence, low_rank_profiles, poisson_counts
 
 import sc_noise2self as n2s
-from sc_noise2self.denoisers.neighbor_member import GRIDS, NeighborsMember
-from sc_noise2self.denoisers.neighbors import DiffusionDenoiser, KNNDenoiser, diffusion_walk, nearest, uniform_walk
-from sc_noise2self.denoisers.pca import PCADenoiser
+from sc_noise2self.methods._neighbor_member import GRIDS, NeighborsMember
+from sc_noise2self.methods._neighbors import DiffusionDenoiser, KNNDenoiser, diffusion_walk, nearest, uniform_walk
+from sc_noise2self.methods._pca import PCADenoiser
 
 SMALL = {"n_pcs": 5, "n_components": 10}
 
@@ -38,7 +38,7 @@ def test_a_point_comes_first_among_others_at_its_place():
 
 
 def test_many_points_are_searched_approximately(points, monkeypatch):
-    monkeypatch.setattr("sc_noise2self.denoisers.neighbors._EXACT_CELLS", 100)
+    monkeypatch.setattr("sc_noise2self.methods._neighbors._EXACT_CELLS", 100)
     distances, indices = nearest(points, 7, np.random.default_rng(0))
     again = nearest(points, 7, np.random.default_rng(0))[1]
     np.testing.assert_array_equal(indices, again)
@@ -197,7 +197,7 @@ def test_only_the_genes_asked_for_say_who_is_near(counts):
 
 
 def test_few_cells_are_chosen_by_where_there_are_many(monkeypatch):
-    monkeypatch.setattr("sc_noise2self.denoisers.neighbor_member._ENOUGH_CELLS", 100)
+    monkeypatch.setattr("sc_noise2self.methods._neighbor_member._ENOUGH_CELLS", 100)
     counts = poisson_counts(low_rank_profiles(250, 80, 3, seed=0), 500, seed=1)
     member = NeighborsMember("diffusion", 20, grid={"n_neighbors": (8,), "n_pcs": (5,), "t": (1, 2)})
     member.prepare(counts, np.arange(250), np.random.default_rng(0))

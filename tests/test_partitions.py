@@ -7,9 +7,9 @@ import pytest
 import scipy.sparse as sp
 from helpers import low_rank_profiles, poisson_counts
 
-from sc_noise2self.loss import held_out_gain, held_out_probabilities
+from sc_noise2self._loss import held_out_gain, held_out_probabilities
+from sc_noise2self._transform import PoissonExpectation
 from sc_noise2self.partitions import Blocks, Genes, Masks, Molecules, as_partition
-from sc_noise2self.transform import PoissonExpectation
 
 PATHWAYS = {"a": [0, 1, 2, 3], "b": [3, 4, 5]}
 

@@ -5,9 +5,9 @@ import pytest
 import scipy.sparse as sp
 from helpers import divergence
 
-from sc_noise2self.denoisers.members import component_weights
-from sc_noise2self.denoisers.pca import PCADenoiser, shrinkage
-from sc_noise2self.split import split_matrix
+from sc_noise2self._split import split_matrix
+from sc_noise2self.methods._base import component_weights
+from sc_noise2self.methods._pca import PCADenoiser, shrinkage
 
 TRANSFORMS = ["log1p", "sqrt", "none"]
 ONE_FOLD = np.zeros(400, int)

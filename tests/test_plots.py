@@ -313,8 +313,8 @@ def test_spectrum_has_the_noise_edge_where_components_stop_to_gain(written):
 
 
 def test_the_noise_edge_is_the_largest_singular_value_of_noise(simulated):
-    from sc_noise2self.chunks import InMemory
-    from sc_noise2self.denoisers.pca import PCADenoiser, fit_together, halves_of, noise_edge
+    from sc_noise2self._blocks import InMemory
+    from sc_noise2self.methods._pca import PCADenoiser, fit_together, halves_of, noise_edge
 
     chunks, halves = InMemory(n2s.null_counts(simulated), rows=100), halves_of([5])
     pair = [PCADenoiser("log1p", n_components=20) for _ in range(2)]

@@ -9,12 +9,12 @@ import scipy.sparse as sp
 from helpers import low_rank_profiles, poisson_counts
 
 import sc_noise2self as n2s
-from sc_noise2self.chunks import InMemory, Partial
-from sc_noise2self.denoisers.svd import right_singular_vectors, start_block, without_mean
-from sc_noise2self.rank import Piece, _HiddenGenes, fit
-from sc_noise2self.rank import rank_curve as curve_of
-from sc_noise2self.split import split_matrix
-from sc_noise2self.transform import Transform
+from sc_noise2self._blocks import InMemory, Partial
+from sc_noise2self._rank_curve import Piece, _HiddenGenes, fit
+from sc_noise2self._rank_curve import rank_curve as curve_of
+from sc_noise2self._split import split_matrix
+from sc_noise2self._transform import Transform
+from sc_noise2self.methods._svd import right_singular_vectors, start_block, without_mean
 
 
 def gram_of(matrix, mean_row=None):

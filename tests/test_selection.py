@@ -5,12 +5,12 @@ import pytest
 import scipy.sparse as sp
 from helpers import divergence, low_rank_profiles, poisson_counts
 
-from sc_noise2self.chunks import InMemory, Survey
-from sc_noise2self.denoisers.members import MeanMember, PCAMember
-from sc_noise2self.denoisers.mixing import PHI, dispersion_curves, dispersions
-from sc_noise2self.denoisers.neighbor_member import NeighborsMember
-from sc_noise2self.denoisers.profiles import LowRankProfiles, MixedProfiles, WeightedProfiles
-from sc_noise2self.selection import combine, mixture_weights, n_steps, select
+from sc_noise2self._blocks import InMemory, Survey
+from sc_noise2self._choose import combine, mixture_weights, n_steps, select
+from sc_noise2self.methods._base import MeanMember, PCAMember
+from sc_noise2self.methods._mixing import PHI, dispersion_curves, dispersions
+from sc_noise2self.methods._neighbor_member import NeighborsMember
+from sc_noise2self.methods._profiles import LowRankProfiles, MixedProfiles, WeightedProfiles
 
 
 def members(*transforms, n_components=20):

@@ -7,7 +7,7 @@ import scipy.sparse as sp
 from helpers import dense
 
 from sc_noise2self import split_molecules
-from sc_noise2self.split import overlap_probabilities
+from sc_noise2self._split import overlap_probabilities
 
 DTYPES = ["float32", "float64", "int64", "int32", "uint16", "uint8"]
 
@@ -107,7 +107,7 @@ def test_same_seed_same_parts_and_generators_move_on(counts):
 
 
 def test_blocks_and_empty_rows_leave_nothing_out(monkeypatch):
-    from sc_noise2self import split
+    from sc_noise2self import _split as split
 
     x = sp.random(50, 30, 0.2, format="csr", random_state=0)
     x.data = np.ceil(x.data * 12)

@@ -103,7 +103,7 @@ def test_the_width_is_chosen_and_recorded():
 
 def test_of_very_many_cells_some_choose_and_all_are_fitted(monkeypatch):
     """The limit is lowered, so that a few hundred cells are very many."""
-    from sc_noise2self.denoisers import members
+    from sc_noise2self.methods import members
 
     monkeypatch.setattr(members, "_LEARNED_CELLS", 150)
     adata = cells(300, 0, batch_effect=1)
@@ -145,7 +145,7 @@ def test_counts_without_structure_get_the_mean_profile_and_no_model(tmp_path):
 
 
 def test_an_interrupt_leaves_everything_as_it_was(tmp_path, monkeypatch):
-    from sc_noise2self.denoisers import training
+    from sc_noise2self.methods import training
 
     adata, calls = cells(120, 0), []
     compare = training.torch.optim.Adam.step
@@ -238,7 +238,7 @@ def test_batches_that_do_not_fit_are_refused(model, batch_model):
 
 
 def test_without_torch_it_says_how_to_get_it(monkeypatch):
-    from sc_noise2self.denoisers import autoencoder
+    from sc_noise2self.methods import autoencoder
 
     monkeypatch.setattr(autoencoder, "find_spec", lambda name: None)
     for call in (lambda a: n2s.denoise(a, method="ensemble"), lambda a: n2s.denoise_with(a, "model.pt")):

@@ -5,7 +5,7 @@ import pytest
 import scipy.sparse as sp
 from helpers import poisson_counts
 
-from sc_noise2self.transform import PoissonExpectation, Transform, rates
+from sc_noise2self._transform import PoissonExpectation, Transform, rates
 
 MEANS = np.array([0.01, 0.3, 1.0, 4.0, 25.0, 59.0, 61.0, 300.0])
 
@@ -101,7 +101,7 @@ def test_refuses_unknown_transform_and_depth():
 
 
 def test_gene_totals_and_cell_sizes_are_kept(simulated):
-    from sc_noise2self.denoisers.profiles import LowRankProfiles
+    from sc_noise2self.methods._profiles import LowRankProfiles
 
     rng = np.random.default_rng(0)
     size = np.asarray(simulated.sum(axis=1)).ravel()

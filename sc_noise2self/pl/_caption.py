@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine, TightLayoutEngine
 
-from ..reporting import report
+from .._report import report
 
 _FONT_SIZE = 8.0  # points
 _LEAST_WIDTH = 5.0  # inches

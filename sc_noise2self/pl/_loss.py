@@ -12,7 +12,7 @@ from anndata import AnnData
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from ..written import in_memory, kind_of, results_in
+from .._slots import in_memory, kind_of, results_in
 from ._style import COLORS, GREY, MARKERS, finish, new_axes
 
 _MANY_LINES = 6

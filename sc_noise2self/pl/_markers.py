@@ -12,10 +12,10 @@ import scanpy as sc
 from anndata import AnnData
 from matplotlib.axes import Axes
 
-from ..arguments import check_name
-from ..denoisers.profiles import LowRankProfiles
-from ..results import observed, positions, profiles, record, sizes, values_of
-from ..scale import Scale, check_scale, to_scale
+from .._checks import check_name
+from .._result import observed, positions, profiles, record, sizes, values_of
+from .._scale import Scale, check_scale, to_scale
+from ..methods._profiles import LowRankProfiles
 from ._style import BLUE, CMAP, finish, groups_and_colors
 
 Panel = Literal["raw", "under", "denoised", "over"]

@@ -7,7 +7,7 @@ from anndata import AnnData
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ..results import record
+from .._result import record
 from ._style import CMAP, RED, finish, new_axes
 
 

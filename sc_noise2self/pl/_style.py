@@ -8,7 +8,7 @@ import scanpy as sc
 from anndata import AnnData
 from matplotlib.axes import Axes
 
-from ..written import in_memory
+from .._slots import in_memory
 
 # Okabe & Ito (2008), dark and light in turn.
 COLORS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#CC79A7", "#009E73")

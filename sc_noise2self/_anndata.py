@@ -1,0 +1,291 @@
+"""Counts out of an AnnData object, checked once and named in every message; results into one."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata import AnnData
+
+from ._blocks import Block, Chunks, InMemory, OnDask, OnDisk, Partial, Survey, block_of
+from ._counts import (
+    SINGLE,
+    CountMatrix,
+    NotACount,
+    check_counts,
+    check_format,
+    check_values,
+    column_sums,
+    row_sums,
+)
+from ._random import RandomState
+from ._slots import without_results
+from ._split import split_matrix
+from ._warnings import caveat
+
+_LARGE = 10_000  # a count, and the end of a histogram
+_READS = 10  # a median non-zero count above this is not seen with UMIs
+_BARCODE = re.compile(r"[ACGT]{12,}(-\d+)?")
+_HOUSEKEEPING = {"ACTB", "GAPDH", "MALAT1", "Actb", "Gapdh", "Malat1"}
+
+Counts = TypeVar("Counts", bound="AnnData | CountMatrix")
+
+
+def split_molecules(
+    counts: Counts,
+    fraction: float = 0.5,
+    *,
+    folds: int | None = None,
+    capture: float | None = None,
+    overdispersion: float | np.ndarray | None = None,
+    layer: str | None = None,
+    random_state: RandomState = 0,
+) -> tuple[Counts, ...]:
+    """Split the molecules of every cell at random into parts that are independent given the cell's expression.
+
+    Parameters
+    ----------
+    counts
+        Raw counts, cells x genes: CSR, CSC or dense, or an AnnData object.
+    fraction
+        The share of molecules that go to the first of two parts.
+    folds
+        Number of disjoint equal parts instead, e.g. 10.
+    capture
+        The share of the cell's molecules that the sample caught, if it is not small. The two parts then overlap, as two
+        samples drawn independently from the cell would.
+    overdispersion
+        phi >= 0 in variance = mean + phi mean^2, one number or one per gene. Counts are dealt by a
+        Dirichlet-multinomial, so that parts of a negative binomial count are independent around the mean that cells
+        share. The default, binomial, makes them independent around each cell's own rate, which is what denoising needs.
+    layer
+        The layer of an AnnData object to split; None splits `X`.
+    random_state
+        Seed or generator.
+
+    Returns
+    -------
+    Two parts, or as many as `folds`. A matrix gives matrices of its own type and dtype (of a wider one if it repeats
+    entries that add up to more than the dtype holds); an AnnData object gives AnnData objects with the part in `X` and
+    the same `obs` and `var` (what `denoise` wrote there left out). Disjoint parts add up to the counts exactly. An
+    entry is dealt by the seed, its cell (number and counts) and its gene alone: the same seed splits a matrix of any
+    format and dtype, and its first rows alone, in the same way, while other counts are split independently. The input
+    is not modified.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the counts are not whole, non-negative numbers up to 2^53 (2^24 in float32, which holds no more digits), or a
+        parameter is out of range.
+
+    Notes
+    -----
+    X1 ~ Binomial(X, p), X2 = X - X1 (Noise2Self, Batson & Royer 2019, section 3.1). `capture`: Batson, Royer & Webber
+    2019. `overdispersion`: Neufeld et al. 2023. Learn everything, highly variable genes too, from one part:
+    what was chosen on all molecules has seen the other part.
+
+    Examples
+    --------
+    >>> import numpy as np, sc_noise2self as n2s
+    >>> x = np.array([[3, 0, 1], [0, 2, 5]])
+    >>> x1, x2 = n2s.split_molecules(x)
+    >>> bool((x1 + x2 == x).all())
+    True
+    """
+    options: dict[str, Any] = {
+        "fraction": fraction,
+        "folds": folds,
+        "capture": capture,
+        "overdispersion": overdispersion,
+        "random_state": random_state,
+    }
+    if not isinstance(counts, AnnData):
+        if layer is not None:
+            raise ValueError(f"layer={layer!r} was given with a matrix: it names a layer of an AnnData object.")
+        return cast("tuple[Counts, ...]", split_matrix(counts, **options))
+    parts = split_matrix(read_counts(counts, layer), **options)
+    return tuple(with_counts(counts, part) for part in parts)
+
+
+def with_counts(adata: AnnData, counts: CountMatrix) -> AnnData:
+    """Return other counts in `X` with the same `obs` and `var`, without the columns of results of `denoise`."""
+    obs, var = without_results(adata)
+    return AnnData(counts, obs=obs, var=var)
+
+
+def read_counts(adata: AnnData, layer: str | None, largest: int = 2**53) -> CountMatrix:
+    """Return the checked counts of `X` or a layer; nothing is copied unless the matrix repeats entries.
+
+    Counts up to `largest` are taken.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If they are not in memory, the layer is missing, or what it holds is not counts.
+    """
+    matrix, name = _matrix(adata, layer)
+    if not sp.issparse(matrix) and not isinstance(matrix, np.ndarray):
+        raise ValueError(f"{name} is not in memory: load it first, adata = adata.to_memory().")
+    counts = check_counts(matrix, name=name, cells=adata.obs_names, genes=adata.var_names, largest=largest)
+    _warn_if_transposed(adata, stacklevel=5)
+    values: Any = counts.data if sp.issparse(counts) else counts
+    _warn_if_reads(_histogram(values), name, stacklevel=5)
+    return counts
+
+
+def read_csr(adata: AnnData, layer: str | None) -> sp.csr_matrix:
+    """Return the counts as a CSR float32 matrix for a denoiser, and warn of cells that hold no molecule.
+
+    Raises
+    ------
+    ValueError
+        As `read_counts`, and if there are fewer than two cells or two genes.
+    """
+    counts = read_counts(adata, layer, SINGLE)
+    _check_shape(counts.shape)
+    out = sp.csr_matrix(counts, dtype=np.float32)
+    if out.count_nonzero() < out.nnz:
+        out = out.copy()
+        out.eliminate_zeros()
+    _warn_if_empty(row_sums(out))
+    return out
+
+
+def survey(adata: AnnData, layer: str | None) -> Survey:
+    """Return the counts of `X` or a layer wherever they are, checked in one pass that counts their molecules.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `read_csr`, and if a file or a Dask array cannot be read by rows.
+    """
+    matrix, name = _matrix(adata, layer)
+    chunks = chunks_of(matrix, name)
+    _check_shape(chunks.shape)
+    try:
+        (totals, histogram), (size,) = chunks.run(_counted, checked_block)
+    except NotACount as error:
+        raise error.named(name, adata.obs_names, adata.var_names) from None
+    if not totals.any():
+        raise ValueError(f"{name} holds no molecule (shape {chunks.shape}): there is nothing to denoise.")
+    _warn_if_transposed(adata, stacklevel=4)
+    _warn_if_reads(histogram, name, stacklevel=4)
+    _warn_if_empty(size)
+    return Survey(chunks, size, totals)
+
+
+def _counted(block: Block) -> Partial:
+    """Return totals of genes, a histogram of counts, and sizes of cells."""
+    counts = block.counts
+    return Partial((column_sums(counts), _histogram(counts.data)), (row_sums(counts),))
+
+
+def checked_block(start: int, rows: Any) -> Block:
+    """Return a block whose entries are counts, before and after repeated entries were added up."""
+    try:
+        check_values(rows, SINGLE)
+        block = block_of(start, rows)
+        check_values(block.counts, SINGLE)
+    except NotACount as error:
+        raise NotACount(start + error.cell, error.gene, error.value, error.largest) from None
+    return block
+
+
+def _matrix(adata: AnnData, layer: str | None) -> tuple[Any, str]:
+    """Return what should hold counts, and what it is called in messages."""
+    if not isinstance(adata, AnnData):
+        raise TypeError(f"adata is of type {type(adata).__name__}: pass an AnnData object.")
+    if layer is not None and not isinstance(layer, str):
+        raise TypeError(f"layer is {layer!r}: pass the name of the layer that holds raw counts, or None for X.")
+    if layer is not None and layer not in adata.layers:
+        names = [name for name in adata.layers if name is not None]  # None is X since anndata 0.13
+        raise ValueError(f"layer {layer!r} is missing: adata.layers has {names}.")
+    matrix = adata.X if layer is None else adata.layers[layer]
+    if matrix is None:
+        raise ValueError('adata.X is empty: pass the layer that holds raw counts, e.g. layer="counts".')
+    return matrix, "X" if layer is None else f'layer "{layer}"'
+
+
+def chunks_of(matrix: Any, name: str) -> Chunks:
+    """Return counts as they can be read by blocks of cells."""
+    if hasattr(matrix, "__dask_graph__"):
+        if np.isnan(matrix.shape[0]):
+            raise ValueError(f"{name} is a Dask array of unknown length: call its compute_chunk_sizes() first.")
+        return OnDask(matrix)
+    if sp.issparse(matrix) or isinstance(matrix, np.ndarray):
+        matrix = check_format(matrix, name=name)
+        return InMemory(matrix.tocsr() if sp.issparse(matrix) else matrix)
+    if getattr(matrix, "format", "csr") != "csr":
+        raise ValueError(
+            f"{name} is stored as {matrix.format.upper()}, by gene: reading cells of it would read all of it every "
+            "time. Load it, adata = adata.to_memory(), or store it as CSR."
+        )
+    if not hasattr(matrix, "shape") or not hasattr(matrix, "__getitem__"):
+        raise TypeError(
+            f"{name} is of type {type(matrix).__name__}: pass a NumPy array, a SciPy CSR or CSC matrix, one of them on "
+            "disk, or a Dask array of them, cells x genes."
+        )
+    return OnDisk(matrix)
+
+
+def _check_shape(shape: tuple[int, int]) -> None:
+    for n, what in zip(shape, ("cell", "gene"), strict=True):
+        if n < 2:
+            raise ValueError(f"there is {n} {what}: denoising learns from what {what}s share, so it needs at least 2.")
+
+
+def _warn_if_empty(size: np.ndarray) -> None:
+    empty = int((size == 0).sum())
+    if empty:
+        caveat(
+            f"{empty} cell(s) hold no molecule and stay zero: remove them with "
+            "sc.pp.filter_cells(adata, min_counts=1).",
+            stacklevel=4,
+        )
+
+
+def read_batches(adata: AnnData, key: str) -> pd.Series:
+    """Return the batch of each cell, categorical, without categories that no cell has.
+
+    Raises
+    ------
+    ValueError
+        If `obs` has no such column, or it has missing values.
+    """
+    if key not in adata.obs:
+        raise ValueError(f"batch_key {key!r} is missing: adata.obs has {list(adata.obs.columns)}.")
+    labels = adata.obs[key].astype("category").cat.remove_unused_categories()
+    if labels.isna().any():
+        raise ValueError(f"adata.obs[{key!r}] has {int(labels.isna().sum())} missing values: every cell has a batch.")
+    return labels
+
+
+def _warn_if_transposed(adata: AnnData, stacklevel: int) -> None:
+    genes, cells = adata.var_names[:50], adata.obs_names
+    if all(_BARCODE.fullmatch(str(name)) for name in genes) or not _HOUSEKEEPING.isdisjoint(cells):
+        caveat(
+            "adata looks transposed (cell barcodes in var_names, or genes in obs_names): counts are cells x genes, "
+            "so pass adata.T.",
+            stacklevel=stacklevel,
+        )
+
+
+def _histogram(values: np.ndarray) -> np.ndarray:
+    """Return how many of a sample of the counts are 0, 1, ..., and as large as the last or larger."""
+    sample = values.reshape(-1)[:: max(1, values.size // 100_000)]
+    return np.bincount(np.minimum(sample.astype(np.float64), _LARGE).astype(np.intp), minlength=_LARGE + 1)
+
+
+def _warn_if_reads(histogram: np.ndarray, name: str, stacklevel: int) -> None:
+    """Warn by the median count that is not 0."""
+    up_to = np.cumsum(histogram[1:])
+    median = 1 + int(np.searchsorted(up_to, up_to[-1] / 2))
+    if median > _READS:
+        caveat(
+            f"{name} looks like reads, not molecules (median non-zero count {median}): copies of one molecule fall "
+            "into both halves, so the loss takes them for signal. Use UMI counts.",
+            stacklevel=stacklevel,
+        )

@@ -1,0 +1,382 @@
+"""Counts that are read a block of cells at a time: from memory, from a file, or from a Dask array.
+
+Whatever is learned from them is a sum over blocks of cells, or a row for each cell, so it is written once, as a
+function of a block (`Work`), and runs on all three: in threads for memory and files, on the active scheduler for Dask.
+A run of such a function is one pass over the counts. Sums are taken in double precision in a fixed order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+
+from ._threads import alone, in_threads, one_blas_thread
+
+if TYPE_CHECKING:
+    import dask.array
+
+_ENTRIES = 1 << 25  # at most, of a dense block: 13 MB of counts where a twentieth is not zero
+_STRETCH, _STRETCHES = 1000, 20  # cells read in a row, and how often, where cells are wanted in random order
+_FAN_IN = 8  # partial sums that a Dask task adds up
+
+
+def block_rows(n_genes: int) -> int:
+    """Return how many cells a block has: 1, 2 or 5 times a power of ten, by the number of genes alone.
+
+    Blocks have the same bounds wherever the counts are and however they are chunked, so that rounding is the same too.
+    """
+    most = max(1, _ENTRIES // max(1, n_genes))
+    tens = 10 ** int(np.log10(most))
+    return tens * max(step for step in (1, 2, 5) if step * tens <= most)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Some consecutive cells.
+
+    Attributes
+    ----------
+    counts
+        CSR float32 in canonical form, without stored zeros.
+    start
+        Number of the first cell.
+    """
+
+    counts: sp.csr_matrix
+    start: int
+
+    @property
+    def cells(self) -> np.ndarray:
+        """The numbers of its cells."""
+        return np.arange(self.start, self.start + self.counts.shape[0])
+
+
+class Partial(NamedTuple):
+    """What is learned from a block, or from all of them: arrays to add up, and arrays with a row for each cell."""
+
+    sums: Sequence[np.ndarray] = ()
+    rows: Sequence[np.ndarray] = ()
+
+
+Work = Callable[[Block], Partial]
+ToBlock = Callable[[int, Any], Block]
+"""(number of the first cell, rows as they are stored) -> their block."""
+
+
+class Chunks(ABC):
+    """Counts of shape (cells, genes), read a block of cells at a time.
+
+    Attributes
+    ----------
+    shape
+        (cells, genes).
+    n_passes
+        How often all counts have been read.
+    on_pass
+        Called after each time.
+    """
+
+    def __init__(self, shape: tuple[int, int], rows: int | None = None) -> None:
+        self.shape = shape
+        self.n_passes = 0
+        self.on_pass: Callable[[], object] = lambda: None
+        self._rows = block_rows(shape[1]) if rows is None else rows
+
+    @abstractmethod
+    def run(self, work: Work, to_block: ToBlock | None = None) -> Partial:
+        """Return the sums over all blocks, float64, and the rows of all cells: one pass.
+
+        `to_block` makes blocks of stored rows, `block_of` unless another is given.
+        """
+
+    def rows(self, work: Work, widths: Sequence[int]) -> list[np.ndarray | dask.array.Array]:
+        """Return the rows of all cells: those of a Dask array as Dask arrays, computed where they are read.
+
+        Parameters
+        ----------
+        work
+            Returns for a block one float32 array for each of `widths`, of shape (cells, width).
+        """
+        return list(self.run(work).rows)
+
+    def take(self, cells: np.ndarray) -> sp.csr_matrix:
+        """Return the counts of some cells, CSR float32, in rising order."""
+
+        def chosen(block: Block) -> Partial:
+            return Partial(rows=(block.counts[_within(block, cells)],))
+
+        return self.run(chosen).rows[0]
+
+    def shuffled(self, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, sp.csr_matrix]]:
+        """Yield (cells, their counts) until all have been seen, each time those of a few random stretches."""
+        stretches = rng.permutation(-(-self.shape[0] // _STRETCH))
+        for i in range(0, len(stretches), _STRETCHES):
+            starts = _STRETCH * np.sort(stretches[i : i + _STRETCHES])
+            cells = [np.arange(start, min(start + _STRETCH, self.shape[0])) for start in starts]
+            yield np.concatenate(cells), _stacked([_canonical(self._slice(each[0], each[-1] + 1)) for each in cells])
+
+    def _passed(self) -> None:
+        self.n_passes += 1
+        self.on_pass()
+
+    def pools(self) -> list[int]:
+        """Return how many cells `shuffled` yields at a time, at most."""
+        step = _STRETCH * _STRETCHES
+        return [min(step, self.shape[0] - start) for start in range(0, self.shape[0], step)]
+
+    @abstractmethod
+    def _slice(self, start: int, stop: int) -> Any:
+        """Return some rows, sparse or dense."""
+
+    def of_genes(self, genes: np.ndarray) -> Chunks:
+        """Return some of the genes, boolean of shape (genes,)."""
+        return OfGenes(self, genes)
+
+    def in_memory(self) -> sp.csr_matrix:
+        """Return all counts, CSR float32."""
+        return self.take(np.arange(self.shape[0]))
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """Counts and what the first pass over them tells.
+
+    Attributes
+    ----------
+    chunks
+        The counts.
+    size
+        Molecules of each cell, shape (cells,).
+    totals
+        Molecules of each gene, shape (genes,).
+    """
+
+    chunks: Chunks
+    size: np.ndarray
+    totals: np.ndarray
+
+
+class _Local(Chunks):
+    """Counts that this process reads."""
+
+    def run(self, work: Work, to_block: ToBlock | None = None) -> Partial:
+        """See `Chunks`."""
+
+        def of_block(item: tuple[int, Any]) -> Partial:
+            return work((to_block or block_of)(*item))
+
+        out = _gathered(in_threads(of_block, self._items()))
+        self._passed()
+        return out
+
+    def take(self, cells: np.ndarray) -> sp.csr_matrix:
+        """See `Chunks`; blocks without any of the cells are not read."""
+        wanted = ((start, rows) for start, rows in self._items(cells))
+        return _stacked([(block := block_of(*item)).counts[_within(block, cells)] for item in wanted])
+
+    def _items(self, cells: np.ndarray | None = None) -> Iterator[tuple[int, Any]]:
+        for start in range(0, self.shape[0], self._rows):
+            stop = min(start + self._rows, self.shape[0])
+            if cells is None or np.searchsorted(cells, start) < np.searchsorted(cells, stop):
+                yield start, self._slice(start, stop)
+
+
+class InMemory(_Local):
+    """A CSR matrix or a NumPy array."""
+
+    def __init__(self, counts: np.ndarray | sp.csr_matrix, rows: int | None = None) -> None:
+        super().__init__(counts.shape, rows)
+        self._counts = counts
+
+    def _slice(self, start: int, stop: int) -> Any:
+        return self._counts[start:stop]
+
+    def take(self, cells: np.ndarray) -> sp.csr_matrix:
+        """See `Chunks`."""
+        if len(cells) == self.shape[0]:
+            return _canonical(self._counts)
+        return _canonical(self._counts[cells])
+
+
+class OfGenes(Chunks):
+    """Some genes of other counts."""
+
+    def __init__(self, chunks: Chunks, genes: np.ndarray) -> None:
+        super().__init__((chunks.shape[0], int(genes.sum())))
+        self._chunks = chunks
+        self._genes = np.flatnonzero(genes)
+
+    def run(self, work: Work, to_block: ToBlock | None = None) -> Partial:
+        """See `Chunks`."""
+        genes = self._genes
+        return self._chunks.run(lambda block: work(Block(block.counts[:, genes], block.start)), to_block)
+
+    def _slice(self, start: int, stop: int) -> Any:
+        return self._chunks._slice(start, stop)[:, self._genes]
+
+
+class OnDisk(_Local):
+    """A dataset that returns NumPy arrays or CSR matrices for slices of rows: of a `.h5ad` or zarr store."""
+
+    def __init__(self, dataset: Any, rows: int | None = None) -> None:
+        super().__init__(dataset.shape, rows)
+        self._dataset = dataset
+        with _reading("the stored matrix"):
+            if dataset.dtype.kind not in "biuf":
+                raise ValueError(f"it holds {dataset.dtype}, and counts are numbers")
+            if hasattr(dataset, "group"):
+                _check_rows(dataset.group, dataset.shape[0])
+
+    def _slice(self, start: int, stop: int) -> Any:
+        with _reading(f"cells {start} to {stop - 1} of the stored matrix"):
+            return _checked(self._dataset[start:stop], (stop - start, self.shape[1]))
+
+
+class OnDask(Chunks):
+    """A Dask array of CSR or NumPy blocks; runs on whatever scheduler is active."""
+
+    def __init__(self, array: dask.array.Array, rows: int | None = None) -> None:
+        super().__init__(array.shape, rows)
+        chunks = array.chunks[0]
+        if array.numblocks[1] > 1 or any(n % self._rows for n in chunks[:-1]):
+            blocks_each = max(1, round(float(np.median(chunks)) / self._rows))
+            array = array.rechunk((blocks_each * self._rows, -1))
+        self._array = array
+        self._starts = [int(start) for start in np.cumsum([0, *array.chunks[0][:-1]])]
+
+    def run(self, work: Work, to_block: ToBlock | None = None) -> Partial:
+        """See `Chunks`."""
+        import dask
+
+        add, parts = dask.delayed(_gathered), self._parts(work, to_block)
+        while len(parts) > 1:
+            parts = [add(parts[i : i + _FAN_IN]) for i in range(0, len(parts), _FAN_IN)]
+        with one_blas_thread():
+            out = parts[0].compute()
+        self._passed()
+        return out
+
+    def rows(self, work: Work, widths: Sequence[int]) -> list[np.ndarray | dask.array.Array]:
+        """See `Chunks`."""
+        import dask.array as da
+
+        parts, lengths = self._parts(work), self._array.chunks[0]
+        return [
+            da.concatenate(
+                [
+                    da.from_delayed(part[1][i], (n, width), dtype=np.float32)
+                    for part, n in zip(parts, lengths, strict=True)
+                ]
+            )
+            for i, width in enumerate(widths)
+        ]
+
+    def _slice(self, start: int, stop: int) -> Any:
+        return _checked(self._array[start:stop].compute(), (stop - start, self.shape[1]))
+
+    def _parts(self, work: Work, to_block: ToBlock | None = None) -> list[Any]:
+        """Return what is learned from each chunk, not computed yet."""
+        import dask
+
+        of_chunk, shared = dask.delayed(_of_chunk), dask.delayed(work, traverse=False)
+        chunks = self._array.to_delayed()[:, 0]
+        return [
+            of_chunk(shared, to_block or block_of, start, chunk, self._rows)
+            for start, chunk in zip(self._starts, chunks, strict=True)
+        ]
+
+
+def _of_chunk(work: Work, to_block: ToBlock, start: int, rows: Any, step: int) -> Partial:
+    """Return what is learned from the blocks of a chunk, in one thread: the scheduler has its own."""
+    starts, rows = range(0, rows.shape[0], step), _checked(rows, rows.shape)
+    return alone(lambda: _gathered(work(to_block(start + i, rows[i : i + step])) for i in starts))
+
+
+def _gathered(partials: Iterable[Partial]) -> Partial:
+    """Return the sums of the sums, float64, and the rows one after another."""
+    sums: list[np.ndarray] | None = None
+    rows: list[Sequence[np.ndarray]] = []
+    for partial in partials:
+        if sums is None:
+            sums = [np.array(each, dtype=np.float64) for each in partial.sums]
+        else:
+            for total, each in zip(sums, partial.sums, strict=True):
+                total += each
+        rows.append(partial.rows)
+    return Partial(sums or [], [_stacked(column) for column in zip(*rows, strict=True)])
+
+
+def _stacked(parts: Sequence[Any]) -> Any:
+    if len(parts) == 1:
+        return parts[0]
+    return sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
+
+
+def block_of(start: int, rows: Any) -> Block:
+    """Return the block of rows as they are stored, from the number of the first cell."""
+    return Block(_canonical(rows), start)
+
+
+def _canonical(rows: Any) -> sp.csr_matrix:
+    """Return CSR float32 without repeated entries and stored zeros; copied only where that is needed."""
+    out = sp.csr_matrix(rows, dtype=np.float32)
+    if not out.has_canonical_format:
+        out = out.copy()
+        out.sum_duplicates()
+    if out.nnz and not out.data.all():
+        out = out.copy()
+        out.eliminate_zeros()
+    return out
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Say in one sentence that a file is damaged, whichever library found it, in whichever way."""
+    try:
+        yield
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{what} cannot be read: {why}.") from error
+
+
+def _check_rows(stored: Any, n_rows: int) -> None:
+    """Refuse CSR whose rows are not where it says: to follow it would read other memory."""
+    indptr, n_values = np.asarray(stored["indptr"]), stored["data"].shape[0]
+    if indptr.dtype.kind not in "iu" or indptr.shape != (n_rows + 1,) or stored["indices"].shape != (n_values,):
+        raise ValueError(f"its indptr, indices and data do not fit {n_rows} rows")
+    if indptr[0] != 0 or indptr[-1] != n_values or (indptr[1:] < indptr[:-1]).any():
+        raise ValueError(f"its indptr does not rise from 0 to the number of its values, {n_values}")
+    # zarr reads a chunk that is gone as zeros, and does not write one of zeros: more than one a row is no row of CSR.
+    for name in ("data", "indices"):
+        if n_values > n_rows and _n_missing(stored[name]):
+            raise ValueError(f"{_n_missing(stored[name])} chunks of its {name} are missing")
+
+
+def _n_missing(array: Any) -> int:
+    """Return how many chunks of an array of zarr are not there."""
+    if not hasattr(array, "nchunks_initialized") or getattr(array, "shards", None) is not None:
+        return 0
+    return int(array.nchunks - array.nchunks_initialized)
+
+
+def _checked(rows: Any, shape: tuple[int, int]) -> Any:
+    """Return rows that were read from outside if they are whole: SciPy follows a wrong index out of memory."""
+    if rows.shape != shape:
+        raise ValueError(f"there are {rows.shape[0]} x {rows.shape[1]} values instead of {shape[0]} x {shape[1]}")
+    if sp.issparse(rows):
+        rows.check_format(full_check=True)
+    return rows
+
+
+def _within(block: Block, cells: np.ndarray) -> np.ndarray:
+    """Return which rows of the block are among the cells, which are in rising order."""
+    first, last = np.searchsorted(cells, [block.start, block.start + block.counts.shape[0]])
+    return cells[first:last] - block.start

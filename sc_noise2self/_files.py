@@ -1,0 +1,435 @@
+"""Denoise a file into another, without holding the counts or the layer, and without ever leaving half a result.
+
+The result is written beside the target and renamed when it is whole (`sc_noise2self._replace`). A run that is stopped,
+in whatever way, leaves the source as it was and no target, or the old one.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+from anndata import AnnData
+from packaging.version import Version
+from scanpy import logging as logg
+
+from ._anndata import chunks_of
+from ._checks import check_flag, check_name
+from ._denoise import denoise
+from ._estimates import estimate
+from ._memory import check_fits_disk
+from ._replace import check_target, replaced
+from ._report import report
+from ._result import profiles, sizes
+from ._scale import sample_depth, to_scale
+from ._slots import check_key_name, kind_of
+from ._threads import in_threads
+
+_FORMATS = (".h5ad", ".zarr")
+_SLOTS = ("obs", "var", "obsm", "varm", "uns")  # that a result is written to, besides its layer
+_COMPONENTS = 100  # that an estimate assumes
+_ROWS, _COLUMNS = 1000, 500  # of a chunk of the layer, at most: 2 MB
+_COPIED = 1 << 20  # bytes of a chunk of what is copied from one format to the other
+_URL = re.compile(r"\w{2,}:/")  # a path keeps one slash of two
+
+
+def denoise_file(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    layer: str | None = None,
+    key_added: str = "denoised",
+    write_layer: bool = True,
+    overwrite: bool = False,
+    **options: Any,
+) -> str:
+    """Denoise the counts of a `.h5ad` or zarr file into another file, in blocks of cells.
+
+    Parameters
+    ----------
+    source
+        File with raw counts in `X` or `layer`, as CSR or dense; it is read only.
+    target
+        File to write, `.h5ad` or `.zarr`: all that is in the source, and the result. It has the source's permissions.
+    write_layer
+        False writes the factors alone. The layer is dense, 4 bytes x cells x genes, written in chunks.
+    overwrite
+        Replace an existing `.h5ad` target, in one step, when the new one is whole. It keeps its permissions; where it
+        is a link, the file that it leads to is replaced.
+    layer, key_added, options
+        As in `denoise`. Methods other than `"pca"`, and `mix`, load the counts.
+
+    Returns
+    -------
+    The `report` of the result.
+
+    Raises
+    ------
+    OSError
+        If a path cannot be read or written, if the target exists, or if the disk is too small: nothing is written then.
+    ValueError, TypeError
+        If the source is damaged, or is not of an AnnData object, and as `denoise`.
+    ImportError
+        If a `.zarr` is read or written without zarr.
+
+    Examples
+    --------
+    >>> import sc_noise2self as n2s
+    >>> n2s.denoise_file("big.h5ad", "big.zarr", write_layer=False)  # doctest: +SKIP
+    """
+    source, target = expanded(source), expanded(target)
+    if "copy" in options:
+        raise TypeError("copy was given: the target is the copy, so leave it out.")
+    check_flag("write_layer", write_layer)
+    check_flag("overwrite", overwrite)
+    check_key_name(key_added)
+    if layer is not None:
+        check_name("layer", layer)
+    _check_paths(source, target, overwrite)
+    with _read(source) as stored:
+        in_memory = options.get("method", "pca") != "pca" or bool(options.get("mix"))
+        with _readable(source):
+            adata = _without_matrices(stored)
+            counts = _counts(stored, layer, in_memory)
+            if layer is None:
+                adata.X = counts
+            else:
+                adata.layers[layer] = counts
+        _check_layer(stored, adata, key_added)
+        n_bytes = _size(source) + 4 * adata.n_obs * (adata.n_vars if write_layer else 0)
+        check_fits_disk(n_bytes, target.resolve().parent)
+        if not in_memory:
+            said = estimate(chunks_of(counts, "X" if layer is None else f'layer "{layer}"'), _COMPONENTS)
+            logg.info("" if said is None else str(said))
+        denoise(adata, layer=layer, key_added=key_added, write_layer=False, **options)
+        reported = report(adata, key=key_added)
+        with replaced(target, overwrite=overwrite, like=source) as partial, _readable(source, OSError):
+            start = logg.info(f"writing {target}")
+            if source.suffix == target.suffix:
+                _copy_file(source, partial)
+            with _written(partial) as (out, check):
+                if source.suffix != target.suffix:
+                    _copy_matrices(stored, out, check)
+                _write_result(out, adata, key_added, write_layer, options, check)
+            logg.info("    written", time=start)
+    return reported
+
+
+def expanded(given: str | bytes | os.PathLike[str]) -> Path:
+    """Return a path with the folder of the user in place of its `~`.
+
+    Raises
+    ------
+    ValueError
+        If it is an address, or there is no such user.
+    """
+    path = os.fsdecode(given)
+    if _URL.match(path):
+        raise ValueError(f"{path} is an address: download it first, and pass the path of the file.")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path} starts with a user without a home folder: write ./{path} for a file.") from None
+
+
+def _check_paths(source: Path, target: Path, overwrite: bool) -> None:
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist: pass an .h5ad or .zarr file with raw counts.")
+    for path, does in ((source, "read"), (target, "written")):
+        if path.suffix not in _FORMATS:
+            raise ValueError(f"{path} does not end in .h5ad or .zarr: those are the formats {does}.")
+    if source.suffix == ".h5ad" and not source.is_file():
+        raise ValueError(f"{source} is not a file: an .h5ad is one; rename the folder if it is a .zarr.")
+    if source.suffix == ".zarr" and not source.is_dir():
+        raise ValueError(f"{source} is not a folder: a .zarr is one; unpack it, or rename it if it is an .h5ad.")
+    if not os.access(source, os.R_OK):
+        raise PermissionError(f"{source} may not be read by this user: ask its owner, or chmod u+r.")
+    if ".zarr" in (source.suffix, target.suffix):
+        _require_zarr()
+    if target.exists() and source.samefile(target):
+        raise FileExistsError(f"{target} is the source: choose another name.")
+    if source.resolve() in target.resolve().parents:
+        raise ValueError(f"{target} is inside the source, which is not changed: choose another folder.")
+    check_target(target, overwrite)
+    if not os.access(target.resolve().parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{target.resolve().parent} may not be written to by this user: choose another folder.")
+
+
+def _check_layer(stored: Any, adata: AnnData, key: str) -> None:
+    if key in stored.get("layers", ()) and kind_of(adata, key) != "denoise":
+        raise ValueError(f"layer {key!r} exists and is not an earlier result: choose another key_added.")
+
+
+def _require_zarr() -> None:
+    try:
+        import zarr  # noqa: F401
+    except ImportError as error:
+        raise ImportError('a .zarr needs zarr: pip install "sc-noise2self[zarr]".') from error
+
+
+@contextmanager
+def _readable(path: Path, *but: type[Exception]) -> Iterator[None]:
+    """Say in one sentence what is wrong with a file, whichever library found it, in whichever way.
+
+    Errors of the types in `but` are another's.
+    """
+    others: tuple[type[Exception], ...] = (MemoryError, PermissionError, _Refused, *but)
+    try:
+        yield
+    except others:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is damaged, or holds no AnnData object: {why}") from error
+
+
+class _Refused(ValueError):
+    """What a file does not have, in a sentence of its own."""
+
+
+@contextmanager
+def _read(path: Path) -> Iterator[Any]:
+    """Open the file to read, as a group of h5py or zarr."""
+    if path.suffix == ".h5ad":
+        import h5py
+
+        with _readable(path):
+            file = h5py.File(path, "r")
+        with closing(file):
+            yield file
+    else:
+        import zarr
+
+        with _readable(path):
+            group = zarr.open_group(path, mode="r")
+        yield group
+
+
+class _Steady(io.FileIO):
+    """A file that keeps its first failure and takes what is written after it as written.
+
+    HDF5 cannot close a file that it fails to write to: it fails again, and crashes when the program ends.
+    """
+
+    failed: BaseException | None = None
+
+    def write(self, data: Any, /) -> int:
+        """Write all of it, unless a write failed."""
+        try:
+            rest = memoryview(data)
+            while rest and self.failed is None:
+                rest = rest[super().write(rest) :]
+        except BaseException as error:
+            self.failed = error
+        return len(data)
+
+    def truncate(self, size: int | None = None, /) -> int:
+        """Cut or extend it, unless a write failed."""
+        try:
+            if self.failed is None:
+                return super().truncate(size)
+        except BaseException as error:
+            self.failed = error
+        return size or 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return as many bytes as asked for: zeros where nothing was written."""
+        return (super().read(size) or b"").ljust(size or 0, b"\0")
+
+    def check(self) -> None:
+        """Raise the failure."""
+        if self.failed is not None:
+            raise self.failed
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[tuple[Any, Callable[[], None]]]:
+    """Open the file to write, as a group of h5py or zarr, and have what was consolidated in it consolidated again.
+
+    With it comes a check, which raises if something was not written; it is made again in the end.
+    """
+    if path.suffix == ".h5ad":
+        import h5py
+
+        exists = path.exists()
+        raw = _Steady(path, "r+" if exists else "x+")
+        try:
+            file = h5py.File(raw, "r+" if exists else "w")
+            try:
+                yield file, raw.check
+            finally:
+                try:
+                    file.close()
+                finally:
+                    file.close()  # unless an interrupt came before it was
+        finally:
+            raw.close()
+            raw.check()  # what followed from it is no other reason
+    else:
+        import zarr
+
+        # What exists has its own format; a new store that of anndata.
+        new: dict[str, Any] = {"zarr_format": 3 if Version(version("anndata")) >= Version("0.13") else 2}
+        consolidated = path.exists() and zarr.open_group(path, mode="r").metadata.consolidated_metadata is not None
+        yield zarr.open_group(path, mode="a", use_consolidated=False, **({} if path.exists() else new)), lambda: None
+        if consolidated:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that other programs may not know of it
+                zarr.consolidate_metadata(path)
+
+
+def _without_matrices(stored: Any) -> AnnData:
+    """Return what is not of size cells x genes, cells x cells or genes x genes."""
+    missing = [slot for slot in ("obs", "var") if slot not in stored]
+    if missing:
+        raise _Refused(
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing in the file, which has "
+            f"{sorted(stored)}: it holds no AnnData object."
+        )
+    if any(getattr(stored[slot], "dtype", np.dtype(float)).names for slot in ("obs", "var")):
+        raise _Refused(
+            "obs or var is a table as anndata wrote it before 0.7: read the file with anndata.read_h5ad, write it "
+            "again with write_h5ad, and pass the new file."
+        )
+    found = {slot: ad.io.read_elem(stored[slot]) for slot in _SLOTS if slot in stored}
+    return AnnData(**found)
+
+
+def _counts(stored: Any, layer: str | None, in_memory: bool) -> Any:
+    """Return the dataset with the counts, or what it holds."""
+    if layer is not None and layer not in stored.get("layers", ()):
+        raise _Refused(f"layer {layer!r} is missing: the file has {sorted(stored.get('layers', ()))}.")
+    if layer is None and "X" not in stored:
+        raise _Refused('X is missing in the file: pass the layer that holds raw counts, e.g. layer="counts".')
+    element = stored["X"] if layer is None else stored["layers"][layer]
+    if in_memory:
+        return ad.io.read_elem(element)
+    return element if hasattr(element, "shape") else ad.io.sparse_dataset(element)
+
+
+def _write_result(
+    out: Any, adata: AnnData, key: str, write_layer: bool, options: dict[str, Any], check: Callable[[], None]
+) -> None:
+    for slot in _SLOTS:
+        check()
+        value = getattr(adata, slot)
+        ad.io.write_elem(out, slot, value if slot in ("obs", "var") else dict(value))
+    if "layers" not in out:
+        ad.io.write_elem(out, "layers", {})
+    if key in out["layers"]:
+        del out["layers"][key]  # of an earlier result
+    if write_layer:
+        to = {n: options[n] for n in ("scale", "scale_depth") if n in options}
+        _write_layer(out["layers"], adata, key, check, **to)
+
+
+def _write_layer(
+    out: Any,
+    adata: AnnData,
+    key: str,
+    check: Callable[[], None],
+    scale: Any = "counts",
+    scale_depth: float | None = None,
+) -> None:
+    """Write the dense layer, a chunk at a time."""
+    rebuilt, size = profiles(adata, key), sizes(adata, key)
+    depth = sample_depth(scale, scale_depth, size)
+    n_rows, n_columns = _even(adata.n_obs, _ROWS), _even(adata.n_vars, _COLUMNS)
+    made = _create(out, key, adata.shape, np.dtype(np.float32), (n_rows, n_columns))
+    made.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+    parts = [
+        (slice(row, min(row + n_rows, adata.n_obs)), slice(column, min(column + n_columns, adata.n_vars)))
+        for row in range(0, adata.n_obs, n_rows)
+        for column in range(0, adata.n_vars, n_columns)
+    ]
+
+    def values(part: tuple[slice, slice]) -> np.ndarray:
+        return to_scale(rebuilt.counts(*part), size[part[0]], scale, depth)
+
+    for part, block in zip(parts, in_threads(values, parts), strict=True):
+        made[part] = block
+        check()
+
+
+def _even(n: int, most: int) -> int:
+    """Return the length of n's parts when they are as few as `most` allows and equal: the last one wastes no disk."""
+    return -(-n // -(-n // most))
+
+
+def _create(out: Any, key: str, shape: tuple[int, ...], dtype: np.dtype, chunks: tuple[int, ...]) -> Any:
+    """Make a dataset of h5py or an array of zarr."""
+    make = out.create_array if hasattr(out, "create_array") else out.create_dataset
+    if 0 in shape:
+        return make(key, shape=shape, dtype=dtype)
+    return make(key, shape=shape, dtype=dtype, chunks=tuple(map(min, shape, chunks)))
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    """Copy what a file holds, or the files of a store; not their permissions, which may forbid to write."""
+    if source.is_file():
+        shutil.copyfile(source, target)
+        return
+    for folder, _, names in os.walk(source, followlinks=True):
+        here = target / Path(folder).relative_to(source)
+        here.mkdir()
+        for name in names:
+            shutil.copyfile(Path(folder) / name, here / name)
+
+
+def _copy_matrices(stored: Any, out: Any, check: Callable[[], None]) -> None:
+    """Copy what `_without_matrices` leaves out from one format to the other."""
+    for name in stored:
+        if name not in _SLOTS:
+            _copy(stored, out, name, check)
+    out.attrs.update(_attributes(stored))
+
+
+def _copy(stored: Any, out: Any, key: str, check: Callable[[], None]) -> None:
+    """Copy an element; of a matrix some rows or entries at a time."""
+    element = stored[key]
+    kind = element.attrs.get("encoding-type")
+    if kind == "null":  # means what its absence does; where `raw` stands, `.h5ad` knows absence alone
+        return
+    if kind in ("csr_matrix", "csc_matrix"):
+        made = out.create_group(key)
+        made.attrs.update(_attributes(element))
+        for name in ("data", "indices", "indptr"):
+            _copy_array(element[name], made, name, check)
+    elif kind == "array" and element.dtype.kind in "biuf" and element.shape:
+        _copy_array(element, out, key, check)
+    elif kind in ("dict", "raw"):
+        made = out.create_group(key)
+        made.attrs.update(_attributes(element))
+        for name in element:
+            _copy(element, made, name, check)
+    else:
+        ad.io.write_elem(out, key, ad.io.read_elem(element))
+
+
+def _copy_array(stored: Any, out: Any, key: str, check: Callable[[], None]) -> None:
+    rest = int(np.prod(stored.shape[1:]))
+    rows = max(1, _COPIED // max(1, stored.dtype.itemsize * rest))
+    made = _create(out, key, stored.shape, stored.dtype, (rows, *stored.shape[1:]))
+    made.attrs.update(_attributes(stored))
+    for start in range(0, stored.shape[0], 16 * rows):
+        made[start : start + 16 * rows] = stored[start : start + 16 * rows]
+        check()
+
+
+def _attributes(stored: Any) -> dict[str, Any]:
+    """Return attributes as JSON has them, which zarr needs."""
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in stored.attrs.items()}
+
+
+def _size(path: Path) -> int:
+    return sum(each.stat().st_size for each in ([path] if path.is_file() else path.rglob("*")))

@@ -1,0 +1,42 @@
+"""Randomness: one way to turn `random_state` into a generator, and a generator into the key of a split.
+
+A generator's numbers belong to turns, so what an entry of a matrix gets depends on which entries were drawn before it.
+A split draws a key alone from it, and its random numbers belong to a cell and a gene (`sc_noise2self._dealing`).
+"""
+
+from __future__ import annotations
+
+from numbers import Integral
+
+import numpy as np
+
+RandomState = int | np.random.Generator
+"""A whole number from 0, or a generator that is drawn from."""
+
+
+def as_generator(random_state: RandomState) -> np.random.Generator:
+    """Return a generator for a seed; a generator is returned as it is, and so moves on when it is used.
+
+    Raises
+    ------
+    TypeError
+        If `random_state` is neither a whole number nor a `numpy.random.Generator`.
+    ValueError
+        If it is negative, or larger than a file can keep.
+    """
+    if isinstance(random_state, np.random.Generator):
+        return random_state
+    if isinstance(random_state, bool) or not isinstance(random_state, Integral):
+        raise TypeError(
+            f"random_state is {random_state!r}: pass a whole number, e.g. random_state=0, or a numpy.random.Generator."
+        )
+    if random_state < 0:
+        raise ValueError(f"random_state is {random_state}: a seed is 0 or more.")
+    if random_state >= 1 << 63:
+        raise ValueError(f"random_state is {random_state}: a seed is below 2**63, which is what files keep.")
+    return np.random.default_rng(int(random_state))
+
+
+def as_key(rng: np.random.Generator) -> int:
+    """Return a key, drawn from the generator, that stands for all random numbers of one split."""
+    return int(rng.integers(1 << 64, dtype=np.uint64))

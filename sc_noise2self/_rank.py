@@ -1,0 +1,168 @@
+"""How many principal components do the counts of an AnnData object support: `select_rank`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import get_args
+
+import numpy as np
+from anndata import AnnData
+from scanpy import logging as logg
+
+from ._anndata import survey
+from ._checks import (
+    bounded,
+    check_flag,
+    check_one_of,
+    check_positive,
+    describe_counts,
+    progress_bar,
+    read_mask,
+    seed_of,
+)
+from ._random import RandomState, as_generator
+from ._rank_curve import Protocol, RankCurve, learned_shape, n_passes, rank_curve
+from ._slots import check_key, committed
+from ._transform import TransformName
+
+_MAX_RANK = 50
+
+
+def select_rank(
+    adata: AnnData,
+    *,
+    protocol: Protocol = "loo",
+    layer: str | None = None,
+    key_added: str = "select_rank",
+    max_rank: int | None = None,
+    transform: TransformName | None = None,
+    center: bool | None = None,
+    n_splits: int = 1,
+    mask_var: str | np.ndarray | Sequence[bool] | None = None,
+    random_state: RandomState = 0,
+) -> int:
+    """Return the number of principal components that the counts support: "how many PCs?".
+
+    Principal components learned from one half of the molecules must predict the other half; every rank's loss comes
+    from one factorisation per half. The answer is for `sc.pp.pca` on the same genes, normalised to the median depth
+    and log-transformed.
+
+    Parameters
+    ----------
+    adata, layer, mask_var, n_splits, random_state
+        As in `denoise`; here `mask_var` leaves the other genes out.
+    protocol
+        `"loo"`: each cell is predicted by the regression of all other cells, exactly; the rank is corrected to the
+        depth of the full data. `"noise2self"`: as published (Noise2Self, Figure 3), square roots, uncentred,
+        learned on three quarters of the cells and scored on the rest, no depth correction. `"mcv"`: molecular
+        cross-validation, one half truncated to rank k against the other, square roots, uncentred, depth-corrected.
+        `"bcv"`: bi-cross-validation (Owen & Perry 2009), half the genes of a quarter of the cells predicted from the
+        other genes by the other cells, square roots, uncentred; it splits no molecules.
+    key_added
+        Name in `uns`.
+    max_rank
+        Largest rank tried, at most min(cells, genes) - 1. None takes 50, or as many as there are.
+    transform, center
+        `"log1p"`, `"sqrt"` or `"none"`, and whether genes are centred as in `sc.pp.pca`; None takes the protocol's own.
+
+    Returns
+    -------
+    The rank. `.uns[key_added]` holds `rank`, `split_rank` (of least loss, at half depth), `within_one_error` (ranks as
+    good there within one paired standard error, all of them where one cell was scored, which tells no error; `rank`
+    need not be among them), the curve (`ranks`, `loss`, `error`,
+    `splits`, and `full_depth_loss` where it is corrected; squared error per entry on the transformed scale), and
+    `params`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `denoise`.
+
+    Warns
+    -----
+    UserWarning
+        If the loss still falls at `max_rank`, or if no rank beats rank 0 by more than the error.
+
+    Notes
+    -----
+    See `sc_noise2self._rank_curve` for the formulas.
+
+    Examples
+    --------
+    >>> import sc_noise2self as n2s
+    >>> adata = n2s.datasets.pbmc68k_reduced()
+    >>> rank = n2s.select_rank(adata)
+    """
+    rng = as_generator(random_state)
+    check_positive("n_splits", n_splits)
+    check_one_of("protocol", protocol, get_args(Protocol))
+    if transform is not None:
+        check_one_of("transform", transform, get_args(TransformName))
+    if center is not None:
+        check_flag("center", center)
+    chunks = survey(adata, layer).chunks
+    check_key(adata, key_added, layer, "select_rank")
+    genes = read_mask(adata, mask_var)
+    if genes is not None:
+        chunks = chunks.of_genes(genes)
+    max_rank = bounded("max_rank", max_rank, _MAX_RANK, *learned_shape(protocol, *chunks.shape))
+    start = logg.info(f"selecting the rank of {describe_counts(adata, layer)}")
+    with progress_bar("select_rank", n_passes(protocol, center)) as bar:
+        curve = rank_curve(
+            chunks,
+            max_rank,
+            rng,
+            protocol=protocol,
+            transform=transform,
+            center=center,
+            n_splits=n_splits,
+            on_pass=bar.update,
+        )
+    _warn_of_rank(curve)
+    within = curve.within_one_error
+    record = {
+        "rank": curve.rank,
+        "split_rank": curve.split_rank,
+        "within_one_error": within,
+        "ranks": curve.ranks,
+        "loss": curve.loss,
+        "error": curve.error,
+        "splits": curve.splits,
+        **({} if curve.full_depth_loss is None else {"full_depth_loss": curve.full_depth_loss}),
+        "params": {
+            "protocol": protocol,
+            **({} if layer is None else {"layer": layer}),
+            "transform": curve.transform,
+            "center": curve.center,
+            "max_rank": max_rank,
+            "n_splits": n_splits,
+            "mask_var": mask_var if isinstance(mask_var, str) else ("none" if mask_var is None else "array"),
+            "random_state": seed_of(random_state),
+        },
+    }
+    with committed(adata, {"uns": {key_added: record}}):
+        pass
+    logg.info(
+        f"    rank {curve.rank} (least loss on a half at {curve.split_rank}, as good within one error: "
+        f"{within.min()} to {within.max()})",
+        time=start,
+        deep=f"added\n    {key_added!r}, the loss of every rank (adata.uns)",
+    )
+    return curve.rank
+
+
+def _warn_of_rank(curve: RankCurve) -> None:
+    if not curve.beats_none:
+        warnings.warn(
+            "no rank predicts held-out molecules better than rank 0 by more than the error: the counts show no "
+            "structure that principal components could use.",
+            UserWarning,
+            stacklevel=3,
+        )
+    elif curve.at_edge:
+        warnings.warn(
+            f"the loss still falls at the largest rank tried, {curve.ranks[-1]}: pass a larger max_rank.",
+            UserWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,162 @@
+"""One paragraph that says what a denoised layer is worth: `report`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from anndata import AnnData
+
+from ._loss import is_clear
+from ._result import clear_gains, record
+from ._scale import MEANING
+
+_TRANSFORM = {"pca log1p": "log1p", "pca sqrt": "square roots", "pca none": "counts"}
+
+
+def report(adata: AnnData, *, key: str = "denoised") -> str:
+    """Return a paragraph on a result: what was done, what it gained, on how much, the warnings, what not to do with it.
+
+    Parameters
+    ----------
+    adata
+        Object that `sc_noise2self.denoise` or `denoise_with` wrote to.
+    key
+        Its `key_added`.
+
+    Returns
+    -------
+    Plain text without line breaks. `sc_noise2self.pl.caption` puts it under a figure.
+
+    Raises
+    ------
+    KeyError
+        If there is no such result.
+
+    Notes
+    -----
+    A gene gained, or lost, if its held-out gain is more than two standard errors from 0 (`.var["denoised_gain"]`).
+
+    Examples
+    --------
+    >>> import sc_noise2self as n2s
+    >>> adata = n2s.datasets.pbmc68k_reduced()
+    >>> n2s.denoise(adata)
+    >>> print(n2s.report(adata))  # doctest: +ELLIPSIS
+    PCA of log1p (20 components worth more than noise...
+    """
+    written = record(adata, key)
+    sentences = [
+        _what_was_done(written),
+        _what_it_gained(written, adata.n_obs),
+        _in_which_genes(adata, key),
+        *_what_to_mind(written),
+        "Denoised values are not data: differential expression, correlations and p-values computed on them are "
+        "circular, so use them to look, and test on the counts (Andrews & Hemberg 2018).",
+    ]
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _what_was_done(written: Mapping[str, Any]) -> str:
+    params, members = written["params"], written["members"]
+    parts = [
+        _member(str(name), int(rank), str(setting), None if len(members["name"]) == 1 else float(weight))
+        for name, rank, setting, weight in zip(
+            members["name"], members["rank"], members["setting"], members["weight"], strict=True
+        )
+    ]
+    source = f"the counts in layer {params['layer']!r}" if "layer" in params else "the counts in X"
+    how = f"{_listed(parts)} of {source}"
+    if "model" in params:
+        how = f"A model fitted to other cells, {parts[0]}, applied to {source}"
+    mixed = ", with each cell's own count of a gene mixed back in" if params["mix"] else ""
+    tried = len(written["candidates"]["label"]) if "candidates" in written else 0
+    chosen = f", the best of {tried} candidates by molecules held out" if tried > 1 and len(parts) == 1 else ""
+    if _is_mean(written):
+        beats = f"none of {tried} candidates beats" if tried > 1 else "the one candidate does not beat"
+        chosen = f", which {beats} by molecules held out"
+    version = f"sc_noise2self {written['version']}, seed {params['random_state']}"
+    return f"{how[0].upper()}{how[1:]}{mixed}{chosen} ({version}). Values are {MEANING[written['scale']]}."
+
+
+def _member(name: str, rank: int, setting: str, weight: float | None) -> str:
+    share = "" if weight is None else f"{weight:.0%} "
+    if name == "mean":
+        return f"{share}the mean profile"
+    if name in _TRANSFORM:
+        return f"{share}PCA of {_TRANSFORM[name]} ({rank} components worth more than noise, {setting})"
+    if name.startswith("autoencoder"):
+        return f"{share}an autoencoder ({setting})"
+    what = {"diffusion": "a diffusion among neighbouring cells", "knn": "the mean of neighbouring cells"}[name]
+    return f"{share}{what} ({setting})"
+
+
+def _is_mean(written: Mapping[str, Any]) -> bool:
+    """Whether nothing beat the mean profile, so that it was written."""
+    return [str(name) for name in written["members"]["name"]] == ["mean"]
+
+
+def _what_it_gained(written: Mapping[str, Any], n_here: int) -> str:
+    gain, error, n_measured = written["gain"], written["gain_error"], written["gain_cells"]
+    cells = _cells(n_measured, written["n_cells"], n_here)
+    if n_measured < 2:
+        return f"Too few cells ({cells}) hold molecules to tell whether the mean profile is beaten."
+    measured = f"measured on {written['gain_molecules']:,} held-out molecules of {cells}"
+    gained = f"{gain:.3f} +- {error:.3f} nats per molecule better than one mean profile does, {measured}"
+    no_better = "Molecules held out were predicted no better than by one mean profile"
+    if _is_mean(written) and "unmixed_gain" in written:
+        unmixed = f"{no_better} ({written['unmixed_gain']:.4f} nats)"
+        return f"{unmixed}; with mixing, half of the molecules predicts the other half by {gained}."
+    if _is_mean(written) or ("model" in written["params"] and not is_clear(gain, error)):
+        return f"{no_better} ({gain:.4f} +- {error:.4f} nats, {measured})."
+    if "model" in written["params"]:
+        return f"From half of these cells' molecules it predicts the other half by {gained}."
+    mixed = f" ({written['unmixed_gain']:.3f} without mixing)" if "unmixed_gain" in written else ""
+    return (
+        f"Learned from half of the molecules, it predicts the other half by {gained}{mixed}; the result is fitted to "
+        "all molecules and does better."
+    )
+
+
+def _cells(n_measured: int, n_denoised: int, n_here: int) -> str:
+    """Return the cells that a gain was measured on, of those denoised, of which others may be here now."""
+    if n_here == n_denoised:
+        return f"{n_measured:,} cells" if n_measured == n_denoised else f"{n_measured:,} of {n_denoised:,} cells"
+    of = "" if n_measured == n_denoised else f"{n_measured:,} of "
+    here = f"of which {n_here:,} are here" if n_here < n_denoised else f"while {n_here:,} are here"
+    return f"{of}the {n_denoised:,} cells that were denoised, {here}"
+
+
+def _in_which_genes(adata: AnnData, key: str) -> str:
+    n = {name: int(genes.sum()) for name, genes in clear_gains(adata, key).items()}
+    n_scored = sum(n.values())
+    unscored = adata.n_vars - n_scored
+    rest = f" The other {unscored:,} of {adata.n_vars:,} genes have too few molecules to be scored." if unscored else ""
+    if not n["gained"] + n["lost"]:
+        return f"No gene is predicted better than its mean.{rest}"
+    doubtful = [
+        *([f"for {n['unclear']:,} the molecules do not tell"] if n["unclear"] else []),
+        *([f"{n['lost']:,} are predicted worse"] if n["lost"] else []),
+    ]
+    trust = f"; {' and '.join(doubtful)}: do not trust the pattern of {'these' if len(doubtful) == 1 else 'either'}"
+    return (
+        f"Of {n_scored:,} genes {n['gained']:,} are predicted better than by their mean{trust if doubtful else ''}."
+        f"{rest}"
+    )
+
+
+def _what_to_mind(written: Mapping[str, Any]) -> list[str]:
+    out = []
+    if written["params"]["mix"]:
+        out.append(
+            "Copies of one molecule look like expression to what was mixed in: compare with mix=False before you "
+            "believe a gene that it changes."
+        )
+    warned = [str(message).rstrip(".") for message in written["warnings"]]
+    if warned:
+        out.append(f"Warnings: {'; '.join(warned)}.")
+    return out
+
+
+def _listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

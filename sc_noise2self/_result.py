@@ -1,0 +1,305 @@
+"""What `denoise` wrote, read back as profiles and values by position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata import AnnData
+
+from ._anndata import checked_block, chunks_of
+from ._blocks import Block, Partial
+from ._counts import NotACount, column_sums, row_sums
+from ._factors import GeneFactors, as_array, is_stamped
+from ._scale import Scale, sample_depth, to_scale
+from ._slots import check_not_transposed, in_memory, kind_of, named, owned, results_in
+from .methods._profiles import Index, MixedProfiles, Profiles
+
+Source = Literal["factors", "layer"]
+
+# Of a record, and of its parameters; what else it holds is for one method or another.
+_NEEDED = {
+    *("method", "version", "params", "scale", "members", "warnings"),
+    *("gain", "gain_error", "gain_molecules", "gain_cells", "fingerprint", "n_cells", "n_genes"),
+}
+_NEEDED_PARAMS = {"mix", "random_state"}
+
+
+def record(adata: AnnData, key: str) -> Mapping[str, Any]:
+    """Return what `sc_noise2self.denoise` wrote to `.uns[key]`, if cells and genes belong to the same result.
+
+    Whatever reads a result begins here.
+
+    Raises
+    ------
+    KeyError
+        If it wrote nothing there, or the record is gone.
+    ValueError
+        If the record, the cells and the genes are not of one result.
+    """
+    check_not_transposed(adata, key)
+    again = f"call sc_noise2self.remove(adata, {key!r}) and denoise again"
+    kind = kind_of(adata, key)
+    if kind != "denoise":
+        left = [(slot, name) for slot, name in owned(adata, key) if slot != "uns"]
+        if kind is not None and set(left) <= {("layers", key)}:
+            where = f"adata.layers[{key!r}]" if left else f"adata.uns[{key!r}]"
+            raise KeyError(
+                f"{key!r} is a result of {kind}, not of denoise: read {where}, or plot it with sc_noise2self.pl.loss."
+            )
+        if left:
+            raise KeyError(
+                f"the record of result {key!r} is gone from adata.uns, as after anndata.concat or where something else "
+                f"was written there, while {named(left)} left: join parts of one result with anndata.concat(..., "
+                f"merge='same', uns_merge='same'), which keeps it; otherwise {again}."
+            )
+        raise KeyError(
+            f"there is no result {key!r}: run sc_noise2self.denoise(adata, key_added={key!r}), or pass another key: "
+            f"the results in adata are {results_in(adata, 'denoise')}."
+        )
+    found = in_memory(adata.uns[key])
+    several = (
+        f"as after anndata.concat of objects that were denoised one by one. To denoise them together, {again}; to read "
+        "results of one object each, do so before they are joined."
+    )
+    missing = sorted((_NEEDED - set(found)) | (_NEEDED_PARAMS - set(found["params"])))
+    if "fingerprint" in missing:
+        raise ValueError(
+            f"result {key!r} was put together from several: its record in adata.uns holds only what they share, "
+            f"{several}"
+        )
+    if missing:
+        raise ValueError(f"the record of result {key!r} in adata.uns has lost {', '.join(missing)}: {again}.")
+    for slot, what in (("varm", "genes"), ("obsm", "cells")):
+        scales = getattr(adata, slot).get(f"{key}_scale")
+        if scales is not None and not is_stamped(scales, int(found["fingerprint"])):
+            raise ValueError(
+                f"result {key!r} was put together from several: its {what} (adata.{slot}) do not belong to the record "
+                f"in adata.uns, {several}"
+            )
+    return found
+
+
+def sizes(adata: AnnData, key: str) -> np.ndarray:
+    """Return the molecules of each cell as `denoise` saw them, shape (cells,)."""
+    record(adata, key)
+    if f"{key}_size" not in adata.obs:
+        raise KeyError(f"adata.obs[{f'{key}_size'!r}], the molecules of each cell, is gone: run denoise again.")
+    return adata.obs[f"{key}_size"].to_numpy()
+
+
+def gene_factors(adata: AnnData, key: str) -> GeneFactors:
+    """Return what a result knows of genes; it holds nothing else of `adata`."""
+    written = record(adata, key)
+    names = [key, f"{key}_scale"]
+    if any(name not in slot for slot in (adata.obsm, adata.varm) for name in names):
+        raise KeyError(f"the factors of {key!r} are gone from adata.obsm or adata.varm: pass source='layer'.")
+    return GeneFactors.read(written, *(np.asarray(as_array(adata.varm[name])) for name in names))
+
+
+def profiles(adata: AnnData, key: str = "denoised", layer: str | None = None) -> Profiles:
+    """Return the profiles that `sc_noise2self.denoise` wrote in factors under `key`.
+
+    Parameters
+    ----------
+    layer
+        As in `observed`, for counts that were mixed in.
+
+    Raises
+    ------
+    KeyError
+        If there is no such result.
+    ValueError
+        If it was put together from several, or if counts were mixed in and are no longer where they were.
+    """
+    scores, scales = (np.asarray(as_array(adata.obsm.get(name))) for name in (key, f"{key}_scale"))
+    combined = gene_factors(adata, key).profiles(scores, scales, sizes(adata, key))
+    if not record(adata, key)["params"]["mix"]:
+        return combined
+    mixed = [f"{key}_phi", f"{key}_cell_scale"]
+    if mixed[0] not in adata.var or mixed[1] not in adata.obs:
+        raise KeyError(f"the weights of the counts that were mixed into {key!r} are gone: pass source='layer'.")
+    phi, cell_scale = adata.var[mixed[0]].to_numpy(), adata.obs[mixed[1]].to_numpy()
+    return MixedProfiles(combined, observed(adata, key, layer=layer, to_mix=True), phi, cell_scale)
+
+
+def values_of(
+    adata: AnnData,
+    key: str,
+    rows: Index,
+    columns: Index,
+    scale: Scale,
+    scale_depth: float | None = None,
+    source: Source = "factors",
+    layer: str | None = None,
+) -> np.ndarray:
+    """Return denoised values by position, float32 of shape (cells asked, genes asked); see `denoised`."""
+    size = sizes(adata, key)
+    depth = sample_depth(scale, scale_depth, size)
+    if source == "factors":
+        return to_scale(profiles(adata, key, layer).counts(rows, columns), size[rows], scale, depth)
+    if key not in adata.layers:
+        raise KeyError(f"there is no layer {key!r}: pass source='factors'.")
+    written, params = adata.uns[key]["scale"], adata.uns[key]["params"]
+    values = np.array(adata.layers[key][rows][:, columns], dtype=np.float32)
+    if written == "counts":
+        return to_scale(values, size[rows], scale, depth)
+    if written != scale or (depth is not None and depth != params["scale_depth"]):
+        raise ValueError(f"the layer {key!r} is on the scale {written!r}: pass that scale, or source='factors'.")
+    return values
+
+
+def observed(
+    adata: AnnData, key: str, columns: np.ndarray | None = None, layer: str | None = None, *, to_mix: bool = False
+) -> sp.csr_matrix:
+    """Return the counts that were denoised, in one pass over them that makes sure that they still are those.
+
+    Parameters
+    ----------
+    columns
+        Positions of the genes asked, None for all.
+    layer
+        Where the counts are now; None for where they were.
+    to_mix
+        Whether they are mixed in rather than shown, for the messages.
+
+    Returns
+    -------
+    CSR float32 of shape (cells, genes asked).
+
+    Raises
+    ------
+    KeyError
+        If the layer is not there.
+    ValueError
+        If it holds other numbers than were denoised.
+    """
+    written, size = record(adata, key), sizes(adata, key)
+    guess = " (normalised since?)" if layer is None else ""
+    layer = written["params"].get("layer") if layer is None else layer
+    name = "adata.X" if layer is None else f"layer {layer!r}"
+    matrix = adata.X if layer is None else adata.layers.get(layer)
+    if matrix is None:
+        layers = [each for each in adata.layers if each is not None]
+        raise KeyError(
+            f"{name} with the counts that were denoised to {key!r} is gone: pass layer= to a plot"
+            f"{_or_layer(to_mix)}; adata.layers has {layers}."
+        )
+
+    def of_block(block: Block) -> Partial:
+        asked = block.counts if columns is None else block.counts[:, columns]
+        return Partial((column_sums(block.counts),), (row_sums(block.counts), asked))
+
+    try:
+        (totals,), (found, counts) = chunks_of(matrix, name).run(of_block, checked_block)
+        same = _are_those_of(adata, key, written, size, found, totals)
+    except NotACount:
+        same = False
+    if not same:
+        holds = next((each for each in adata.layers if each != layer and _holds(adata, key, written, size, each)), None)
+        if holds is not None:
+            now = f"pass layer={holds!r} to the plot" if not to_mix else _put_back(layer, holds)
+        else:
+            now = (
+                'keep them, adata.layers["counts"] = adata.X.copy() before normalising and denoise(adata, '
+                'layer="counts"), and where they are in a layer now, pass layer= to the plot'
+            )
+        raise ValueError(
+            f"{name} does not hold the counts that were denoised to {key!r} any more{guess}: {now}{_or_layer(to_mix)}."
+        )
+    return counts
+
+
+def _are_those_of(
+    adata: AnnData, key: str, written: Mapping[str, Any], size: np.ndarray, found: np.ndarray, totals: np.ndarray
+) -> bool:
+    """Whether molecules of cells and of genes are those that were denoised, as far as the cells and genes left tell."""
+    all_genes = adata.n_vars == int(written["n_genes"])
+    if not ((found == size) if all_genes else (found <= size)).all():
+        return False
+    return not _has_all_cells(adata, key, written) or bool((totals == in_memory(adata.var[f"{key}_total"])).all())
+
+
+def _has_all_cells(adata: AnnData, key: str, written: Mapping[str, Any]) -> bool:
+    """Whether cells are those that were denoised, so that genes have their totals; a bootstrap repeats some."""
+    return adata.n_obs == int(written["n_cells"]) and adata.obs_names.is_unique and f"{key}_total" in adata.var
+
+
+def _holds(adata: AnnData, key: str, written: Mapping[str, Any], size: np.ndarray, layer: str | None) -> bool:
+    """Whether a layer in memory clearly holds the counts that were denoised."""
+    matrix = None if layer is None else adata.layers[layer]
+    tells = adata.n_vars == int(written["n_genes"]) or _has_all_cells(adata, key, written)
+    if not tells or not (sp.issparse(matrix) or isinstance(matrix, np.ndarray)):
+        return False
+
+    def sums(block: Block) -> Partial:
+        return Partial((column_sums(block.counts),), (row_sums(block.counts),))
+
+    try:
+        (totals,), (found,) = chunks_of(matrix, f"layer {layer!r}").run(sums, checked_block)
+    except (NotACount, TypeError, ValueError):
+        return False
+    return _are_those_of(adata, key, written, size, found, totals)
+
+
+def _put_back(layer: str | None, holds: str) -> str:
+    slot = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+    return f"put them back, {slot} = adata.layers[{holds!r}].copy(), or pass layer={holds!r} to a plot"
+
+
+def _or_layer(to_mix: bool) -> str:
+    """Return the other way out where counts are mixed in, for a message; a plot of them has none."""
+    return "; sc_noise2self.get reads a denoised layer with source='layer'" if to_mix else ""
+
+
+def gains_of_genes(adata: AnnData, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the gain of each gene, its error, and the molecules of the gene, shape (genes,) each."""
+    record(adata, key)
+    columns = [f"{key}_gain", f"{key}_gain_error", f"{key}_total"]
+    if not set(columns) <= set(adata.var):
+        raise KeyError(f"the gains of genes of {key!r} are gone from adata.var: run denoise again.")
+    gain, error, molecules = in_memory(adata.var[columns]).to_numpy().T
+    return gain, error, molecules
+
+
+def clear_gains(adata: AnnData, key: str) -> dict[str, np.ndarray]:
+    """Return which genes gained and which lost by more than two standard errors, boolean of shape (genes,).
+
+    `"gained"`, `"lost"`, and `"unclear"`: no difference to the mean profile was seen, or too few molecules to see one.
+    Genes without molecules are in none.
+    """
+    gain, error, _ = gains_of_genes(adata, key)
+    gained, lost = gain > 2 * error, gain < -2 * error
+    return {"gained": gained, "unclear": ~(gained | lost) & ~np.isnan(gain), "lost": lost}
+
+
+def positions(names: pd.Index, wanted: str | Sequence[str] | None, what: str) -> np.ndarray:
+    """Return where these names of genes or cells stand; None for all.
+
+    Raises
+    ------
+    KeyError
+        If one is not there, or names are not unique.
+    """
+    if wanted is None:
+        return np.arange(len(names))
+    wanted = [wanted] if isinstance(wanted, str) else list(wanted)
+    if not names.is_unique:
+        axis = "var" if what == "gene" else "obs"
+        raise KeyError(f"{what} names are not unique: call adata.{axis}_names_make_unique().")
+    positions = names.get_indexer(wanted)
+    missing = [name for name, position in zip(wanted, positions, strict=True) if position < 0]
+    if missing:
+        raise KeyError(f"{what}(s) not in adata: {', '.join(map(repr, missing[:5]))}{_near(names, str(missing[0]))}.")
+    return positions
+
+
+def _near(names: pd.Index, name: str) -> str:
+    """Return names that look like one that is not there, for a message."""
+    known = {str(each).lower(): str(each) for each in names}
+    near = [known[each] for each in get_close_matches(name.lower(), known, n=3, cutoff=0.8)]
+    return f"; near {name!r} are {', '.join(map(repr, near))}" if near else ""

@@ -1,0 +1,206 @@
+"""Split the molecules of a count matrix into independent parts.
+
+A cell is a bag of molecules. Dealing each molecule to X1 with probability p, else to X2, is a binomial draw per entry:
+X1 ~ Binomial(X, p), X2 = X - X1. Given the cell's true rates (Poisson counts) the parts are independent, so any
+function of X1 is J-invariant for X2 and its squared error against X2 is its squared error against the truth plus a
+constant (Noise2Self, Batson & Royer 2019, Proposition 1 and section 3.1).
+
+The draw of an entry depends on the seed, its cell (number and counts) and its gene alone (`sc_noise2self._dealing`), so
+the same split comes from all cells and from some of them, and from any format and dtype.
+
+Capture fractions are those of Batson, Royer & Webber 2019 (Molecular cross-validation); the Dirichlet-multinomial
+split for overdispersed counts is that of Neufeld et al. 2023 (Negative binomial count splitting).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from numbers import Integral, Real
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import scipy.sparse as sp
+
+from ._counts import CountMatrix, check_counts
+from ._dealing import add_contents, deal, row_keys
+from ._random import RandomState, as_generator, as_key
+
+_BLOCK = 1 << 15  # entries dealt at a time: they and their parts stay in the cache
+
+
+class Law(NamedTuple):
+    """How a molecule is dealt.
+
+    Attributes
+    ----------
+    shares
+        Probability of each category, summing to 1, shape (categories,).
+    overlap
+        Whether the first category is that of both of two parts, and each other of one; else each category is a part.
+    phi
+        Overdispersion of each gene, shape (genes,).
+    """
+
+    shares: np.ndarray
+    overlap: bool
+    phi: np.ndarray
+
+    @classmethod
+    def even(cls, n_genes: int) -> Self:
+        """Return that of even halves."""
+        return cls(np.array([0.5, 0.5]), False, np.zeros(n_genes))
+
+    @property
+    def n_parts(self) -> int:
+        """How many parts there are."""
+        return len(self.shares) - int(self.overlap)
+
+
+def split_matrix(
+    counts: CountMatrix,
+    fraction: float = 0.5,
+    *,
+    folds: int | None = None,
+    capture: float | None = None,
+    overdispersion: float | np.ndarray | None = None,
+    random_state: RandomState = 0,
+) -> tuple[CountMatrix, ...]:
+    """Return the parts of a count matrix; `sc_noise2self.split_molecules` describes the parameters."""
+    counts = check_counts(counts)
+    if folds is not None:
+        if isinstance(folds, bool) or not isinstance(folds, Integral) or folds < 2:
+            raise ValueError(f"folds is {folds!r}: pass a whole number of parts, 2 or more.")
+        if fraction != 0.5 or capture is not None:
+            given = "fraction" if fraction != 0.5 else "capture"
+            raise ValueError(f"folds and {given} were both given: folds are disjoint and equal, so pass one.")
+        shares = np.full(folds, 1 / folds)
+    else:
+        _check_share("fraction", fraction)
+        shares = np.array([fraction, 1 - fraction])
+    if capture is not None and overdispersion is not None:
+        raise ValueError("capture and overdispersion were both given: they assume different noise, so pass one.")
+    if capture is not None:
+        _check_share("capture", capture)
+        first, second, both = overlap_probabilities(fraction, capture)
+        shares = np.array([both, first - both, second - both])
+    phi = np.zeros(counts.shape[1]) if overdispersion is None else _phi(overdispersion, counts.shape[1])
+    law = Law(shares, capture is not None, phi)
+    key, cells = as_key(as_generator(random_state)), np.arange(counts.shape[0])
+    split = _split_dense if isinstance(counts, np.ndarray) else _split_sparse
+    return split(counts, key, cells, law)
+
+
+def halves(counts: sp.csr_matrix, key: int, cells: np.ndarray) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+    """Return the even split of some rows of a matrix, the same as that of the whole matrix there.
+
+    Parameters
+    ----------
+    counts
+        CSR of whole numbers, in canonical form.
+    key
+        Which split, from `sc_noise2self._random.as_key`.
+    cells
+        Which rows of the whole they are, shape (rows,).
+    """
+    first, second = _split_sparse(counts, key, cells, Law.even(counts.shape[1]))
+    return first, second
+
+
+def overlap_probabilities(fraction: float, capture: float) -> tuple[float, float, float]:
+    """Return P(in X1), P(in X2), P(in both) for a molecule of a sample that holds `capture` of the cell's molecules.
+
+    Two samples drawn independently from the cell, sized as `fraction` to 1 - `fraction`, could both have caught the
+    same molecule; that overlap vanishes as `capture` goes to 0. With a = (1 - s) / s:
+    p' = ((1 + a) - sqrt((1 + a)^2 - 4 a c)) / 2a, p'' = a p' (Batson, Royer & Webber 2019).
+    """
+    a = (1 - fraction) / fraction
+    first = 2 * capture / ((1 + a) + np.sqrt((1 + a) ** 2 - 4 * a * capture))  # the same, with its digits for a small c
+    second = a * first
+    return first / capture, second / capture, first * second / capture
+
+
+class _Entries(NamedTuple):
+    """Stored entries of some rows (columns) of a compressed matrix, as the kernel takes them."""
+
+    counts: np.ndarray
+    minor: np.ndarray
+    indptr: np.ndarray
+
+
+def _in_blocks(counts: Any) -> Iterator[tuple[int, int, _Entries]]:
+    """Yield (first row or column, the one after the last, their entries)."""
+    indptr, n_major = counts.indptr.astype(np.int64), len(counts.indptr) - 1
+    first = 0
+    while first < n_major:
+        last = max(first + 1, int(np.searchsorted(indptr, indptr[first] + _BLOCK, side="right")) - 1)
+        entries = slice(indptr[first], indptr[last])
+        values, minor = counts.data[entries].astype(np.int64), counts.indices[entries].astype(np.int64)
+        yield first, last, _Entries(values, minor, indptr[first : last + 1] - indptr[first])
+        first = last
+
+
+def _split_sparse(counts: Any, key: int, cells: np.ndarray, law: Law) -> tuple[Any, ...]:
+    """Deal the stored entries, some rows (columns) at a time; only entries that are not zero are kept."""
+    by_row, n_parts, n_major = counts.format == "csr", law.n_parts, len(counts.indptr) - 1
+    shares = law.shares, np.cumsum(law.shares[::-1])[::-1].copy()
+    contents = np.zeros(len(cells), np.uint64)
+    for first, last, entries in _in_blocks(counts):
+        add_contents(*entries, first, by_row, contents[first:last] if by_row else contents)
+    keys = row_keys(key, cells, contents)
+    # As long as the counts' own, then cut to what is stored: pages never written to take no memory.
+    data = [np.empty_like(counts.data) for _ in range(n_parts)]
+    indices = [np.empty_like(counts.indices) for _ in range(n_parts)]
+    ends = np.zeros((n_parts, n_major + 1), np.int64)
+    for first, last, entries in _in_blocks(counts):
+        values, minors = np.empty((2, n_parts, len(entries.counts)), np.int64)
+        of_block = np.empty((n_parts, last - first), np.int64)
+        own_keys = keys[first:last] if by_row else keys
+        deal(*entries, own_keys, first, by_row, *shares, law.phi, law.overlap, values, minors, of_block)
+        for i, end in enumerate(of_block):
+            stored, n_new = ends[i, first], end[-1]
+            data[i][stored : stored + n_new] = values[i, :n_new]
+            indices[i][stored : stored + n_new] = minors[i, :n_new]
+            ends[i, first + 1 : last + 1] = stored + end
+    parts = []
+    for own_data, own_indices, end in zip(data, indices, ends, strict=True):
+        own_data.resize(end[-1], refcheck=False)
+        own_indices.resize(end[-1], refcheck=False)
+        own_indptr = end.astype(counts.indptr.dtype)
+        part = type(counts)((own_data, own_indices, own_indptr), shape=counts.shape, copy=False)
+        part.has_canonical_format = True
+        parts.append(part)
+    return tuple(parts)
+
+
+def _split_dense(counts: np.ndarray, key: int, cells: np.ndarray, law: Law) -> tuple[CountMatrix, ...]:
+    """Deal a block of rows at a time, its entries that are not zero."""
+    parts = tuple(np.empty_like(counts) for _ in range(law.n_parts))
+    step = max(1, _BLOCK // max(1, counts.shape[1]))
+    for start in range(0, counts.shape[0], step):
+        rows = slice(start, start + step)
+        block = sp.csr_matrix(np.asarray(counts[rows], dtype=np.int64))
+        for part, dealt in zip(parts, _split_sparse(block, key, cells[rows], law), strict=True):
+            part[rows] = dealt.toarray()
+    return parts
+
+
+def _check_share(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < 1:
+        raise ValueError(f"{name} is {value!r}: pass a number between 0 and 1, both excluded.")
+
+
+def _phi(overdispersion: float | np.ndarray, n_genes: int) -> np.ndarray:
+    try:
+        values = np.asarray(overdispersion, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"overdispersion is {overdispersion!r}: pass one number, or one per gene.") from None
+    if values.ndim > 1 or (values.ndim == 1 and values.size != n_genes):
+        raise ValueError(
+            f"overdispersion has shape {values.shape}: pass one number, or one per gene ({n_genes} of them)."
+        )
+    if not np.isfinite(values).all() or (values < 0).any():
+        raise ValueError(
+            "overdispersion holds a negative or non-finite value: it is phi >= 0 in variance = mean + phi mean^2."
+        )
+    # Beyond these bounds parts are, to rounding, binomial, and all or nothing.
+    return np.broadcast_to(np.where(values < 1e-18, 0, np.minimum(values, 1e12)), n_genes).copy()

@@ -1,0 +1,173 @@
+"""What the autoencoder may be trained by. All are self-supervised: they need no clean counts. It needs PyTorch.
+
+Each compares the network's output, one number per gene, with molecules that it has not seen; Noise2Same alone shows
+the network all molecules and penalises what changes when some are taken away.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._counts import column_sums, row_sums
+from .._transform import Link, Transform, TransformName
+from ._autoencoder import LossName
+from ._network import Entries, Network
+
+_NEVER = -1e9  # a log probability
+
+
+class Loss(nn.Module):
+    """A cell's molecules are dealt to two parts; the network sees one and is compared with the other.
+
+    Attributes
+    ----------
+    link, depth
+        How an output becomes a rate, see `sc_noise2self._transform.rates`; for a square root, outputs times
+        sqrt(molecules of the cell / depth) are at the depth that it needs.
+    shares
+        Between which the share of molecules that the network sees is drawn, anew for every cell and step.
+    """
+
+    link: Link = "exp"
+    depth = 1.0
+    shares = (0.3, 0.9)
+
+    def __init__(self, counts: sp.csr_matrix) -> None:
+        super().__init__()
+        self.start = self.mean_output(counts)
+
+    def mean_output(self, counts: sp.csr_matrix) -> np.ndarray:
+        """Return the output that stands for the mean profile, shape (genes,). A gene never seen gets a tenth."""
+        totals = column_sums(counts) + 0.1
+        return np.log(totals / totals.sum())
+
+    def forward(self, network: Network, entries: Entries) -> Tensor:
+        """Return the loss of a batch."""
+        seen, held_out = entries.split(*self.shares)
+        return self.compare(network(seen).float(), held_out.dense())
+
+    def compare(self, output: Tensor, counts: Tensor) -> Tensor:
+        """Return the loss of outputs against counts, both of shape (cells, genes)."""
+        raise NotImplementedError
+
+
+class Multinomial(Loss):
+    """Nats per molecule: -sum x2 log softmax(output) / sum x2. Depth never enters."""
+
+    def compare(self, output: Tensor, counts: Tensor) -> Tensor:
+        """See `Loss`."""
+        return -(F.log_softmax(output, dim=1) * counts).sum() / counts.sum().clamp_min(1)
+
+
+class MaskedMultinomial(Multinomial):
+    """Genes are hidden instead of molecules (Noise2Self, section 5; Noise2Void, Krull et al. 2019).
+
+    Every cell hides a random share of its genes, anew at every step, and the network predicts how the molecules of
+    the hidden genes are shared out among them, in nats per molecule. In what it sees a hidden gene has the mean
+    profile's value (Eq. 3 of Noise2Self, where it is the mean of the neighbouring pixels). What one gene alone
+    knows of itself is never learned.
+    """
+
+    shares = (0.1, 0.7)
+
+    def forward(self, network: Network, entries: Entries) -> Tensor:
+        """See `Loss`."""
+        seen, held_out = entries.hide(*self.shares)
+        assert seen.hidden is not None
+        return self.compare(network(seen).float().masked_fill(~seen.hidden, _NEVER), held_out.dense())
+
+
+class Poisson(Loss):
+    """Counts are Poisson with mean n2 exp(output), n2 the cell's held-out molecules; nats per molecule."""
+
+    def compare(self, output: Tensor, counts: Tensor) -> Tensor:
+        """See `Loss`."""
+        means = counts.sum(dim=1, keepdim=True) * torch.exp(output)
+        return (means - counts * output).sum() / counts.sum().clamp_min(1)
+
+
+class NegativeBinomial(Loss):
+    """As `Poisson`, with variance m + m^2 / r and an r learned for each gene."""
+
+    def __init__(self, counts: sp.csr_matrix) -> None:
+        super().__init__(counts)
+        self.log_r = nn.Parameter(torch.full((counts.shape[1],), 1.0))
+
+    def compare(self, output: Tensor, counts: Tensor) -> Tensor:
+        """See `Loss`."""
+        sizes = counts.sum(dim=1, keepdim=True)
+        r = torch.exp(self.log_r.clamp(-7, 12))
+        log_means = output + torch.log(sizes.clamp_min(1))
+        # log(r + m) without overflow; the terms with lgamma are zero where the count is.
+        log_sum = torch.logaddexp(log_means, torch.log(r).expand_as(log_means))
+        likelihood = (r * torch.log(r)).expand_as(output) - (r + counts) * log_sum + counts * log_means
+        rows, genes = torch.nonzero(counts, as_tuple=True)
+        gammas = torch.lgamma(counts[rows, genes] + r[genes]) - torch.lgamma(r[genes])
+        likelihood = likelihood * (sizes > 0)
+        return -(likelihood.sum() + gammas.sum()) / counts.sum().clamp_min(1)
+
+
+class SquaredError(Loss):
+    """Mean squared error on transformed counts, as in Noise2Self, section 3.1: even splits, each at one depth."""
+
+    shares = (0.5, 0.5)
+
+    def __init__(self, counts: sp.csr_matrix, transform: TransformName) -> None:
+        sizes = row_sums(counts)
+        self.transform = Transform(transform, float(np.median(sizes[sizes > 0])) * self.shares[1])
+        super().__init__(counts)
+        self.link, self.depth = transform, self.transform.target / self.shares[1]
+
+    def mean_output(self, counts: sp.csr_matrix) -> np.ndarray:
+        """See `Loss`."""
+        return column_sums(self.transform.apply(counts, row_sums(counts))) / counts.shape[0]
+
+    def compare(self, output: Tensor, counts: Tensor) -> Tensor:
+        """See `Loss`."""
+        return F.mse_loss(output, self._transformed(counts))
+
+    def _transformed(self, counts: Tensor) -> Tensor:
+        scaled = counts * (self.transform.target / counts.sum(dim=1, keepdim=True).clamp_min(1))
+        return torch.log1p(scaled) if self.transform.name == "log1p" else torch.sqrt(scaled)
+
+
+class Noise2Same(SquaredError):
+    """Noise2Same (Xie et al. 2020, theorem 2): |f(x) - x|^2 / m + lambda sigma sqrt(|f(x) - f(x_J)|^2 / m).
+
+    The network sees all molecules, so nothing forces f to be J-invariant; the second term bounds what it may gain
+    by copying, with lambda = 2. x_J is the cell without a random half of its molecules, sigma the root mean square
+    sampling noise on the transformed scale (the jackknife over molecules), m the entries.
+    """
+
+    def __init__(self, counts: sp.csr_matrix, transform: TransformName, invariance: float) -> None:
+        super().__init__(counts, transform)
+        self.invariance = invariance
+        self.transform = Transform(transform, self.depth)
+        self.start = self.mean_output(counts)
+        self.sigma = float(np.sqrt(self.transform.noise_variance(counts, row_sums(counts)).mean()))
+
+    def forward(self, network: Network, entries: Entries) -> Tensor:
+        """See `Loss`."""
+        part, _ = entries.split(*self.shares)
+        full = network(entries).float()
+        change = F.mse_loss(full, network(part).float())
+        return self.compare(full, entries.dense()) + self.invariance * self.sigma * torch.sqrt(change + 1e-12)
+
+
+def make_loss(name: LossName, counts: sp.csr_matrix, invariance: float) -> Loss:
+    """Return the loss of this name, for counts (CSR, cells x genes) that are trained on."""
+    if name == "multinomial":
+        return Multinomial(counts)
+    if name == "masked_multinomial":
+        return MaskedMultinomial(counts)
+    if name == "poisson":
+        return Poisson(counts)
+    if name == "negative_binomial":
+        return NegativeBinomial(counts)
+    kind, _, scale = name.partition("_")
+    transform: TransformName = "log1p" if scale == "log1p" else "sqrt"
+    return SquaredError(counts, transform) if kind == "mse" else Noise2Same(counts, transform, invariance)
