@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -10,7 +11,8 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
-from ._blocks import Block, Chunks, InMemory, OnDask, OnDisk, Partial, Survey, block_of
+from ._blocks import Block, Chunks, Counts, InMemory, OnDask, OnDisk, Partial, block_of
+from ._checks import read_mask
 from ._counts import (
     SINGLE,
     CountMatrix,
@@ -24,18 +26,18 @@ from ._counts import (
 from ._random import RandomState
 from ._slots import without_results
 from ._split import split_matrix
-from ._warnings import caveat
+from ._warnings import warn
 
 _LARGE = 10_000  # a count, and the end of a histogram
 _READS = 10  # a median non-zero count above this is not seen with UMIs
 _BARCODE = re.compile(r"[ACGT]{12,}(-\d+)?")
 _HOUSEKEEPING = {"ACTB", "GAPDH", "MALAT1", "Actb", "Gapdh", "Malat1"}
 
-Counts = TypeVar("Counts", bound="AnnData | CountMatrix")
+Splittable = TypeVar("Splittable", bound="AnnData | CountMatrix")
 
 
 def split_molecules(
-    counts: Counts,
+    counts: Splittable,
     fraction: float = 0.5,
     *,
     folds: int | None = None,
@@ -43,7 +45,7 @@ def split_molecules(
     overdispersion: float | np.ndarray | None = None,
     layer: str | None = None,
     random_state: RandomState = 0,
-) -> tuple[Counts, ...]:
+) -> tuple[Splittable, ...]:
     """Split the molecules of every cell at random into parts that are independent given the cell's expression.
 
     Parameters
@@ -105,7 +107,7 @@ def split_molecules(
     if not isinstance(counts, AnnData):
         if layer is not None:
             raise ValueError(f"layer={layer!r} was given with a matrix: it names a layer of an AnnData object.")
-        return cast("tuple[Counts, ...]", split_matrix(counts, **options))
+        return cast("tuple[Splittable, ...]", split_matrix(counts, **options))
     parts = split_matrix(read_counts(counts, layer), **options)
     return tuple(with_counts(counts, part) for part in parts)
 
@@ -130,9 +132,9 @@ def read_counts(adata: AnnData, layer: str | None, largest: int = 2**53) -> Coun
     if not sp.issparse(matrix) and not isinstance(matrix, np.ndarray):
         raise ValueError(f"{name} is not in memory: load it first, adata = adata.to_memory().")
     counts = check_counts(matrix, name=name, cells=adata.obs_names, genes=adata.var_names, largest=largest)
-    _warn_if_transposed(adata, stacklevel=5)
+    _warn_if_transposed(adata)
     values: Any = counts.data if sp.issparse(counts) else counts
-    _warn_if_reads(_histogram(values), name, stacklevel=5)
+    _warn_if_reads(_histogram(values), name)
     return counts
 
 
@@ -154,13 +156,25 @@ def read_csr(adata: AnnData, layer: str | None) -> sp.csr_matrix:
     return out
 
 
-def survey(adata: AnnData, layer: str | None) -> Survey:
+def as_counts(
+    adata: AnnData,
+    layer: str | None,
+    mask_var: str | np.ndarray | Sequence[bool] | None = None,
+    columns: Iterable[str] = (),
+) -> Counts:
     """Return the counts of `X` or a layer wherever they are, checked in one pass that counts their molecules.
+
+    Parameters
+    ----------
+    mask_var
+        As in `denoise`.
+    columns
+        Columns of `obs` that are wanted with them.
 
     Raises
     ------
     ValueError, TypeError
-        As `read_csr`, and if a file or a Dask array cannot be read by rows.
+        As `read_csr`, if a file or a Dask array cannot be read by rows, and if a column is missing.
     """
     matrix, name = _matrix(adata, layer)
     chunks = chunks_of(matrix, name)
@@ -171,10 +185,11 @@ def survey(adata: AnnData, layer: str | None) -> Survey:
         raise error.named(name, adata.obs_names, adata.var_names) from None
     if not totals.any():
         raise ValueError(f"{name} holds no molecule (shape {chunks.shape}): there is nothing to denoise.")
-    _warn_if_transposed(adata, stacklevel=4)
-    _warn_if_reads(histogram, name, stacklevel=4)
+    _warn_if_transposed(adata)
+    _warn_if_reads(histogram, name)
     _warn_if_empty(size)
-    return Survey(chunks, size, totals)
+    read = {each: read_batches(adata, each) for each in columns}
+    return Counts(chunks, size, totals, adata.obs_names, adata.var_names, read_mask(adata, mask_var), read)
 
 
 def _counted(block: Block) -> Partial:
@@ -240,10 +255,9 @@ def _check_shape(shape: tuple[int, int]) -> None:
 def _warn_if_empty(size: np.ndarray) -> None:
     empty = int((size == 0).sum())
     if empty:
-        caveat(
+        warn(
             f"{empty} cell(s) hold no molecule and stay zero: remove them with "
-            "sc.pp.filter_cells(adata, min_counts=1).",
-            stacklevel=4,
+            "sc.pp.filter_cells(adata, min_counts=1)."
         )
 
 
@@ -263,13 +277,12 @@ def read_batches(adata: AnnData, key: str) -> pd.Series:
     return labels
 
 
-def _warn_if_transposed(adata: AnnData, stacklevel: int) -> None:
+def _warn_if_transposed(adata: AnnData) -> None:
     genes, cells = adata.var_names[:50], adata.obs_names
     if all(_BARCODE.fullmatch(str(name)) for name in genes) or not _HOUSEKEEPING.isdisjoint(cells):
-        caveat(
+        warn(
             "adata looks transposed (cell barcodes in var_names, or genes in obs_names): counts are cells x genes, "
-            "so pass adata.T.",
-            stacklevel=stacklevel,
+            "so pass adata.T."
         )
 
 
@@ -279,13 +292,12 @@ def _histogram(values: np.ndarray) -> np.ndarray:
     return np.bincount(np.minimum(sample.astype(np.float64), _LARGE).astype(np.intp), minlength=_LARGE + 1)
 
 
-def _warn_if_reads(histogram: np.ndarray, name: str, stacklevel: int) -> None:
+def _warn_if_reads(histogram: np.ndarray, name: str) -> None:
     """Warn by the median count that is not 0."""
     up_to = np.cumsum(histogram[1:])
     median = 1 + int(np.searchsorted(up_to, up_to[-1] / 2))
     if median > _READS:
-        caveat(
+        warn(
             f"{name} looks like reads, not molecules (median non-zero count {median}): copies of one molecule fall "
-            "into both halves, so the loss takes them for signal. Use UMI counts.",
-            stacklevel=stacklevel,
+            "into both halves, so the loss takes them for signal. Use UMI counts."
         )

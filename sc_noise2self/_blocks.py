@@ -8,14 +8,17 @@ A run of such a function is one pass over the counts. Sums are taken in double p
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
+from ._counts import column_sums, row_sums
+from ._progress import progress_bar
 from ._threads import alone, in_threads, one_blas_thread
 
 if TYPE_CHECKING:
@@ -76,16 +79,10 @@ class Chunks(ABC):
     ----------
     shape
         (cells, genes).
-    n_passes
-        How often all counts have been read.
-    on_pass
-        Called after each time.
     """
 
     def __init__(self, shape: tuple[int, int], rows: int | None = None) -> None:
         self.shape = shape
-        self.n_passes = 0
-        self.on_pass: Callable[[], object] = lambda: None
         self._rows = block_rows(shape[1]) if rows is None else rows
 
     @abstractmethod
@@ -121,10 +118,6 @@ class Chunks(ABC):
             cells = [np.arange(start, min(start + _STRETCH, self.shape[0])) for start in starts]
             yield np.concatenate(cells), _stacked([_canonical(self._slice(each[0], each[-1] + 1)) for each in cells])
 
-    def _passed(self) -> None:
-        self.n_passes += 1
-        self.on_pass()
-
     def pools(self) -> list[int]:
         """Return how many cells `shuffled` yields at a time, at most."""
         step = _STRETCH * _STRETCHES
@@ -142,10 +135,16 @@ class Chunks(ABC):
         """Return all counts, CSR float32."""
         return self.take(np.arange(self.shape[0]))
 
+    def __getitem__(self, cells: np.ndarray | slice) -> sp.csr_matrix:
+        """Return the counts of some cells, in any order, CSR float32."""
+        numbers = np.arange(self.shape[0])[cells]
+        rising, back = np.unique(numbers, return_inverse=True)
+        return self.take(rising)[back] if len(rising) < len(numbers) or (np.diff(numbers) < 0).any() else self.take(rising)
+
 
 @dataclass(frozen=True, eq=False)
-class Survey:
-    """Counts and what the first pass over them tells.
+class Counts:
+    """Counts wherever they are, and what a method may know of their cells and genes.
 
     Attributes
     ----------
@@ -155,11 +154,44 @@ class Survey:
         Molecules of each cell, shape (cells,).
     totals
         Molecules of each gene, shape (genes,).
+    cell_names, gene_names
+        Names of cells and genes.
+    used
+        Genes that determine which cells are alike, boolean of shape (genes,); None for all.
+    columns
+        Columns of `obs`, categorical, that a method asked for.
     """
 
     chunks: Chunks
     size: np.ndarray
     totals: np.ndarray
+    cell_names: pd.Index
+    gene_names: pd.Index
+    used: np.ndarray | None = None
+    columns: Mapping[str, pd.Series] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, counts: sp.csr_matrix, used: np.ndarray | None = None) -> Counts:
+        """Return counts of cells and genes without names."""
+        names = [pd.RangeIndex(n).astype(str) for n in counts.shape]
+        return cls(InMemory(counts), row_sums(counts), column_sums(counts), *names, used)
+
+    @property
+    def n_used(self) -> int:
+        """How many genes determine which cells are alike."""
+        return self.chunks.shape[1] if self.used is None else int(self.used.sum())
+
+    def in_memory(self) -> sp.csr_matrix:
+        """Return all counts, CSR float32 of shape (cells, genes)."""
+        return self.chunks.in_memory()
+
+    def part(self, counts: sp.csr_matrix, cells: np.ndarray) -> Counts:
+        """Return other counts of some of the cells, by number: a part of their molecules."""
+        columns = {name: column.iloc[cells] for name, column in self.columns.items()}
+        names = self.cell_names[cells]
+        return Counts(
+            InMemory(counts), row_sums(counts), column_sums(counts), names, self.gene_names, self.used, columns
+        )
 
 
 class _Local(Chunks):
@@ -171,9 +203,9 @@ class _Local(Chunks):
         def of_block(item: tuple[int, Any]) -> Partial:
             return work((to_block or block_of)(*item))
 
-        out = _gathered(in_threads(of_block, self._items()))
-        self._passed()
-        return out
+        n_blocks = -(-self.shape[0] // self._rows)
+        with progress_bar("reading counts", n_blocks) as bar:
+            return _gathered(_counted(in_threads(of_block, self._items()), bar))
 
     def take(self, cells: np.ndarray) -> sp.csr_matrix:
         """See `Chunks`; blocks without any of the cells are not read."""
@@ -258,9 +290,7 @@ class OnDask(Chunks):
         while len(parts) > 1:
             parts = [add(parts[i : i + _FAN_IN]) for i in range(0, len(parts), _FAN_IN)]
         with one_blas_thread():
-            out = parts[0].compute()
-        self._passed()
-        return out
+            return parts[0].compute()
 
     def rows(self, work: Work, widths: Sequence[int]) -> list[np.ndarray | dask.array.Array]:
         """See `Chunks`."""
@@ -296,6 +326,13 @@ def _of_chunk(work: Work, to_block: ToBlock, start: int, rows: Any, step: int) -
     """Return what is learned from the blocks of a chunk, in one thread: the scheduler has its own."""
     starts, rows = range(0, rows.shape[0], step), _checked(rows, rows.shape)
     return alone(lambda: _gathered(work(to_block(start + i, rows[i : i + step])) for i in starts))
+
+
+def _counted(partials: Iterable[Partial], bar: Any) -> Iterator[Partial]:
+    """Yield what was learned from blocks, and move a bar."""
+    for partial in partials:
+        yield partial
+        bar.update()
 
 
 def _gathered(partials: Iterable[Partial]) -> Partial:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from numbers import Integral
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 from anndata import AnnData
-from scanpy import settings
-from tqdm.auto import tqdm
 
 from ._random import RandomState
 
@@ -37,8 +36,7 @@ def bounded(name: str, value: int | None, default: int, n_cells: int, n_genes: i
     bound = min(n_cells, n_genes) - 1
     if value is None:
         return min(default, bound)
-    check_positive(name, value)
-    if value > bound:
+    if as_positive(name, value) > bound:
         raise ValueError(
             f"{name} is {value}: {n_cells} cells x {n_genes} genes have at most {bound} components beyond the mean."
         )
@@ -51,10 +49,25 @@ def check_one_of(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}: pass one of {', '.join(choices)}.")
 
 
-def check_positive(name: str, value: int) -> None:
-    """Raise unless the value is a whole number from 1."""
+def as_positive(name: str, value: Any) -> int:
+    """Return a whole number from 1 as it is; raise for anything else."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} is {value!r}: pass a whole number, 1 or more.")
+    return int(value)
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Raise unless the value is a whole number from 0."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+        raise ValueError(f"{name} is {value!r}: pass a whole number, 0 or more.")
+
+
+def check_number(name: str, value: Any, least: float, most: float, *, open_below: bool = False) -> None:
+    """Raise unless the value is a number from `least`, or above it, to below `most`."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not least <= value < most or (open_below and value == least):
+        above = f"above {least:g}" if open_below else f"{least:g} or more"
+        raise ValueError(f"{name} is {value!r}: pass a number {above}{'' if most == np.inf else f' and below {most:g}'}.")
 
 
 def check_flag(name: str, value: object) -> None:
@@ -69,33 +82,16 @@ def check_name(name: str, value: object, hint: str = "") -> None:
         raise TypeError(f"{name} is {value!r}: pass a name, a string.{hint}")
 
 
-def check_mapping(name: str, value: object, keys: Collection[str]) -> None:
-    """Raise unless the value maps some of these names to values."""
-    known = ", ".join(keys)
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{name} is {value!r}: pass a dictionary, with any of {known}.")
-    if unknown := [key for key in value if key not in keys]:
-        raise ValueError(f"{name} has {', '.join(sorted(map(str, unknown)))}: it takes {known}.")
-
-
-def read_names(name: str, value: object, choices: Sequence[str]) -> tuple[str, ...]:
-    """Return some of the choices, at least one, each once; from any iterable, which is read once."""
-    names = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else ()
-    if not names or not all(isinstance(each, str) and each in choices for each in names):
-        raise ValueError(f"{name} is {names or value!r}: pass some of {', '.join(choices)}.")
-    return tuple(dict.fromkeys(names))
-
-
 def describe_counts(adata: AnnData, layer: str | None) -> str:
     """Return where the counts are and how many, for a message."""
     return f"{'X' if layer is None else f'layer {layer!r}'} ({adata.n_obs} cells x {adata.n_vars} genes)"
 
 
-def progress_bar(name: str, total: int) -> tqdm:
-    """Return a bar for what lasts over two seconds, silent below verbosity 2 (info)."""
-    return tqdm(total=total, desc=name, delay=2, disable=int(settings.verbosity) < 2, leave=False)
-
-
 def seed_of(random_state: RandomState) -> int | str:
     """Return the seed as it is written down."""
     return "generator" if isinstance(random_state, np.random.Generator) else int(random_state)
+
+
+def describe_mask(mask_var: object) -> str:
+    """Return which genes were used, as it is written down."""
+    return mask_var if isinstance(mask_var, str) else ("none" if mask_var is None else "array")

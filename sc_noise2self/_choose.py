@@ -8,21 +8,25 @@ held-out molecules are in its own prediction. (Without that, components of pure 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 
-from ._blocks import Chunks, Partial, Survey
-from ._counts import column_sums, row_sums
-from ._loss import Gain, GeneGains, held_out_gain, held_out_probabilities
+from ._blocks import Chunks, Counts, Partial
+from ._compare import Comparison
+from ._counts import row_sums
+from ._loss import Gain, GeneGains
+from ._progress import progress_bar
 from ._random import as_key
 from ._split import halves as even_split
-from .methods._base import Half, MeanMember, Member, Sample, totals_of_halves
-from .methods._mixing import dispersion_curves, dispersions
-from .methods._pca import folds_of
-from .methods._profiles import LowRankProfiles, MixedProfiles, Profiles, WeightedProfiles
+from .methods._base import Learner, MeanLearner, Method, Sample
+from .methods._components import folds_of
+from .methods._mixing import dispersion_curves, dispersions, scales_of_cells
+from .methods._profiles import MixedProfiles, Profiles, combine, ratio
+from .partitions import Fold, fold_of
 
 _SCORED = 20_000_000  # dense entries that candidates are compared on: as many cells, drawn at random, as have so many
 _MEASURED = 400_000_000  # and those that the gain of the choice is measured on
@@ -32,16 +36,16 @@ _LEAST_WEIGHT = 0.01  # members of a smaller weight are left out of the mean
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """A member as it is set, and its weight in the mean."""
+    """A learner as it is set, and its weight in the mean."""
 
-    member: Member
-    setting: str
+    learner: Learner
+    setting: Any
     weight: float
 
     @property
     def label(self) -> str:
         """E.g. ``"pca log1p, shrinkage 2"``."""
-        return f"{self.member.name}, {self.setting}"
+        return ", ".join(filter(None, (self.learner.name, str(self.setting))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,10 +54,10 @@ class Selection:
 
     Attributes
     ----------
-    gains
-        The held-out gain of each candidate by its label, pooled over splits and directions.
+    comparison
+        The loss, minus the held-out gain, of each candidate by its label, pooled over splits and directions.
     choices
-        The members chosen; their weights sum to 1.
+        The learners chosen; their weights sum to 1.
     gain
         The held-out gain of the choice, the counts mixed in where that was asked for.
     unmixed_gain
@@ -67,7 +71,7 @@ class Selection:
         The gain of the choice in each gene and its standard error, shape (genes,) each, see `GeneGains`.
     """
 
-    gains: dict[str, Gain]
+    comparison: Comparison
     choices: tuple[Choice, ...]
     gain: Gain
     unmixed_gain: Gain
@@ -75,105 +79,142 @@ class Selection:
     beats_mean: bool
     gene_gains: tuple[np.ndarray, np.ndarray]
 
-    def refit(self, survey: Survey, rng: np.random.Generator) -> tuple[LowRankProfiles, ...]:
+    @property
+    def weights(self) -> list[float]:
+        """The weight of each learner chosen."""
+        return [choice.weight for choice in self.choices]
+
+    def refit(self, counts: Counts, rng: np.random.Generator) -> list[Profiles]:
         """Return the profiles of each choice, fitted to all molecules."""
-        return tuple(choice.member.refit(survey, choice.setting, rng) for choice in self.choices)
-
-
-def combine(profiles: Sequence[Profiles], weights: Sequence[float]) -> Profiles:
-    """Return the weighted mean of profiles."""
-    return profiles[0] if len(profiles) == 1 else WeightedProfiles(tuple(profiles), tuple(weights))
+        return [choice.learner.refit(counts, choice.setting, rng) for choice in self.choices]
 
 
 def select(
-    members: Sequence[Member],
-    chunks: Chunks,
+    methods: Sequence[Method],
+    counts: Counts,
     rng: np.random.Generator,
     *,
     average: bool,
     mix: bool,
     n_splits: int = 1,
-    on_step: Callable[[], object] = lambda: None,
 ) -> Selection:
-    """Return the best member and setting, or the best mean of all members.
+    """Return the best of what methods offer, or the best mean of all, and what it gains.
 
     Parameters
     ----------
-    members
-        Denoisers that have learned nothing yet.
-    chunks
-        The counts. Where fewer cells are enough for every member to be compared, a random choice of them is used; what
+    methods
+        Denoisers, checked against the counts.
+    counts
+        The counts. Where fewer cells are enough for every method to be compared, a random choice of them is used; what
         is chosen then learns from all.
     average
-        Tune every member and find the weights of their mean; else tune the best one alone.
+        Tune every learner and find the weights of the mean of all, the mean profile among them; else tune the best one
+        alone.
     mix
         Learn the dispersions that mixing the counts back in needs.
     n_splits
         Independent even splits; each is used in both directions.
-    on_step
-        Called `n_steps` times: as each member is prepared, after each fit to a half, and as each candidate is scored.
     """
+    learners, average = learners_of(methods, counts, average)
+    chunks = counts.chunks
     cells = np.arange(chunks.shape[0])
-    enough = [member.enough_cells or len(cells) for member in members]
-    if max(enough) < len(cells):
-        cells = np.sort(rng.choice(cells, max(enough), replace=False))
-    counts = chunks.take(cells)
-    n_cells, n_genes = counts.shape
+    enough = max(learner.enough_cells or len(cells) for learner in learners)
+    if enough < len(cells):
+        cells = np.sort(rng.choice(cells, enough, replace=False))
+    some = chunks.take(cells)
+    n_cells, n_genes = some.shape
     scored, dispersed = (_some(rng, n_cells, entries // n_genes) for entries in (_SCORED, _DISPERSION))
     keys = [as_key(rng) for _ in range(n_splits)]
-    halves = _halves(counts, keys, cells)
+    halves = _halves(some, keys, cells)
     check_enough([half.held_out[scored] for half in halves])
-    for member in members:
-        member.prepare(counts, cells, rng)
-        on_step()
-    del counts  # their halves are all that is needed from here
-    for half in halves:
-        for member in members:
-            member.learn(half, rng)
-            on_step()
-    scores = _Scores(halves, scored)
-
-    best = {member.name: Choice(member, member.settings[0], 1.0) for member in members}
-    for choice in best.values():
-        scores.add(choice)
-        on_step()
-    winner = max(best.values(), key=scores.mean)
-    for member in members if average else [winner.member]:
-        candidates = [Choice(member, setting, 1.0) for setting in member.settings]
-        for candidate in candidates[1:]:
-            scores.add(candidate)
-            on_step()
-        best[member.name] = max(candidates, key=scores.mean)
-    choices = _weighted(list(best.values()), scores) if average else (best[winner.member.name],)
-
-    for member in members:
-        if all(choice.member is not member for choice in choices):
-            member.forget()
+    scores, choices = _compared(learners, some, cells, halves, scored, average, rng)
+    chosen = [choice.learner for choice in choices]
+    for learner in learners:
+        if learner not in chosen:
+            learner.forget()
     if len(cells) < chunks.shape[0]:
-        for choice in choices:
-            choice.member.learn_all(chunks, keys, rng)
-    fitted = np.arange(chunks.shape[0]) if all(choice.member.predicts_others for choice in choices) else cells
-    sample = Sample(chunks, keys, fitted[_some(rng, len(fitted), _MEASURED // n_genes)])
+        for learner in chosen:
+            learner.learn_all(chunks, keys, rng)
+    measured = np.arange(chunks.shape[0]) if all(learner.predicts_others for learner in chosen) else cells
+    sample = Sample(chunks, keys, measured[_some(rng, len(measured), _MEASURED // n_genes)])
+    return _measured(scores.comparison, choices, sample, halves, dispersed if mix else None)
+
+
+def denoised(methods: Sequence[Method], counts: Counts, rng: np.random.Generator) -> Profiles:
+    """Return the profiles that the best of what methods offer gives to counts: chosen on halves of them, then refitted."""
+    selection = select(methods, counts, rng, average=len(methods) > 1, mix=False)
+    return combine(selection.refit(counts, rng), selection.weights)
+
+
+def learners_of(methods: Sequence[Method], counts: Counts, average: bool) -> tuple[list[Learner], bool]:
+    """Return the learners of methods, each with a name of its own, and whether they are averaged."""
+    learners: list[Learner] = [MeanLearner()] if average else []
+    for method in methods:
+        learners += method.learners(counts)
+    taken: dict[str, int] = {}
+    for learner in learners:
+        taken[learner.name] = number = taken.get(learner.name, 0) + 1
+        if number > 1:
+            learner.name = f"{learner.name} {number}"
+    return learners, average or any(method.is_average for method in methods)
+
+
+def _compared(
+    learners: Sequence[Learner],
+    counts: sp.csr_matrix,
+    cells: np.ndarray,
+    halves: Sequence[Fold],
+    scored: np.ndarray,
+    average: bool,
+    rng: np.random.Generator,
+) -> tuple[_Scores, tuple[Choice, ...]]:
+    """Return the scores of candidates and what they choose: the best, or all with their weights."""
+    with progress_bar("comparing denoisers", (len(halves) + 2) * len(learners)) as bar:
+        for learner in learners:
+            learner.prepare(counts, cells, rng)
+            bar.update()
+        for half in halves:
+            for learner in learners:
+                learner.learn(half, rng)
+                bar.update()
+        scores = _Scores(halves, scored)
+        best = {learner.name: Choice(learner, learner.settings[0], 1.0) for learner in learners}
+        for choice in best.values():
+            scores.add(choice)
+        winner = max(best.values(), key=scores.mean)
+        for learner in learners if average else [winner.learner]:
+            candidates = [Choice(learner, setting, 1.0) for setting in learner.settings]
+            for candidate in candidates[1:]:
+                scores.add(candidate)
+            best[learner.name] = max(candidates, key=scores.mean)
+            bar.update()
+    return scores, scores.weighted(list(best.values())) if average else (best[winner.learner.name],)
+
+
+def _measured(
+    comparison: Comparison,
+    choices: tuple[Choice, ...],
+    sample: Sample,
+    halves: Sequence[Fold],
+    dispersed: np.ndarray | None,
+) -> Selection:
+    """Return the selection with its gains; the mean profile takes the place of a choice that does not beat it.
+
+    `dispersed` are the cells that dispersions are learned from, None where no counts are mixed in.
+    """
     measure = _Measurement(sample)
     predict = _Prediction(choices, sample)
     unmixed, gene_gains = measure(predict)
     beats_mean = unmixed.is_clear
     if not beats_mean:
-        choices = (Choice(MeanMember(), "as it is", 1.0),)
+        choices = (Choice(MeanLearner(), "as it is", 1.0),)
         predict = _Prediction(choices, sample)
         _, gene_gains = measure(predict)
     gain, phi = unmixed, None
-    if mix:
+    if dispersed is not None:
         phi = predict.learn_dispersions(halves, dispersed)
         gain, gene_gains = measure(predict)
-    return Selection(scores.gains, choices, gain, unmixed, phi, beats_mean, gene_gains)
-
-
-def n_steps(members: Sequence[Member], average: bool, n_splits: int) -> int:
-    """Return how often `select` calls `on_step`; members that compete, not averaged, have as many settings each."""
-    # The one setting of some members is not known before they are prepared.
-    tuned = [max(1, len(member.settings)) - 1 for member in (members if average else members[:1])]
-    return (2 * n_splits + 2) * len(members) + sum(tuned)
+    return Selection(comparison, choices, gain, unmixed, phi, beats_mean, gene_gains)
 
 
 def _some(rng: np.random.Generator, n_cells: int, n_wanted: int) -> np.ndarray:
@@ -181,11 +222,10 @@ def _some(rng: np.random.Generator, n_cells: int, n_wanted: int) -> np.ndarray:
     return np.sort(rng.choice(n_cells, min(n_cells, max(2, n_wanted)), replace=False))
 
 
-def _halves(counts: sp.csr_matrix, keys: Sequence[int], cells: np.ndarray) -> list[Half]:
+def _halves(counts: sp.csr_matrix, keys: Sequence[int], cells: np.ndarray) -> list[Fold]:
     """Return both directions of each split."""
-    folds = folds_of(cells)
     pairs = [even_split(counts, key, cells) for key in keys]
-    return [Half(seen, held_out, folds, cells) for one, two in pairs for seen, held_out in ((one, two), (two, one))]
+    return [fold_of(seen, held_out, cells) for one, two in pairs for seen, held_out in ((one, two), (two, one))]
 
 
 def check_enough(parts: Sequence[sp.csr_matrix]) -> None:
@@ -205,7 +245,7 @@ def mixture_weights(probabilities: np.ndarray, molecules: np.ndarray, n_iter: in
     Parameters
     ----------
     probabilities
-        That each member gave to each held-out entry, shape (members, entries).
+        That each learner gave to each held-out entry, shape (learners, entries).
     molecules
         Of each entry, shape (entries,).
     """
@@ -219,44 +259,34 @@ def mixture_weights(probabilities: np.ndarray, molecules: np.ndarray, n_iter: in
 class _Scores:
     """Held-out probabilities and gains of candidates, on the same cells of every half."""
 
-    def __init__(self, halves: list[Half], cells: np.ndarray) -> None:
-        self._numbers = halves[0].cells[cells]
-        self._seen = [half.seen[cells] for half in halves]
-        self.held_out = [half.held_out[cells] for half in halves]
-        self._mean_profiles = [column_sums(half.seen) / half.seen.sum() for half in halves]
-        self.probabilities: dict[str, list[np.ndarray]] = {}
-        self.gains: dict[str, Gain] = {}
+    def __init__(self, halves: Sequence[Fold], cells: np.ndarray) -> None:
+        self._folds = [half.of_cells(cells) for half in halves]
+        self._probabilities: dict[str, list[np.ndarray]] = {}
+        self._gains: dict[str, Gain] = {}
+        self.comparison = Comparison()
 
     def add(self, choice: Choice) -> None:
         """Predict and score a candidate."""
-        self.probabilities[choice.label] = [
-            held_out_probabilities(choice.member.predict(i, choice.setting, seen, self._numbers), held_out)
-            for i, (seen, held_out) in enumerate(zip(self._seen, self.held_out, strict=True))
-        ]
-        first, *others = (
-            held_out_gain(p, held_out, mean)
-            for p, held_out, mean in zip(
-                self.probabilities[choice.label], self.held_out, self._mean_profiles, strict=True
-            )
-        )
-        self.gains[choice.label] = sum(others, first)
+        found = []
+        for i, fold in enumerate(self._folds):
+            found.append(fold.probabilities(choice.learner.predict(i, choice.setting, fold.seen, fold.cells)))
+            gain = fold.gain_of(found[-1])
+            self.comparison.add({"label": choice.label}, -gain, fold=i)
+        self._probabilities[choice.label] = found
 
     def mean(self, choice: Choice) -> float:
         """Return the gain of a candidate that was added."""
-        return self.gains[choice.label].mean
+        return -self.comparison.score({"label": choice.label}).mean
 
-
-def _weighted(best: list[Choice], scores: _Scores) -> tuple[Choice, ...]:
-    """Return the choices with their weights in the mean, those of next to none left out."""
-    probabilities = np.array([np.concatenate(scores.probabilities[choice.label]) for choice in best])
-    molecules = np.concatenate([held_out.data for held_out in scores.held_out])
-    weights = mixture_weights(probabilities, molecules)
-    kept = weights >= _LEAST_WEIGHT
-    weights = weights[kept] / weights[kept].sum()
-    chosen = [choice for choice, keep in zip(best, kept, strict=True) if keep]
-    return tuple(
-        Choice(choice.member, choice.setting, float(weight)) for choice, weight in zip(chosen, weights, strict=True)
-    )
+    def weighted(self, best: list[Choice]) -> tuple[Choice, ...]:
+        """Return the choices with their weights in the mean, those of next to none left out."""
+        probabilities = np.array([np.concatenate(self._probabilities[choice.label]) for choice in best])
+        molecules = np.concatenate([fold.held_out.data for fold in self._folds])
+        weights = mixture_weights(probabilities, molecules)
+        kept = weights >= _LEAST_WEIGHT
+        weights = weights[kept] / weights[kept].sum()
+        chosen = [choice for choice, keep in zip(best, kept, strict=True) if keep]
+        return tuple(replace(choice, weight=float(weight)) for choice, weight in zip(chosen, weights, strict=True))
 
 
 class _Prediction:
@@ -266,21 +296,27 @@ class _Prediction:
         self._choices = choices
         self._phi_for_fold: list[np.ndarray] | None = None
         for choice in choices:
-            choice.member.settle(choice.setting, sample)
+            choice.learner.settle(choice.setting, sample)
 
     def __call__(self, i: int, seen: sp.csr_matrix, cells: np.ndarray) -> Profiles:
         """Return the profiles of cells predicted from their part of a half; of one fold once counts are mixed in."""
-        weights = [choice.weight for choice in self._choices]
-        profiles = combine([choice.member.predict(i, choice.setting, seen, cells) for choice in self._choices], weights)
+        found = [choice.learner.predict(i, choice.setting, seen, cells) for choice in self._choices]
+        profiles = combine(found, [choice.weight for choice in self._choices])
         if self._phi_for_fold is None:
             return profiles
-        return MixedProfiles.with_totals(profiles, seen, self._phi_for_fold[folds_of(cells[:1])[0]])
+        phi = self._phi_for_fold[folds_of(cells[:1])[0]]
+        mixed = MixedProfiles(profiles, seen, phi, np.ones(len(cells), np.float32))
+        size = row_sums(seen)
+        for rows, block in mixed.blocks():
+            mixed.cell_scale[rows] = ratio(size[rows], block.sum(axis=1))
+        return mixed
 
-    def learn_dispersions(self, halves: Sequence[Half], cells: np.ndarray) -> np.ndarray:
+    def learn_dispersions(self, halves: Sequence[Fold], cells: np.ndarray) -> np.ndarray:
         """Return the dispersion of each gene; a fold's own are learned from the other fold."""
+        folds = folds_of(halves[0].cells[cells])
         # The mean over halves, not the sum: the two directions of a split say nearly the same.
         by_fold = [
-            np.mean([self._curves(i, half, cells[half.folds[cells] == fold]) for i, half in enumerate(halves)], axis=0)
+            np.mean([self._curves(i, half.of_cells(cells[folds == fold])) for i, half in enumerate(halves)], axis=0)
             for fold in (0, 1)
         ]
         self._phi_for_fold = [dispersions(by_fold[1]), dispersions(by_fold[0])]
@@ -292,16 +328,15 @@ class _Prediction:
             return [np.ones(len(cells), bool)]
         return [folds_of(cells) == fold for fold in np.unique(folds_of(cells))]
 
-    def _curves(self, i: int, half: Half, cells: np.ndarray) -> np.ndarray:
-        seen = half.seen[cells]
-        return dispersion_curves(self(i, seen, half.cells[cells]), half.held_out[cells], row_sums(seen))
+    def _curves(self, i: int, half: Fold) -> np.ndarray:
+        return dispersion_curves(self(i, half.seen, half.cells), half.held_out, row_sums(half.seen))
 
 
 class _Measurement:
     """The held-out gain of a prediction and of its genes, on the cells of a sample: one pass."""
 
     def __init__(self, sample: Sample) -> None:
-        totals = totals_of_halves(sample)
+        totals = sample.totals()
         self._sample = sample
         self._gains = GeneGains([total / total.sum() for total in totals], [totals[i ^ 1] for i in range(len(totals))])
 
@@ -320,3 +355,11 @@ class _Measurement:
 
         (sums,), (nats, molecules) = self._sample.run(of_cells)
         return Gain(nats, molecules), self._gains.of_genes(sums)
+
+
+def mixed_in(
+    chunks: Chunks, profiles: Profiles, phi: np.ndarray
+) -> tuple[MixedProfiles, np.ndarray]:
+    """Return profiles with each cell's own counts mixed in, and the mean weight of these counts, shape (genes,)."""
+    cell_scale, weight = scales_of_cells(chunks, profiles, phi)
+    return MixedProfiles(profiles, chunks, phi, cell_scale), weight

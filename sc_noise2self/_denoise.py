@@ -1,78 +1,51 @@
 """AnnData in, a denoised layer out: the one function that most people call.
 
-Everything is computed before anything is written, so a refusal or an interrupt leaves `adata` as it was.
+Counts are read and checked, methods are compared on them and refitted, and the result is written. Everything is
+computed before anything is written, so a refusal or an interrupt leaves `adata` as it was.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scanpy import logging as logg
 
-from ._anndata import read_batches, survey
-from ._blocks import InMemory
-from ._checks import (
-    bounded,
-    check_flag,
-    check_mapping,
-    check_name,
-    check_one_of,
-    check_positive,
-    describe_counts,
-    progress_bar,
-    read_mask,
-    read_names,
-    seed_of,
-)
-from ._choose import Selection, combine, n_steps, select
-from ._factors import GeneFactors
+from . import _model
+from ._anndata import as_counts
+from ._blocks import Counts, InMemory
+from ._checks import as_positive, check_flag, check_name, describe_counts, describe_mask, seed_of
+from ._choose import Choice, Selection, select
 from ._memory import check_fits_memory
 from ._random import RandomState, as_generator
-from ._scale import Scale, check_scale, sample_depth, to_scale
-from ._slots import changes_of, check_key, committed, compared, summary
+from ._result import Member, Result, write
+from ._slots import check_key
 from ._threads import one_blas_thread
-from ._transform import TransformName
-from ._warnings import caveat, written_down
-from .get import lazy_of, require_dask
-from .methods._autoencoder import FURTHER, WIDTHS, LossName, require_torch
-from .methods._base import AutoencoderMember, MeanMember, Member, PCAMember
-from .methods._neighbor_member import GRIDS, Kind, NeighborsMember
-from .methods._profiles import MixedProfiles
-
-Method = Literal["pca", "autoencoder", "diffusion", "knn", "ensemble"]
-MemberName = Literal["pca", "autoencoder", "diffusion", "knn"]
-_MEMBERS: tuple[MemberName, ...] = ("pca", "autoencoder", "diffusion")
-_MAX_COMPONENTS = 100
+from ._warnings import recorded_warnings, warn
+from .get import lazy_layer, require_dask
+from .methods import as_methods, is_ensemble
+from .methods._base import Method
+from .methods._mixing import scales_of_cells
+from .methods._profiles import MixedProfiles, Profiles, combine, in_memory
+from .scales import Scale, as_scale
 
 
 def denoise(
     adata: AnnData,
-    method: Method = "pca",
+    method: str | Method | Sequence[str | Method] = "pca",
     *,
     layer: str | None = None,
+    mask_var: str | np.ndarray | Sequence[bool] | None = None,
+    n_splits: int = 1,
+    mix: bool = False,
+    scale: str | Scale = "counts",
     key_added: str = "denoised",
     write_layer: bool = True,
-    scale: Scale = "counts",
-    scale_depth: float | None = None,
-    mix: bool = False,
-    transform: TransformName | Literal["auto"] = "auto",
-    n_components: int | None = None,
-    n_splits: int = 1,
-    mask_var: str | np.ndarray | Sequence[bool] | None = None,
-    members: Sequence[MemberName] = _MEMBERS,
-    width: int | Sequence[int] | None = None,
-    loss: LossName = "multinomial",
-    n_seeds: int = 1,
-    batch_key: str | None = None,
-    device: str = "auto",
-    autoencoder: Mapping[str, Any] | None = None,
-    neighbors: Mapping[str, int | Sequence[int]] | None = None,
     save_model: str | os.PathLike[str] | None = None,
     copy: bool = False,
     random_state: RandomState = 0,
@@ -86,71 +59,41 @@ def denoise(
     Parameters
     ----------
     adata
-        Cells x genes with raw counts (UMIs) in `X` or a layer: a matrix in memory, a dataset on disk (a backed
-        object, or `anndata.io.sparse_dataset`), or a Dask array. The last two are read a block of cells at a time,
-        for PCA and the autoencoder without `mix`. Correct ambient RNA, doublets and batches before: both halves share
-        them, so they count as signal.
+        Cells x genes with raw counts (UMIs) in `X` or a layer: a matrix in memory, a dataset on disk (a backed object,
+        or `anndata.io.sparse_dataset`), or a Dask array. The last two are read a block of cells at a time. Correct
+        ambient RNA, doublets and batches before: both halves share them, so they count as signal.
     method
-        `"pca"`: PCA regression with shrunken components, in the one transform that gains most. `"autoencoder"`: a
-        network trained on fresh splits at every step, its width chosen (PyTorch is needed). `"diffusion"`: a random
-        walk among neighbouring cells, as in MAGIC; `"knn"`: the mean of the nearest neighbours; components,
-        neighbours and steps chosen. `"ensemble"`: the mean of the mean profile and `members`, with the weights under
-        which held-out molecules are likeliest.
+        What to denoise by: an object that holds its own options, or the name of one at its defaults. `"pca"`
+        (`sc_noise2self.PCA`): PCA regression, fast, a good first look. `"autoencoder"` (`sc_noise2self.Autoencoder`): a
+        network, which needs PyTorch. `"diffusion"` (`sc_noise2self.Diffusion`): a random walk among neighbouring cells,
+        as in MAGIC; `"knn"` (`sc_noise2self.KNN`): the mean of the nearest. Any function: `sc_noise2self.Function`.
+        `"ensemble"`, or a list of any of these: their mean and that of the mean profile, with the weights under which
+        held-out molecules are likeliest; by name PCA, autoencoder and diffusion.
     layer
         The layer that holds raw counts; None takes `X`.
+    mask_var
+        Genes that determine which cells are alike: the name of a boolean column of `var`, or a boolean array. The other
+        genes are predicted from them. None uses all genes, highly variable or not. Genes chosen on these counts
+        have seen both halves, so the reported gain is then a little too high.
+    n_splits
+        Independent splits to average the choice over, each used in both directions.
+    mix
+        Mix each cell's own counts back in, gene by gene, as much as the denoiser leaves unexplained (Noise2Self,
+        section 4.2). Copies of one molecule (UMI errors, PCR) look like unexplained expression too, and predict
+        held-out molecules without being biology. So compare before you believe what mixing adds, above all for
+        genes with a large `.var["denoised_mixed"]`.
+    scale
+        Scale of the layer: `"counts"`, expected counts at each cell's own depth; `"rates"`, rows that sum to 1;
+        `"log1p_cp10k"`, log1p of 10 000 x the rate; `"expected_log1p_cp10k"`, what log1p(CP10k) of a fresh sample of
+        the median depth averages, which lies below the former; or an object of `sc_noise2self.scales`.
     key_added
         Name of everything that is written.
     write_layer
         False writes the factors alone, from which `sc_noise2self.get.denoised` rebuilds any genes and
         `sc_noise2self.get.lazy` makes a layer that is computed where it is read; the layer is dense, 4 bytes x cells x
         genes. Of counts that are not in memory the layer is a lazy one.
-    scale
-        Of the layer: `"counts"`, expected counts at each cell's own depth; `"rates"`, rows that sum to 1;
-        `"log1p_cp10k"`, log1p of 10 000 x the rate; `"expected_log1p_cp10k"`, what log1p(CP10k) of a fresh sample
-        of `scale_depth` molecules averages, which lies below the former.
-    scale_depth
-        Molecules of that sample. None takes the median of the cells.
-    mix
-        Mix each cell's own counts back in, gene by gene, as much as the denoiser leaves unexplained (Noise2Self,
-        section 4.2). Copies of one molecule (UMI errors, PCR) look like unexplained expression too, and predict
-        held-out molecules without being biology. So compare before you believe what mixing adds, above all for
-        genes with a large `.var["denoised_mixed"]`.
-    transform
-        `"log1p"`, `"sqrt"`, `"none"`, or `"auto"`, all three.
-    n_components
-        Components learned beyond the mean profile; their weights decide how many matter. None takes 100, or as many as
-        there are. An autoencoder sees a cell by its scores on so many.
-    n_splits
-        Independent splits to average the choice over, each used in both directions.
-    mask_var
-        Genes that determine the components: the name of a boolean column of `var`, or a boolean array. The other
-        genes are predicted from them. None uses all genes, highly variable or not. Genes chosen on these counts
-        have seen both halves, so the reported gain is then a little too high.
-    members
-        Of the ensemble, besides the mean profile: PCA in every transform (`"pca"`), `"autoencoder"`, `"diffusion"`,
-        `"knn"`, which adds little to the others. Without `"autoencoder"` it needs no PyTorch.
-    width
-        Of the autoencoder's bottleneck, or several to try. None tries 128, 32, 8 and 2 down to the first that predicts
-        molecules set aside worse than the best does, and takes the narrowest that does not.
-    loss
-        That the autoencoder is trained by: `"multinomial"`, `"poisson"`, `"negative_binomial"`,
-        `"masked_multinomial"` (genes hidden instead of molecules), `"mse_log1p"`, `"mse_sqrt"`,
-        `"noise2same_log1p"` or `"noise2same_sqrt"`.
-    n_seeds
-        Autoencoders to average, each from another random start.
-    batch_key
-        Column of `obs` with each cell's batch: the autoencoder's decoder then knows it, so that the code of a cell
-        need not. Expected counts are still those of the cell's own batch.
-    device
-        `"auto"` takes CUDA where there is one; `"cpu"` never touches it.
-    autoencoder
-        Further arguments of `sc_noise2self.methods._autoencoder.Autoencoder`: `n_hidden`, `dropout`, `learning_rate`,
-        `invariance`, `prior_scale`, `n_epochs`, `batch_size`.
-    neighbors
-        Values of `n_pcs`, `n_neighbors` and, for `"diffusion"`, the steps `t` to choose from, one or several each; see
-        `sc_noise2self.methods._neighbors`. The usual ones are tried for what is not given.
     save_model
-        File to write the fitted autoencoder to, for `sc_noise2self.denoise_with`; it must not exist.
+        File to write the fitted model to, for `sc_noise2self.denoise_with`; it must not exist.
     copy
         Return a copy with the result instead of writing to `adata`.
     random_state
@@ -167,11 +110,11 @@ def denoise(
     `.obs["denoised_size"]`
         The factors: scores (cells, k), loadings (genes, k), the scales of cells (two columns a member) and of genes
         (one a member, then the mean profile), each with the fingerprint of the model as the last column, and the
-        molecules of each cell. Their formula is that of `sc_noise2self.methods._profiles.LowRankProfiles`, for an
-        ensemble the weighted mean. What was put together from several results is refused where it is read.
+        molecules of each cell. Their formula is in `docs/method.md`, for an ensemble the weighted mean. What was put
+        together from several results is refused where it is read. A function has no factors: the layer is all there is.
     `.var["denoised_gain"]`, `.var["denoised_gain_error"]`
-        What each gene gained, nats per held-out molecule of it above its mean, and its standard error over cells: see
-        `sc_noise2self._loss.GeneGains`. Where the gain is not clearly above 0, believe the mean, not the pattern.
+        What each gene gained, nats per held-out molecule of it above its mean, and its standard error over cells.
+        Where the gain is not clearly above 0, believe the mean, not the pattern.
     `.var["denoised_total"]`
         The molecules of each gene.
     `.var["denoised_phi"]`, `.var["denoised_mixed"]`
@@ -180,17 +123,17 @@ def denoise(
         `method`, `version`, `params`, `scale`; the `members` chosen with their settings, weights and ranks
         (components that are more signal than noise, the width, or the components that neighbours are found in);
         under `learned`, by member, what each component is worth, its singular value on a half and the largest that
-        noise alone has there, or the gain of each width with its error and the learning curve, or the gain of every
-        number of components, neighbours and steps that was tried; every candidate's `gain` with the standard error of
-        its difference to the best; `gain`, `gain_error` (nats per held-out molecule above the mean profile),
-        `gain_molecules` and `gain_cells` that it was measured on, and `n_cells`, of how many (the error is infinite
-        where fewer than two cells tell); with `mix=True` also `unmixed_gain`; `n_genes` and the `fingerprint`; and the
-        `warnings`. `sc_noise2self.report` says the same in a paragraph, `sc_noise2self.remove` removes all of it.
+        noise alone has there, or a `table` of what was compared inside the method; every candidate's `gain` with the
+        standard error of its difference to the best; `gain`, `gain_error` (nats per held-out molecule above the mean
+        profile), `gain_molecules` and `gain_cells` that it was measured on, and `n_cells`, of how many (the error is
+        infinite where fewer than two cells tell); with `mix=True` also `unmixed_gain`; `n_genes` and the
+        `fingerprint`; and the `warnings`. `sc_noise2self.report` says the same in a paragraph,
+        `sc_noise2self.remove` removes all of it.
 
     Raises
     ------
     ValueError, TypeError
-        If the counts are not raw counts, or a parameter is out of range, or belongs to another method.
+        If the counts are not raw counts, or a parameter is out of range.
     ImportError
         If an autoencoder is asked for without PyTorch.
     MemoryError, FloatingPointError
@@ -209,10 +152,10 @@ def denoise(
     Noise2Self (Batson & Royer 2019), sections 3.1 and 3.2. Denoised values are not data: tests, correlations and
     differential expression computed on them are circular (Andrews & Hemberg 2018). The gain is measured on halves;
     the result, fitted to all molecules, does better. Of more than 5 000 cells, so many, drawn at random, are enough to
-    compare settings of PCA on; its components and their worth are learned from all. Candidates are compared on 2e7
-    dense entries (1 000 cells of 20 000 genes), the gain of the choice and of its genes is measured on all cells, or on
-    a random sample of 4e8 (20 000 cells); by neighbours on those among which they were compared. Counts are
-    read a block of cells at a time (`sc_noise2self._blocks`); nothing of size cells x genes is made but the layer.
+    compare settings of PCA on (20 000 of neighbours, 50 000 of networks); what is chosen learns from all. Candidates are
+    compared on 2e7 dense entries (1 000 cells of 20 000 genes), the gain of the choice and of its genes is measured on
+    all cells, or on a random sample of 4e8 (20 000 cells); by neighbours on those among which they were compared.
+    Nothing of size cells x genes is made but the layer.
 
     Examples
     --------
@@ -222,160 +165,35 @@ def denoise(
     >>> adata.layers["denoised"].shape
     (700, 765)
     """
-    check_one_of("method", method, get_args(Method))
-    check_one_of("transform", transform, ("auto", *get_args(TransformName)))
-    check_one_of("loss", loss, get_args(LossName))
-    for name, flag in (("mix", mix), ("write_layer", write_layer), ("copy", copy)):
-        check_flag(name, flag)
-    check_name("device", device)
-    if layer is not None:
-        check_name("layer", layer, " To write none, pass write_layer=False.")
-    if batch_key is not None:
-        check_name("batch_key", batch_key)
-    members = cast("tuple[MemberName, ...]", read_names("members", members, get_args(MemberName)))
-    used = members if method == "ensemble" else (method,)
-    of_autoencoder = {
-        "width": width is not None,
-        "loss": loss != "multinomial",
-        "n_seeds": n_seeds != 1,
-        "batch_key": batch_key is not None,
-        "device": device != "auto",
-        "autoencoder": autoencoder is not None,
-        "save_model": save_model is not None,
-    }
-    of_neighbors: list[Kind] = [kind for kind in get_args(Kind) if kind in used]
-    if tuple(members) != _MEMBERS and method != "ensemble":
-        raise ValueError(f"members was given with method={method!r}: it belongs to method='ensemble'.")
-    if transform != "auto" and "pca" not in used:
-        raise ValueError(f"transform={transform!r} was given with method={method!r}: it belongs to PCA.")
-    if neighbors is not None and not of_neighbors:
-        raise ValueError(
-            "neighbors was given, but neither diffusion nor knn is used: pass method='diffusion' or 'knn'."
-        )
-    if "autoencoder" not in used and any(of_autoencoder.values()):
-        name = next(name for name, is_given in of_autoencoder.items() if is_given)
-        raise ValueError(f"{name} was given, but no autoencoder is used: pass method='autoencoder' or 'ensemble'.")
-    if autoencoder is not None:
-        check_mapping("autoencoder", autoencoder, FURTHER)
-    if neighbors is not None:
-        kinds = of_neighbors
-        check_mapping("neighbors", neighbors, sorted({n for k in kinds for n, v in GRIDS[k].items() if len(v) > 1}))
-    if save_model is not None:
-        _check_model_file(save_model, one=method == "autoencoder" and n_seeds == 1)
-        if isinstance(adata, AnnData) and not adata.var_names.is_unique:
-            raise ValueError(
-                "gene names are not unique, and a model knows genes by name: adata.var_names_make_unique()."
-            )
-    check_scale(scale, scale_depth)
     rng = as_generator(random_state)
-    check_positive("n_splits", n_splits)
-    check_positive("n_seeds", n_seeds)
-    warned: list[str] = []
-    with written_down(warned):
-        counted = survey(adata, layer)
-    n_cells, n_genes = counted.chunks.shape
-    in_memory = isinstance(counted.chunks, InMemory)
-    if not in_memory:
-        _check_out_of_memory(adata, used, mix, write_layer, copy)
-    elif write_layer:
-        check_fits_memory(n_cells, n_genes)
-    check_key(adata, key_added, layer)
-    genes = read_mask(adata, mask_var)
-    n_used = n_genes if genes is None else int(genes.sum())
-    n_components = bounded("n_components", n_components, _MAX_COMPONENTS, n_cells, n_used)
-    candidates: list[Member] = []
-    if "pca" in used:
-        transforms = get_args(TransformName) if transform == "auto" else (transform,)
-        candidates += [PCAMember(name, n_components, genes) for name in transforms]
-    networks: list[AutoencoderMember] = []
-    if "autoencoder" in used:
-        require_torch()
-        options = {"loss": loss, "n_components": n_components, "device": device, **(autoencoder or {})}
-        batches = None if batch_key is None else _read_several_batches(adata, batch_key)
-        codes = None if batches is None else batches.cat.codes.to_numpy()
-        widths = WIDTHS if width is None else _check_widths(width, n_genes)
-        for number in range(1, n_seeds + 1):
-            like = networks[0] if networks else None
-            networks.append(AutoencoderMember(genes, codes, widths, options, like, number))
-        candidates += networks
-    for kind in of_neighbors:
-        grid = _check_grid(neighbors or {}, n_components, n_cells)
-        candidates.append(
-            NeighborsMember(kind, n_components, genes, {k: v for k, v in grid.items() if k in GRIDS[kind]})
-        )
-    average = method == "ensemble" or n_seeds > 1
-    if method == "ensemble":
-        candidates.insert(0, MeanMember())
-    start = logg.info(f"denoising {describe_counts(adata, layer)}")
-
-    pcas = [member for member in candidates if isinstance(member, PCAMember)]
-    total = n_steps(candidates, average, n_splits) + 1
-    total += sum(member.n_passes(n_cells, n_splits) for member in (pcas if average else pcas[:1]))
-    total += 2 + int(mix)  # passes that measure the gain
-    with written_down(warned), one_blas_thread(), progress_bar("denoise", total) as bar:
-        counted.chunks.on_pass = bar.update
-        for network in networks:
-            network.on_check = bar.set_postfix_str
-        selection = select(
-            candidates, counted.chunks, rng, average=average, mix=mix, n_splits=n_splits, on_step=bar.update
-        )
-        if not selection.beats_mean:
-            caveat(
-                f"no candidate predicts held-out molecules better than one mean profile (best gain {selection.gain}):"
-                " the mean profile is written. These cells look alike, or hold too few molecules to tell them apart."
-                + (" No model is saved." if save_model else ""),
-                stacklevel=2,
-            )
-        fitted = selection.refit(counted, rng)
-        profiles = combine(fitted, [choice.weight for choice in selection.choices])
-        if selection.phi is not None:
-            profiles = MixedProfiles.with_totals(profiles, counted.chunks.in_memory(), selection.phi)
-        size = counted.size
-        scale_depth = sample_depth(scale, scale_depth, size)
-        dense = to_scale(profiles.counts(), size, scale, scale_depth) if write_layer and in_memory else None
-        mixed = profiles.share_of_count() if isinstance(profiles, MixedProfiles) else None
-        bar.update()
-
-    params: dict[str, Any] = {
-        **({} if layer is None else {"layer": layer}),
-        "n_components": n_components,
-        "n_splits": n_splits,
-        "mix": mix,
-        "mask_var": mask_var if isinstance(mask_var, str) else ("none" if mask_var is None else "array"),
-        "random_state": seed_of(random_state),
-        **({"transform": transform} if "pca" in used else {}),
-        **({} if scale_depth is None else {"scale_depth": float(scale_depth)}),
-    }
-    if neighbors is not None:
-        params["neighbors"] = {name: np.array(values) for name, values in neighbors.items()}
-    if networks:
-        params |= {"loss": loss, "n_seeds": n_seeds, "device": device, "autoencoder": dict(autoencoder or {})}
-        params |= {
-            name: value
-            for name, value in (("width", width if width is None else np.array(width)), ("batch_key", batch_key))
-            if value is not None
+    name, methods = as_methods(method)
+    scale = as_scale(scale)
+    _check_options(layer, n_splits, mix=mix, write_layer=write_layer, copy=copy)
+    with recorded_warnings() as warned, one_blas_thread():
+        counts = as_counts(adata, layer, mask_var, [key for each in methods for key in each.columns])
+        check_key(adata, key_added, layer)
+        methods = [each.checked(counts) for each in methods]
+        _check_room(adata, methods, counts, write_layer, copy)
+        _check_model_file(save_model, methods, counts)
+        start = logg.info(f"denoising {describe_counts(adata, layer)}")
+        selection = select(methods, counts, rng, average=is_ensemble(method), mix=mix, n_splits=n_splits)
+        _warn_of_mean(selection, save_model)
+        fitted = selection.refit(counts, rng)
+        params = {
+            **({} if layer is None else {"layer": layer}),
+            "n_splits": n_splits,
+            "mix": mix,
+            "mask_var": describe_mask(mask_var),
+            "random_state": seed_of(random_state),
+            "methods": {f"{i} {each.name}": _options(each) for i, each in enumerate(methods)},
         }
-    record = summary(method, params, scale, fitted, selection.choices, selection.gain, warned) | compared(selection)
-    weights = [choice.weight for choice in selection.choices]
-    of_genes = GeneFactors.of(fitted, weights, selection.phi, scale, scale_depth)
-    more: dict[str, dict[str, Any]] = {}
-    if isinstance(profiles, MixedProfiles):
-        more = {
-            "obs": {f"{key_added}_cell_scale": profiles.cell_scale},
-            "var": {f"{key_added}_phi": profiles.phi, f"{key_added}_mixed": mixed},
-        }
-    changes = changes_of(key_added, record, of_genes, fitted, size, counted.totals, selection.gene_gains, dense, more)
-    if write_layer and not in_memory:
-        scores, scales = (changes["obsm"][name] for name in (key_added, f"{key_added}_scale"))
-        changes["layers"][key_added] = lazy_of(of_genes, scores, scales, size, scale, scale_depth)
+        result = _result(name, params, scale, counts, selection, fitted, warned, write_layer=write_layer)
     target = adata.copy() if copy else adata
-    with committed(target, changes):
-        if save_model is not None and networks[0].fitted is not None and selection.beats_mean:
-            networks[0].fitted.feature_names_in_ = np.array(adata.var_names, dtype=str)
-            networks[0].fitted.batch_names_ = np.array([] if batches is None else batches.cat.categories, dtype=str)
-            networks[0].fitted.save(save_model)
+    with write(target, key_added, result):
+        if save_model is not None and selection.beats_mean:
+            _model.save(save_model, _saved(selection, counts))
     logg.info(
-        f"    {_described(selection, record['members']['rank'])}: {selection.gain}",
+        f"    {_described(result)}: {selection.gain}",
         time=start,
         deep=f"added\n    {key_added!r}, the denoised counts (adata.layers) and their factors (adata.obsm, .varm)\n"
         f"    {key_added!r}, what was compared and chosen (adata.uns)",
@@ -383,14 +201,27 @@ def denoise(
     return target if copy else None
 
 
-def _check_out_of_memory(adata: AnnData, used: Sequence[MemberName], mix: bool, write_layer: bool, copy: bool) -> None:
-    """Refuse what needs all counts in memory where they are on disk or in a Dask array."""
-    whole = [name for name in used if name in get_args(Kind)]
-    if whole or mix:
-        needs = "mix=True" if mix else repr(whole[0])
+def _check_options(layer: str | None, n_splits: int, **flags: bool) -> None:
+    """Refuse what is no name, number or flag."""
+    for name, flag in flags.items():
+        check_flag(name, flag)
+    if layer is not None:
+        check_name("layer", layer, " To write none, pass write_layer=False.")
+    as_positive("n_splits", n_splits)
+
+
+def _check_room(adata: AnnData, methods: Sequence[Method], counts: Counts, write_layer: bool, copy: bool) -> None:
+    """Refuse what does not fit in memory, or cannot be made of counts that are not in memory."""
+    if not write_layer and not all(method.has_factors for method in methods):
+        raise ValueError("write_layer=False was given with a function, which has no factors: leave it out.")
+    if isinstance(counts.chunks, InMemory):
+        if write_layer:
+            check_fits_memory(*counts.chunks.shape)
+        return
+    if whole := [method.name for method in methods if method.needs_memory]:
         raise ValueError(
-            f"{needs} needs all counts in memory, and these are not: load them, adata = adata.to_memory(), or take "
-            "'pca' or 'autoencoder' without mix, which read them in pieces."
+            f"{whole[0]!r} needs all counts in memory, and these are not: load them, adata = adata.to_memory(), or take "
+            "a method that reads them in pieces, such as 'pca'."
         )
     if copy and adata.isbacked:
         raise ValueError("copy=True was given with a backed object: leave it out, the file itself is not written to.")
@@ -398,54 +229,111 @@ def _check_out_of_memory(adata: AnnData, used: Sequence[MemberName], mix: bool, 
         require_dask()
 
 
-def _read_several_batches(adata: AnnData, key: str) -> pd.Series:
-    batches = read_batches(adata, key)
-    if len(batches.cat.categories) < 2:
-        raise ValueError(f"adata.obs[{key!r}] has one batch: leave batch_key out.")
-    return batches
+def _check_model_file(path: str | os.PathLike[str] | None, methods: Sequence[Method], counts: Counts) -> None:
+    """Refuse a file that cannot be written, and methods of which there is no model."""
+    if path is None:
+        return
+    if other := [method.name for method in methods if not method.can_transfer]:
+        raise ValueError(f"save_model was given with {other[0]!r}, which knows no cells but these: leave it out.")
+    if not counts.gene_names.is_unique:
+        raise ValueError("gene names are not unique, and a model knows genes by name: adata.var_names_make_unique().")
+    if len({method.columns for method in methods if method.columns}) > 1:
+        raise ValueError("save_model was given with methods of several batch_key: a model has one.")
+    _model.check_path(path)
 
 
-def _check_model_file(path: str | os.PathLike[str], one: bool) -> None:
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"save_model is {path!r}: pass the path of a file.")
-    if not one:
-        raise ValueError("save_model was given, but it is for one autoencoder: pass method='autoencoder', n_seeds=1.")
-    if os.path.exists(path):
-        raise FileExistsError(f"{path} exists: nothing is overwritten, so choose another name.")
-    if not Path(path).parent.is_dir():
-        raise FileNotFoundError(f"{Path(path).parent} is not a folder: make it first.")
-
-
-def _check_widths(width: int | Sequence[int], n_genes: int) -> tuple[int, ...]:
-    widths = tuple(width) if isinstance(width, Sequence) else (width,)
-    for each in widths or (0,):
-        check_positive("width", each)
-        if each > n_genes:
-            raise ValueError(f"width is {each}: a bottleneck is no wider than the {n_genes} genes.")
-    return tuple(int(each) for each in widths)
-
-
-def _described(selection: Selection, ranks: Sequence[int]) -> str:
+def _warn_of_mean(selection: Selection, save_model: object) -> None:
     if not selection.beats_mean:
-        return "the mean profile, which nothing beats; the best of what was tried"
-    return "; ".join(
-        ("" if choice.weight == 1 else f"{choice.weight:.2f} x ")
-        + choice.label
-        + (f" (rank {rank})" if isinstance(choice.member, PCAMember) else "")
-        for choice, rank in zip(selection.choices, ranks, strict=True)
+        warn(
+            f"no candidate predicts held-out molecules better than one mean profile (best gain {selection.gain}):"
+            " the mean profile is written. These cells look alike, or hold too few molecules to tell them apart."
+            + (" No model is saved." if save_model else "")
+        )
+
+
+def _result(
+    method: str,
+    params: Mapping[str, Any],
+    scale: Scale,
+    counts: Counts,
+    selection: Selection,
+    fitted: Sequence[Profiles],
+    warned: Sequence[str],
+    *,
+    write_layer: bool,
+) -> Result:
+    """Return all that is to be written, with the layer where one is wanted."""
+    mixed: dict[str, Any] = {}
+    if selection.phi is not None:
+        fitted = [in_memory(profiles) for profiles in fitted]
+    profiles = combine(fitted, selection.weights)
+    if selection.phi is not None:
+        cell_scale, weight = scales_of_cells(counts.chunks, profiles, selection.phi)
+        mixed = {"phi": selection.phi, "cell_scale": cell_scale, "mixed": weight}
+        profiles = MixedProfiles(profiles, counts.chunks, selection.phi, cell_scale)
+    scale = scale.settled(counts.size)
+    layer = None
+    if write_layer:
+        in_blocks = not isinstance(counts.chunks, InMemory)
+        layer = lazy_layer(profiles, counts.size, scale) if in_blocks else scale.apply(profiles.counts(), counts.size)
+    return Result(
+        method,
+        params,
+        scale,
+        [_member(choice, each) for choice, each in zip(selection.choices, fitted, strict=True)],
+        selection.gain,
+        selection.gene_gains,
+        counts.size,
+        counts.totals,
+        list(warned),
+        candidates=_candidates(selection),
+        unmixed_gain=None if selection.phi is None else selection.unmixed_gain,
+        beats_mean=selection.beats_mean,
+        layer=layer,
+        **mixed,
     )
 
 
-def _check_grid(
-    given: Mapping[str, int | Sequence[int]], n_components: int, n_cells: int
-) -> dict[str, tuple[int, ...]]:
-    """Return the values of each parameter of an average over neighbours."""
-    grid = {}
-    for name, values in given.items():
-        grid[name] = tuple(values) if isinstance(values, Sequence) else (values,)
-        for value in grid[name] or (0,):
-            check_positive(name, value)
-            for parameter, bound in (("n_pcs", n_components), ("n_neighbors", n_cells - 1)):
-                if name == parameter and value > bound:
-                    raise ValueError(f"{name} is {value}: {bound} is the most that these counts allow.")
-    return grid
+def _member(choice: Choice, profiles: Profiles) -> Member:
+    found = choice.learner.learned(choice.setting)
+    setting = str(choice.setting)
+    return Member(
+        choice.learner.name, found.title, found.described, setting, found.rank, choice.weight, profiles, found.values
+    )
+
+
+def _candidates(selection: Selection) -> pd.DataFrame:
+    """Return the gain of everything that was compared, and what was chosen."""
+    table = selection.comparison.table(gain=True)[["label", "gain", "error"]]
+    chosen = [choice.label for choice in selection.choices]
+    return table.assign(chosen=table["label"].isin(chosen))
+
+
+def _saved(selection: Selection, counts: Counts) -> _model.Saved:
+    """Return what a model file keeps."""
+    states = tuple(choice.learner.state() for choice in selection.choices)
+    column = next(iter(counts.columns.values()), None)
+    batches = () if column is None else tuple(str(name) for name in column.cat.categories)
+    return _model.Saved(states, tuple(selection.weights), np.array(counts.gene_names, dtype=str), batches)
+
+
+def _options(method: Method) -> dict[str, Any]:
+    """Return the options of a method as files keep them."""
+    found = {each.name: getattr(method, each.name) for each in fields(method)}  # type: ignore[arg-type]
+    return {name: _plain(value) for name, value in found.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Sequence) and all(isinstance(each, int | float) for each in value):
+        return np.array(value)
+    return getattr(value, "__qualname__", None) or str(value)
+
+
+def _described(result: Result) -> str:
+    if not result.beats_mean:
+        return "the mean profile, which nothing beats; the best of what was tried"
+    return "; ".join(
+        ("" if member.weight == 1 else f"{member.weight:.2f} x ") + member.described for member in result.members
+    )

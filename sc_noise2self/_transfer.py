@@ -1,4 +1,4 @@
-"""Denoise cells that an autoencoder was not trained on, by the model that `denoise(..., save_model=)` wrote."""
+"""Denoise cells that a model was not fitted to, by the file that `denoise(..., save_model=)` wrote."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import scipy.sparse as sp
 from anndata import AnnData
 from scanpy import logging as logg
 
+from . import _model
 from ._anndata import read_batches, read_csr
-from ._checks import check_flag, seed_of
-from ._choose import Choice, check_enough
+from ._checks import check_flag, check_name, seed_of
+from ._choose import check_enough
 from ._counts import column_sums, row_sums
-from ._factors import GeneFactors
 from ._loss import Gain, GeneGains
 from ._random import RandomState, as_generator
-from ._scale import Scale, check_scale, sample_depth, to_scale
-from ._slots import changes_of, check_key, committed, summary
+from ._result import Member, Result, write
+from ._slots import check_key
 from ._split import split_matrix
-from ._warnings import caveat, written_down
-from .methods._autoencoder import Autoencoder, require_torch
-from .methods._base import AutoencoderMember
-from .methods._profiles import LowRankProfiles
+from ._warnings import recorded_warnings, warn
+from .methods import model_of
+from .methods._profiles import LowRankProfiles, Profiles, combine
+from .scales import Scale, as_scale
 
 
 def denoise_with(
@@ -33,11 +33,10 @@ def denoise_with(
     model: str | os.PathLike[str],
     *,
     layer: str | None = None,
+    batch_key: str | None = None,
+    scale: str | Scale = "counts",
     key_added: str = "denoised",
     write_layer: bool = True,
-    scale: Scale = "counts",
-    scale_depth: float | None = None,
-    batch_key: str | None = None,
     device: str = "auto",
     copy: bool = False,
     random_state: RandomState = 0,
@@ -46,13 +45,15 @@ def denoise_with(
 
     Parameters
     ----------
-    adata, layer, key_added, write_layer, scale, scale_depth, device, copy
+    adata, layer, scale, key_added, write_layer, copy
         As in `denoise`. Genes are matched by `var_names`, in any order.
     model
         File that `denoise(..., save_model=)` wrote. It is read as data alone: a file from elsewhere can run no code.
     batch_key
         Column of `obs` with each cell's batch, all of them batches that the model was fitted to; needed if it was
         fitted with one.
+    device
+        Device of an autoencoder, as in `sc_noise2self.Autoencoder`.
     random_state
         Seed of the split that measures the gain.
 
@@ -76,43 +77,37 @@ def denoise_with(
     >>> import sc_noise2self as n2s
     >>> adata = n2s.datasets.pbmc68k_reduced()
     >>> old, new = adata[:500].copy(), adata[500:].copy()
-    >>> n2s.denoise(old, method="autoencoder", save_model="pbmc.pt")  # doctest: +SKIP
-    >>> n2s.denoise_with(new, "pbmc.pt")  # doctest: +SKIP
+    >>> n2s.denoise(old, save_model="pbmc.npz")  # doctest: +SKIP
+    >>> n2s.denoise_with(new, "pbmc.npz")  # doctest: +SKIP
     """
-    require_torch()
     for name, flag in (("write_layer", write_layer), ("copy", copy)):
         check_flag(name, flag)
-    check_scale(scale, scale_depth)
-    rng = as_generator(random_state)
-    warned: list[str] = []
-    with written_down(warned):
+    check_name("device", device)
+    scale, rng = as_scale(scale), as_generator(random_state)
+    with recorded_warnings() as warned:
         counts = read_csr(adata, layer)
-    check_key(adata, key_added, layer)
-    fitted = Autoencoder.load(model, device=device)
-    order = _order_of_genes(adata, fitted.feature_names_in_)
-    batch = _codes_of_batches(adata, batch_key, fitted.batch_names_)
-    start = logg.info(f"denoising {adata.n_obs} cells with {model}")
+        check_key(adata, key_added, layer)
+        saved = _model.load(model)
+        models = [model_of(state, device) for state in saved.states]
+        order = _order_of_genes(adata, saved.genes)
+        codes = _codes_of_batches(adata, batch_key, saved.batches)
+        start = logg.info(f"denoising {adata.n_obs} cells with {os.fspath(model)}")
+        counts, back = counts[:, order], np.argsort(order)
 
-    own_order = np.argsort(order)
-    counts = counts[:, order]
-    first, second = split_matrix(counts, random_state=rng)
-    check_enough([first, second])
-    halves = ((first, second), (second, first))
-    gain, gene_gains = _gains([fitted.predict(seen, batch) for seen, _ in halves], halves)
-    if not gain.is_clear:
-        with written_down(warned):
-            caveat(
+        def predicted(part: sp.csr_matrix) -> list[LowRankProfiles]:
+            return [each.predict(part, codes) for each in models]
+
+        halves = split_matrix(counts, random_state=rng)
+        check_enough(halves)
+        gain, gene_gains = _gains([combine(predicted(half), saved.weights) for half in halves], halves)
+        if not gain.is_clear:
+            warn(
                 "the model predicts held-out molecules of these cells no better than their own mean profile (gain "
-                f"{gain.mean:.4f} +- {gain.error:.4f}): fit one to them with sc_noise2self.denoise.",
-                stacklevel=2,
+                f"{gain.mean:.4f} +- {gain.error:.4f}): fit one to them with sc_noise2self.denoise."
             )
-    profiles = fitted.predict(counts, batch)
-    of_genes = {name: getattr(profiles, name)[own_order] for name in ("loadings", "gene_scale", "gene_share")}
-    profiles = replace(profiles, **of_genes)
+        fitted = [_with_genes(profiles, back) for profiles in predicted(counts)]
     size = row_sums(counts)
-    scale_depth = sample_depth(scale, scale_depth, size)
-    dense = to_scale(profiles.counts(), size, scale, scale_depth) if write_layer else None
-
+    scale = scale.settled(size)
     params = {
         **({} if layer is None else {"layer": layer}),
         "model": os.fspath(model),
@@ -120,35 +115,42 @@ def denoise_with(
         "device": device,
         "random_state": seed_of(random_state),
         **({} if batch_key is None else {"batch_key": batch_key}),
-        **({} if scale_depth is None else {"scale_depth": float(scale_depth)}),
     }
-    choice = Choice(AutoencoderMember(fitted=fitted), f"width {fitted.width_}", 1.0)
-    record = summary("autoencoder", params, scale, [profiles], [choice], gain, warned)
-    factors = GeneFactors.of([profiles], [1.0], scale, scale_depth)
-    gain_of_genes, error_of_genes = gene_gains
-    changes = changes_of(
-        key_added,
-        record,
-        factors,
-        [profiles],
+    result = Result(
+        "model",
+        params,
+        scale,
+        [
+            Member(own.name, found.title, found.described, "", found.rank, weight, profiles, found.values)
+            for own, found, weight, profiles in zip(
+                models, [each.learned() for each in models], saved.weights, fitted, strict=True
+            )
+        ],
+        gain,
+        (gene_gains[0][back], gene_gains[1][back]),
         size,
-        column_sums(counts)[own_order],
-        (gain_of_genes[own_order], error_of_genes[own_order]),
-        dense,
+        column_sums(counts)[back],
+        warned,
+        layer=scale.apply(combine(fitted, saved.weights).counts(), size) if write_layer else None,
     )
     target = adata.copy() if copy else adata
-    with committed(target, changes):
+    with write(target, key_added, result):
         pass
     logg.info(f"    {gain.mean:.4f} +- {gain.error:.4f} nats per held-out molecule", time=start)
     return target if copy else None
 
 
+def _with_genes(profiles: LowRankProfiles, order: np.ndarray) -> LowRankProfiles:
+    """Return profiles with their genes in another order."""
+    return replace(profiles, **{name: getattr(profiles, name)[order] for name in ("loadings", "gene_scale", "gene_share")})
+
+
 def _gains(
-    predictions: Sequence[LowRankProfiles], halves: Sequence[tuple[sp.csr_matrix, sp.csr_matrix]]
+    predictions: Sequence[Profiles], halves: Sequence[sp.csr_matrix]
 ) -> tuple[Gain, tuple[np.ndarray, np.ndarray]]:
-    """Return the gain, and that of each gene with its error, over (seen, held out) halves."""
-    held_out = [part for _, part in halves]
-    gains = GeneGains([column_sums(seen) / seen.sum() for seen, _ in halves], [column_sums(part) for part in held_out])
+    """Return the gain, and that of each gene with its error, of what each half predicts of the other."""
+    held_out = halves[::-1]
+    gains = GeneGains([column_sums(seen) / seen.sum() for seen in halves], [column_sums(part) for part in held_out])
     (sums,), (nats, molecules) = gains.of_cells(predictions, held_out)
     return Gain(nats, molecules), gains.of_genes(sums)
 
@@ -171,7 +173,7 @@ def _some(names: Sequence[str]) -> str:
     return f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if len(names) else ""
 
 
-def _codes_of_batches(adata: AnnData, key: str | None, names: np.ndarray) -> np.ndarray | None:
+def _codes_of_batches(adata: AnnData, key: str | None, names: Sequence[str]) -> np.ndarray | None:
     """Return the model's code of each cell's batch."""
     if not len(names):
         if key is not None:

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-_written: ContextVar[list[str] | None] = ContextVar("written", default=None)
+_PACKAGE = __name__.partition(".")[0]
+_recorded: ContextVar[list[str] | None] = ContextVar("recorded", default=None)
 
 
-def caveat(message: str, *, stacklevel: int) -> None:
-    """Warn, and add the message to what `written_down` gathers; `stacklevel` 1 is the caller's own line."""
-    written = _written.get()
-    if written is not None and message not in written:
-        written.append(message)
-    warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
+def warn(message: str) -> None:
+    """Warn whoever called the package, at the line that did, and add the message to what is being recorded."""
+    recorded = _recorded.get()
+    if recorded is not None and message not in recorded:
+        recorded.append(message)
+    warnings.warn(message, UserWarning, stacklevel=_outside() + 1)
 
 
 @contextmanager
-def written_down(messages: list[str]) -> Iterator[None]:
-    """Add the messages of `caveat` to a list while the block runs."""
-    token = _written.set(messages)
+def recorded_warnings() -> Iterator[list[str]]:
+    """Yield a list that the messages of `warn` are added to while the block runs."""
+    messages: list[str] = []
+    token = _recorded.set(messages)
     try:
-        yield
+        yield messages
     finally:
-        _written.reset(token)
+        _recorded.reset(token)
+
+
+def _outside() -> int:
+    """Return how many frames above the caller of this function lies the first that is not the package's own."""
+    frame, level = sys._getframe(2), 1
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == _PACKAGE:
+        if frame.f_back is None:
+            break
+        frame, level = frame.f_back, level + 1
+    return level

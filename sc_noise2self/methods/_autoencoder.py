@@ -2,7 +2,7 @@
 
 Every step deals the molecules of a batch of cells anew to a part that the network sees and a part that it must
 predict (Noise2Self, Batson & Royer 2019, section 3.1, with unlimited splits); one fixed split would be learned by
-heart. A tenth of the molecules of some cells is never trained on: its held-out gain says when to stop, which state
+heart. A tenth of the molecules of some cells is never trained on: their held-out gain says when to stop, which state
 was best, and which width.
 
 PyTorch is imported when it is used, not before.
@@ -11,30 +11,36 @@ PyTorch is imported when it is used, not before.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from numbers import Integral, Real
 from threading import Lock
-from typing import TYPE_CHECKING, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 import scipy.sparse as sp
 
-from .._blocks import Block, Survey
+from .._blocks import Block, Counts, InMemory
+from .._checks import as_positive, check_name, check_number, check_one_of
+from .._compare import Comparison
 from .._counts import column_sums, row_sums
-from .._loss import Gain, held_out_gain, held_out_probabilities
-from .._random import RandomState, as_generator
+from .._loss import Gain
 from .._threads import in_threads
 from .._transform import Link
-from ._pca import PCADenoiser
+from ..partitions import Fold, fold_of
+from ._base import Learned, Learner, Method, bounded_values, is_several, set_aside
+from ._components import learn_components
+from ._pca import n_components_of
 from ._profiles import LowRankProfiles, profiles_in_blocks
 
 if TYPE_CHECKING:
     import torch
 
-    from ._network import Network, PrincipalScores
+    from .._model import State
+    from ._network import Counts as DeviceCounts
+    from ._network import Network, PrincipalScores, StreamedCounts
+    from ._network_losses import Loss
     from ._training import History
 
 LossName = Literal[
@@ -47,435 +53,561 @@ LossName = Literal[
     "noise2same_log1p",
     "noise2same_sqrt",
 ]
-WIDTHS = (128, 32, 8, 2)
-"""Widths that are compared unless others are given."""
 
-FURTHER = ("n_hidden", "dropout", "learning_rate", "invariance", "prior_scale", "n_epochs", "batch_size")
-"""Parameters that can be left as they are."""
-
-_ASIDE = 0.1  # share of the molecules set aside, in the cells that have some set aside
-_ASIDE_ENTRIES = 20_000_000  # dense entries of those cells
+_LEARNED_CELLS = 50_000  # of a half that the autoencoder learns from: enough to choose by
+_VALIDATION_ENTRIES = 20_000_000  # dense entries of the cells that have molecules set aside
 _CHECKED_ENTRIES = 5_000_000  # and of those predicted while training goes on
 _COMPONENT_CELLS = 50_000  # principal components are learned from so many cells at most
 _CELLS_SHOWN = 60_000  # in training, over all epochs, as far as these bounds allow
 _LEAST_EPOCHS, _MOST_EPOCHS = 12, 100
 _PREDICTED = 1024  # cells predicted at a time
-_SEEDS_DIFFER = 0.01  # of the gain
+_SEEDS_DIFFER = 0.01  # of the gain: two runs that differ by their seed alone differ by as much
 _SCALED_CELLS = 20_000  # that the scales of genes are learned from, at most
 _LEAST_SPREAD = 0.01  # of the first score, in lengths of the mean cell
+_SAVED_OPTIONS = (
+    "loss",
+    "n_components",
+    "n_hidden",
+    "dropout",
+    "learning_rate",
+    "invariance",
+    "prior_scale",
+    "n_epochs",
+    "batch_size",
+)
 _TRAINING = Lock()  # its random numbers are those of the process
-_PARAMETERS = ("loss", "n_components", "n_batches", *FURTHER)
 # Whose rate, scaled and added over genes, is far from float32's end; log rates may have any level that it resolves.
-_LARGEST_OUTPUT = {"exp": 1e4, "log1p": 60.0, "sqrt": 1e12, "none": 1e12}
-_FITTED = ("width_", "link_", "depth_")
-_OF_GENES = ("gene_share_", "gene_scale_")
-_NAMES = ("feature_names_in_", "batch_names_")  # known to whoever has names
+_LARGEST_OUTPUT: dict[Link, float] = {"exp": 1e4, "log1p": 60.0, "sqrt": 1e12, "none": 1e12}
 
 
-class Autoencoder:
-    """Autoencoder on the principal scores of a cell, trained on fresh molecule splits.
+@dataclass(frozen=True, kw_only=True)
+class Autoencoder(Method):
+    """An autoencoder on the principal scores of a cell, trained on fresh molecule splits. It needs PyTorch.
 
     Parameters
     ----------
-    widths
-        Of the bottleneck, tried from the widest to the first whose gain on molecules set aside is below the best by
-        more than one paired standard error and more than 1 %; the narrowest that is not is kept.
+    width
+        Width of the bottleneck, or several to compare, from the widest to the first whose gain on molecules set aside is
+        below the best by more than one paired standard error and more than 1 %; the narrowest that is not is taken.
     loss
-        `"multinomial"`, nats per held-out molecule; `"poisson"`; `"negative_binomial"`, with a dispersion per gene;
-        `"masked_multinomial"`, genes instead of molecules are hidden (Noise2Self, Noise2Void);
-        `"mse_log1p"` and `"mse_sqrt"`, squared errors on that scale; `"noise2same_log1p"` and `"noise2same_sqrt"`,
-        see `sc_noise2self.methods._network_losses`.
+        Loss of training: `"multinomial"`, nats per held-out molecule; `"poisson"`; `"negative_binomial"`, with a
+        dispersion per gene; `"masked_multinomial"`, genes hidden instead of molecules (Noise2Self, Noise2Void);
+        `"mse_log1p"` and `"mse_sqrt"`, squared errors on that scale; `"noise2same_log1p"` and `"noise2same_sqrt"`
+        (Noise2Same, Xie et al. 2020).
+    n_seeds
+        Networks to average, each from another random start.
+    batch_key
+        Column of `obs` with each cell's batch: the decoder then knows it, so that the code of a cell need not. Expected
+        counts are still those of the cell's own batch.
+    device
+        `"auto"`, CUDA where there is one; `"cpu"`, which never touches it; or any that PyTorch knows.
+    n_components
+        Principal scores that a cell enters by. None takes 100, or as many as there are.
     n_hidden
         Units of the hidden layers on both sides of the bottleneck. None takes twice the width, at least 64.
-    n_components
-        Principal scores that a cell enters by.
     dropout
         Share of the encoder's hidden units dropped in training.
     learning_rate
-        Of Adam, at the start; it falls to 0 by a cosine.
+        Learning rate of Adam at the start; it falls to 0 by a cosine.
     invariance
         Weight of Noise2Same's invariance term, in units of the noise's standard deviation. The theorem has 2, which
-        allows for more copying than a bottleneck can do: on PBMC 3k 2 gained .119, .5 .130, 0 .132 nats per molecule.
+        allows for more copying than a bottleneck can do.
     prior_scale
         Standard deviation of the Gaussian prior on the weights of each gene. Against the likelihood of the gene's own
         molecules it keeps a rare gene near its mean and lets an abundant one go where its molecules say.
-    n_batches
-        Batches known to the decoder; 0 without a batch covariate.
     n_epochs
-        At most. None takes as many as show 60 000 cells, at least 12 and at most 100.
+        Epochs at most. None takes as many as show 60 000 cells, at least 12 and at most 100.
     batch_size
         Cells a step. None takes 128; on CUDA more for many cells, up to 4096.
-    device
-        `"auto"`, CUDA where there is one; `"cpu"`; or any that PyTorch knows.
-    random_state
-        Seed or generator.
-    on_check
-        Called with (width, epochs, epoch, gain) after each check of the molecules set aside.
 
-    Attributes
-    ----------
-    width_
-        The width kept.
-    tried_
-        The widths tried.
-    gains_
-        The gain of each of them on the molecules set aside, a `Gain` each.
-    histories_
-        How each width was learned, a `History` each.
-    network_
-        The `Network` in its best state.
-    feature_names_in_, batch_names_
-        Names of genes and batches, saved with the rest where the caller has set them.
-    link_, depth_
-        How its output becomes rates, see `sc_noise2self._transform.rates`, and the depth of a square root.
-    gene_share_, gene_scale_
-        The share of all molecules that each gene has, and what the output must be multiplied by to give it that share,
-        shape (genes,); 1 for a likelihood, which learns it.
+    Raises
+    ------
+    ValueError, TypeError
+        If an option is out of range.
 
     Notes
     -----
     The same seed gives the same bytes on the same machine with the same number of threads.
     """
 
-    feature_names_in_: np.ndarray
-    batch_names_: np.ndarray
+    name: ClassVar[str] = "autoencoder"
+    title: ClassVar[str] = "an autoencoder"
+    needs_memory: ClassVar[bool] = False
+    can_transfer: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        widths: Sequence[int] = WIDTHS,
-        *,
-        loss: LossName = "multinomial",
-        n_hidden: int | None = None,
-        n_components: int = 100,
-        dropout: float = 0.1,
-        learning_rate: float = 7e-3,
-        invariance: float = 0.5,
-        prior_scale: float = 0.08,
-        n_batches: int = 0,
-        n_epochs: int | None = None,
-        batch_size: int | None = None,
-        device: str = "auto",
-        random_state: RandomState = 0,
-        on_check: Callable[[int, int, int, float], object] = lambda *_: None,
-    ) -> None:
-        self.widths = widths
-        self.loss = loss
-        self.n_hidden = n_hidden
-        self.n_components = n_components
-        self.dropout = dropout
-        self.learning_rate = learning_rate
-        self.invariance = invariance
-        self.prior_scale = prior_scale
-        self.n_batches = n_batches
-        self.n_epochs = n_epochs
-        self.batch_size = batch_size
-        self.device = device
-        self.random_state = random_state
-        self.on_check = on_check
+    width: int | Sequence[int] = (128, 32, 8, 2)
+    loss: LossName = "multinomial"
+    n_seeds: int = 1
+    batch_key: str | None = None
+    device: str = "auto"
+    n_components: int | None = None
+    n_hidden: int | None = None
+    dropout: float = 0.1
+    learning_rate: float = 7e-3
+    invariance: float = 0.5
+    prior_scale: float = 0.08
+    n_epochs: int | None = None
+    batch_size: int | None = None
 
-    def fit(
-        self,
-        counts: sp.csr_matrix,
-        genes: np.ndarray | None = None,
-        batch: np.ndarray | None = None,
-        *,
-        survey: Survey | None = None,
-        cells: np.ndarray | None = None,
-    ) -> Self:
-        """Learn from counts, CSR of shape (cells, genes).
+    def __post_init__(self) -> None:
+        check_one_of("loss", self.loss, get_args(LossName))
+        as_positive("n_seeds", self.n_seeds)
+        check_name("device", self.device)
+        if self.batch_key is not None:
+            check_name("batch_key", self.batch_key)
+        for name in ("n_hidden", "n_epochs", "batch_size"):
+            if getattr(self, name) is not None:
+                as_positive(name, getattr(self, name))
+        for name in ("learning_rate", "prior_scale"):
+            check_number(name, getattr(self, name), 0, np.inf, open_below=True)
+        check_number("invariance", self.invariance, 0, np.inf)
+        check_number("dropout", self.dropout, 0, 1)
 
-        Parameters
-        ----------
-        genes
-            Boolean, shape (genes,): the genes that a cell enters by. None uses all.
-        batch
-            Code of each cell's batch, from 0 to `n_batches` - 1, shape (cells,); needed if `n_batches` is not 0. With
-            `survey`, that of all its cells.
-        survey
-            Counts that are not in memory, to train on, in pools of random stretches of cells. Then `counts` are those
-            of some of its cells, `cells` in rising order, from which all is learned that needs no more: the
-            principal components, and when to stop.
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """See `Method`."""
+        return () if self.batch_key is None else (self.batch_key,)
 
-        Raises
-        ------
-        ValueError
-            If a parameter is out of range.
-        FloatingPointError
-            If the loss is not finite before there is a state to keep.
-        MemoryError
-            If the device has too little memory.
+    @property
+    def is_average(self) -> bool:
+        """See `Method`."""
+        return self.n_seeds > 1
 
-        Warns
-        -----
-        UserWarning
-            If the loss stops being finite later; the best state is kept.
-        """
-        import torch
+    def checked(self, counts: Counts) -> Self:
+        """See `Method`."""
+        require_torch()
+        if self.batch_key is not None and len(counts.columns[self.batch_key].cat.categories) < 2:
+            raise ValueError(f"adata.obs[{self.batch_key!r}] has one batch: leave batch_key out.")
+        n_genes = counts.chunks.shape[1]
+        width = bounded_values("width", self.width, n_genes, f"{n_genes} genes", is_default=self.width == type(self).width)
+        return replace(self, width=width, n_components=n_components_of(self.n_components, counts))
 
-        from ._network import Counts, Network, StreamedCounts
-        from ._network_losses import make_loss
-        from ._training import choose_device, train
+    def learners(self, counts: Counts) -> Sequence[Learner]:
+        """See `Method`."""
+        first = _AutoencoderLearner(self, counts)
+        return [first, *(_AutoencoderLearner(self, counts, first) for _ in range(1, self.n_seeds))]
 
-        self._check_parameters()
-        rng = as_generator(self.random_state)
-        device = choose_device(self.device)
-        n_held = min(counts.shape[0], max(2, _ASIDE_ENTRIES // counts.shape[1]))
-        held = np.sort(rng.choice(counts.shape[0], n_held, replace=False))
-        seen, aside = set_aside(counts, held, rng)
-        codes_here = batch if batch is None or cells is None else batch[cells]
-        scores = self._principal_scores(seen, genes, rng)
-        share = column_sums(seen) / seen.sum()
-        self.tried_: list[int] = []
-        self.gains_: list[Gain] = []
-        self.histories_: list[History] = []
-        n_cells = counts.shape[0] if survey is None else survey.chunks.shape[0]
-        n_epochs, batch_size = self._n_epochs(n_cells), self._batch_size(n_cells, device)
-        loss = make_loss(self.loss, seen, self.invariance)
-        self.link_, self.depth_ = loss.link, loss.depth
+    def codes(self, counts: Counts) -> np.ndarray | None:
+        """Return the code of each cell's batch, shape (cells,); None without batches."""
+        return None if self.batch_key is None else counts.columns[self.batch_key].cat.codes.to_numpy()
 
-        n_checked = max(2, _CHECKED_ENTRIES // counts.shape[1])
 
-        def gain(network: Network, n_cells: int | None = None) -> Gain:
-            of = slice(n_cells)
-            codes = None if codes_here is None else codes_here[held[of]]
-            profiles = self._predict(network, seen[held[of]], codes, share, n_rounds=int(self.link_ != "exp"))
-            return held_out_gain(held_out_probabilities(profiles, aside[of]), aside[of], share)
+class _AutoencoderLearner(Learner):
+    """An autoencoder; its width is chosen on all molecules but those that it sets aside.
 
-        networks: list[Network] = []
-        try:
-            on_device: Counts | StreamedCounts
-            if survey is None or cells is None:
-                on_device = Counts(seen, batch, device)
+    A width chosen on halves would be that for halves: on sparse data they support a narrower one. What the choice
+    may tell of a half's held-out molecules is which of a handful of widths was best.
+    """
+
+    enough_cells: int | None = _LEARNED_CELLS
+
+    def __init__(self, options: Autoencoder, counts: Counts, like: _AutoencoderLearner | None = None) -> None:
+        """Take the width of `like`, another learner, instead of choosing one: this one then differs by its seed."""
+        self.name = options.name
+        self._options = options
+        self._like = like
+        self._used = counts.used
+        self._codes = options.codes(counts)
+        self._fits: list[AutoencoderModel] = []
+        self._fitted: _Training | None = None
+        self._choice: _Training | None = None
+
+    @property
+    def settings(self) -> Sequence[Any]:
+        """The width chosen."""
+        return (f"width {self._width}",)
+
+    @property
+    def _width(self) -> int:
+        assert self._fitted is not None  # prepared before anything was learned
+        return self._fitted.model.width
+
+    def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:
+        """See `Learner`."""
+        width = self._options.width
+        widths: Sequence[int] = width if is_several(width) else [width]  # type: ignore[assignment, list-item]
+        self._fitted = self._choice = self._fit(
+            counts, cells, widths if self._like is None else [self._like._width], rng
+        )
+
+    def learn(self, half: Fold, rng: np.random.Generator) -> None:
+        """See `Learner`."""
+        self._fits.append(self._fit(half.seen, half.cells, [self._width], rng).model)
+
+    def forget(self) -> None:
+        """See `Learner`."""
+        self._fits.clear()
+
+    def predict(self, half: int, setting: Any, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
+        """See `Learner`."""
+        return self._fits[half].predict(seen, self._codes_of(cells))
+
+    def refit(self, counts: Counts, setting: Any, rng: np.random.Generator) -> LowRankProfiles:
+        """See `Learner`."""
+        assert self._fitted is not None
+        n_cells = counts.chunks.shape[0]
+        if n_cells > _LEARNED_CELLS:
+            if isinstance(counts.chunks, InMemory):
+                data = _TrainingData(counts.in_memory(), self._used, self._codes)
             else:
-                on_device = StreamedCounts(survey, batch, device, (cells[held], seen[held]))
-            with _TRAINING, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                for width in sorted(self.widths, reverse=True):
-                    torch.manual_seed(int(rng.integers(2**63)))
-                    network = Network(scores, width, self._n_hidden(width), loss.start, self.n_batches, self.dropout)
-                    history = train(
-                        network.to(device),
-                        copy.deepcopy(loss).to(device),
-                        on_device,
-                        rng,
-                        check=partial(gain, network, n_checked),
-                        on_check=partial(self.on_check, width, n_epochs),
-                        n_epochs=n_epochs,
-                        batch_size=batch_size,
-                        learning_rate=self.learning_rate,
-                        prior_scale=self.prior_scale,
-                    )
-                    networks.append(network)
-                    self.histories_.append(history)
-                    self.gains_.append(gain(network))
-                    self.tried_.append(int(width))
-                    if narrowest_as_good(self.gains_) < len(self.gains_) - 1:
-                        break
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(
-                f"{device} has too little memory: pass a smaller batch_size (it was {batch_size}) or device='cpu'."
-            ) from error
-        best = narrowest_as_good(self.gains_)
-        self.width_, self.network_ = self.tried_[best], networks[best]
-        totals = column_sums(counts) if survey is None else survey.totals
-        self.gene_share_ = totals / totals.sum()
-        self.gene_scale_ = np.ones(counts.shape[1], np.float32)
-        if self.link_ != "exp":
-            self.gene_scale_ = self._learned_gene_scale(counts, codes_here, rng)
-        return self
+                cells = np.sort(rng.choice(n_cells, _LEARNED_CELLS, replace=False))
+                data = _TrainingData(counts.chunks.take(cells), self._used, self._codes, counts, cells)
+            self._fitted = _fit(self._options, [self._width], data, rng)
+        return self._fitted.model.profiles(counts, self._codes)
 
-    def predict(self, counts: sp.csr_matrix, batch: np.ndarray | None = None, *, n_rounds: int = 0) -> LowRankProfiles:
-        """Return the denoised profiles of cells, of those fitted or of others.
+    def learned(self, setting: Any) -> Learned:
+        """See `Learner`."""
+        assert self._fitted is not None and self._choice is not None
+        history = self._fitted.history
+        values = {
+            "table": self._choice.comparison.table("one_standard_error", _SEEDS_DIFFER, last=True, gain=True),
+            "epoch_losses": np.array(history.losses),
+            "checked_epochs": np.array(history.checked),
+            "checked_gains": np.array(history.gains),
+        }
+        return Learned(self._options.title, self._options.described(setting), self._width, values)
+
+    def state(self) -> State:
+        """See `Learner`."""
+        assert self._fitted is not None
+        return self._fitted.model.state()
+
+    def _fit(
+        self, counts: sp.csr_matrix, cells: np.ndarray, widths: Sequence[int], rng: np.random.Generator
+    ) -> _Training:
+        """Return an autoencoder fitted to as many of the cells as are enough."""
+        if counts.shape[0] > _LEARNED_CELLS:
+            some = np.sort(rng.choice(counts.shape[0], _LEARNED_CELLS, replace=False))
+            counts, cells = counts[some], cells[some]
+        return _fit(self._options, widths, _TrainingData(counts, self._used, self._codes_of(cells)), rng)
+
+    def _codes_of(self, cells: np.ndarray) -> np.ndarray | None:
+        return None if self._codes is None else self._codes[cells]
+
+
+@dataclass(frozen=True, eq=False)
+class AutoencoderModel:
+    """A trained network, which denoises other cells too.
+
+    Attributes
+    ----------
+    options
+        Options that it was fitted with.
+    network
+        The `Network`.
+    width
+        Width of its bottleneck.
+    link, depth
+        How its output becomes rates, see `sc_noise2self._transform.rates`, and the depth of a square root.
+    gene_share, gene_scale
+        The share of all molecules that each gene has, and what the output must be multiplied by to give it that share,
+        shape (genes,); 1 for a likelihood, which learns it.
+    """
+
+    options: Autoencoder
+    network: Network
+    width: int
+    link: Link
+    depth: float
+    gene_share: np.ndarray
+    gene_scale: np.ndarray
+
+    name: ClassVar[str] = "autoencoder"
+
+    def learned(self) -> Learned:
+        """Return what is worth writing down."""
+        title = Autoencoder.title
+        return Learned(title, f"{title} (width {self.width})", self.width)
+
+    def state(self) -> State:
+        """Return what a model file keeps of it."""
+        from .._model import State
+
+        kept = {name: getattr(self.options, name) for name in _SAVED_OPTIONS}
+        values = kept | {"n_batches": self.network.n_batches, "width": self.width, "link": self.link, "depth": self.depth}
+        arrays = {"gene_share": self.gene_share, "gene_scale": self.gene_scale} | self.network.arrays()
+        return State(self.name, values, arrays)
+
+    @classmethod
+    def from_state(cls, state: State, device: str) -> Self:
+        """Return the model that a state was made of, on a device."""
+        require_torch()
+        from ._network import Network
+        from ._training import choose_device
+
+        values, arrays = state.values, dict(state.arrays)
+        options = Autoencoder(**{name: values[name] for name in _SAVED_OPTIONS}, device=device)
+        of_genes = [arrays.pop(name) for name in ("gene_share", "gene_scale")]
+        network = Network.from_arrays(arrays).to(choose_device(device))
+        return cls(options, network, values["width"], values["link"], values["depth"], *of_genes)
+
+    def predict(self, counts: sp.csr_matrix, codes: np.ndarray | None = None) -> LowRankProfiles:
+        """Return the denoised profiles of cells, of those fitted or of others; genes keep the scale of the fit.
 
         Parameters
         ----------
         counts
-            CSR of shape (cells, genes), the genes in the order of `fit`.
-        batch
-            Code of each cell's batch, as in `fit`.
-        n_rounds
-            Of `LowRankProfiles.with_totals`. Other cells than those fitted need not have their genes' totals, so 0 is
-            right for them.
+            CSR of shape (cells, genes).
+        codes
+            Code of each cell's batch, shape (cells,).
 
         Raises
         ------
         ValueError
             If the network's output is beyond what can be a rate, which weights from elsewhere can bring about.
         """
-        factors, loadings = self._factors(self.network_, counts, batch)
-        _check_output(self.link_, factors, loadings)
-        size = row_sums(counts)
-        return LowRankProfiles.with_totals(
-            self.link_, factors, loadings, size, self.gene_share_, n_rounds, self.gene_scale_
-        )
+        found = self._unscaled(counts, codes, self.gene_scale)
+        _check_output(self.link, found.scores, found.loadings)
+        return found.scaled(n_rounds=0)
 
-    def profiles(self, survey: Survey, batch: np.ndarray | None = None) -> LowRankProfiles:
+    def profiles(self, counts: Counts, codes: np.ndarray | None) -> LowRankProfiles:
         """Return the denoised profiles of all cells, wherever their counts are, every gene with its total."""
 
         def unscaled(block: Block, gene_scale: np.ndarray) -> LowRankProfiles:
-            codes = None if batch is None else batch[block.cells]
-            factors, loadings = self._factors(self.network_, block.counts, codes)
-            size = row_sums(block.counts)
-            return LowRankProfiles.unscaled(self.link_, factors, loadings, size, self.gene_share_, gene_scale)
+            return self._unscaled(block.counts, None if codes is None else codes[block.cells], gene_scale)
 
-        first = np.arange(min(survey.chunks.shape[0], 2))
-        some = self.predict(survey.chunks.take(first), None if batch is None else batch[first])
-        return profiles_in_blocks(survey.chunks, survey.size, some, unscaled)
+        first = np.arange(min(counts.chunks.shape[0], 2))
+        some = self.predict(counts.chunks.take(first), None if codes is None else codes[first])
+        return profiles_in_blocks(counts.chunks, counts.size, some, unscaled)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the fitted network to a file that `load` reads, whole or not at all; nothing is overwritten.
-
-        Genes and batches without names are numbered.
-        """
-        import torch
-
-        from . import _model_file as model_file
-
-        numbers = {"feature_names_in_": len(self.gene_share_), "batch_names_": self.n_batches}
-        names = {name: getattr(self, name, np.arange(n).astype(str)).tolist() for name, n in numbers.items()}
-        widths = [int(width) for width in self.widths]
-        contents = {
-            "parameters": {"widths": widths, **{name: getattr(self, name) for name in _PARAMETERS}},
-            "fitted": {name: getattr(self, name) for name in _FITTED},
-            "genes": {name: torch.from_numpy(np.asarray(getattr(self, name))) for name in _OF_GENES},
-            "names": names,
-            "network": {name: value.cpu() for name, value in self.network_.state_dict().items()},
-        }
-        model_file.save(path, contents)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], *, device: str = "auto") -> Self:
-        """Return a fitted autoencoder from a file that `save` wrote.
-
-        The file is read as data alone: one from elsewhere can run no code.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is no file.
-        ValueError
-            If it is not such a file.
-        """
-        from . import _model_file as model_file
-        from ._network import Network, PrincipalScores
-        from ._training import choose_device
-
-        saved = model_file.load(path, get_args(LossName))
-        out = cls(**saved["parameters"], device=device)
-        for name in _FITTED:
-            setattr(out, name, saved["fitted"][name])
-        for name in _OF_GENES:
-            setattr(out, name, saved["genes"][name].numpy())
-        for name in _NAMES:
-            setattr(out, name, np.array(saved["names"][name], dtype=str))
-        state = saved["network"]
-        scores = PrincipalScores(*(state[f"scores.{name}"].numpy() for name in PrincipalScores.NAMES))
-        n_hidden = len(state["encoder.bias"])
-        network = Network(scores, out.width_, n_hidden, out.gene_share_, out.n_batches, out.dropout)
-        network.load_state_dict(state)
-        out.network_ = network.to(choose_device(device)).eval()
-        return out
-
-    def _predict(
-        self,
-        network: Network,
-        counts: sp.csr_matrix,
-        batch: np.ndarray | None,
-        gene_share: np.ndarray,
-        n_rounds: int,
-    ) -> LowRankProfiles:
-        factors, loadings = self._factors(network, counts, batch)
-        return LowRankProfiles.with_totals(self.link_, factors, loadings, row_sums(counts), gene_share, n_rounds)
-
-    def _factors(
-        self, network: Network, counts: sp.csr_matrix, batch: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return scores and loadings, see `LowRankProfiles`."""
-        import torch
-
-        from ._network import Counts
-
-        network.eval()
-        cells = Counts(counts, batch, network.scores.components.device)
-        factors = np.ones((len(cells), network.n_factors + 2), np.float32)
-        factors[:, -1] = 0
-        with torch.no_grad():
-            for start in range(0, len(cells), _PREDICTED):
-                some = np.arange(start, min(start + _PREDICTED, len(cells)))
-                factors[some, :-2] = network.factors(cells[some]).cpu().numpy()
-        if self.link_ == "sqrt":
-            factors *= np.sqrt(row_sums(counts) / self.depth_).astype(np.float32)[:, None]
-        return factors, network.loadings()
-
-    def _learned_gene_scale(
-        self, counts: sp.csr_matrix, batch: np.ndarray | None, rng: np.random.Generator
-    ) -> np.ndarray:
-        """Return what gives every gene the total that it has in some of the cells, shape (genes,)."""
-        cells = np.sort(rng.choice(counts.shape[0], min(counts.shape[0], _SCALED_CELLS), replace=False))
-        some, codes = counts[cells], None if batch is None else batch[cells]
-        share = column_sums(some) / max(1, some.sum())
-        return self._predict(self.network_, some, codes, share, n_rounds=2).gene_scale
-
-    def _principal_scores(
-        self, counts: sp.csr_matrix, genes: np.ndarray | None, rng: np.random.Generator
-    ) -> PrincipalScores:
-        from ._network import PrincipalScores
-
-        cells = np.flatnonzero(row_sums(counts))
-        if len(cells) > _COMPONENT_CELLS:
-            cells = np.sort(rng.choice(cells, _COMPONENT_CELLS, replace=False))
-        some = counts[cells]
-        some.eliminate_zeros()
-        n_used = counts.shape[1] if genes is None else int(genes.sum())
-        pca = PCADenoiser(
-            "log1p",
-            n_components=min(self.n_components, max(1, len(cells) - 1), n_used - 1),
-            n_passes=3,
-            random_state=rng,
-        ).fit(some, genes)
-        components = pca.components_ * pca.genes_[:, None]
-        # Where cells do not differ, the components are rounding errors, and so would be what they are divided by.
-        scale = max(pca.coordinates(some)[:, 0].std(), _LEAST_SPREAD * np.linalg.norm(pca.mean_))
-        return PrincipalScores(
-            components,
-            pca.gene_weights_,
-            pca.mean_ @ components,
-            pca.transform_.target,
-            pca.mean_,
-            pca.gene_share_,
-            scale,
-        )
-
-    def _check_parameters(self) -> None:
-        for name in ("n_hidden", "n_epochs", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
-                raise ValueError(f"{name} is {value!r}: pass a whole number, 1 or more, or None.")
-        for name in ("learning_rate", "prior_scale"):
-            if not 0 < _number(getattr(self, name)) < np.inf:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: pass a number above 0.")
-        if not 0 <= _number(self.dropout) < 1 or not 0 <= _number(self.invariance) < np.inf:
-            raise ValueError(
-                f"dropout is {self.dropout!r} and invariance {self.invariance!r}: dropout is from 0 to below 1, "
-                "invariance 0 or more."
-            )
-
-    def _n_hidden(self, width: int) -> int:
-        return max(64, 2 * width) if self.n_hidden is None else self.n_hidden
-
-    def _n_epochs(self, n_cells: int) -> int:
-        if self.n_epochs is not None:
-            return self.n_epochs
-        return int(np.clip(_CELLS_SHOWN // n_cells, _LEAST_EPOCHS, _MOST_EPOCHS))
-
-    def _batch_size(self, n_cells: int, device: torch.device) -> int:
-        if self.batch_size is not None:
-            return self.batch_size
-        return 128 if device.type == "cpu" else int(np.clip(n_cells // 200, 128, 4096))
+    def _unscaled(self, counts: sp.csr_matrix, codes: np.ndarray | None, gene_scale: np.ndarray) -> LowRankProfiles:
+        factors, loadings = _factors(self.network, counts, codes, self.link, self.depth)
+        return LowRankProfiles.unscaled(self.link, factors, loadings, row_sums(counts), self.gene_share, gene_scale)
 
 
-def _number(value: object) -> float:
-    """Return a real number as it is, NaN for anything else."""
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else float("nan")
+@dataclass(frozen=True, eq=False)
+class _TrainingData:
+    """What a network is fitted to.
+
+    Attributes
+    ----------
+    counts
+        CSR of shape (cells, genes).
+    used
+        The genes that a cell enters by, boolean of shape (genes,); None for all.
+    codes
+        Code of each cell's batch, shape (cells,), of all cells where these are some; None without batches.
+    all_counts, cells
+        Counts that are not in memory, to train on in pools of random stretches of cells. Then `counts` are those of
+        `cells` among them, in rising order, from which all is learned that needs no more: the principal components, and
+        when to stop.
+    """
+
+    counts: sp.csr_matrix
+    used: np.ndarray | None
+    codes: np.ndarray | None
+    all_counts: Counts | None = None
+    cells: np.ndarray | None = None
+
+    @property
+    def n_cells(self) -> int:
+        """How many cells are trained on."""
+        return int(self.counts.shape[0] if self.all_counts is None else self.all_counts.chunks.shape[0])
+
+    @property
+    def totals(self) -> np.ndarray:
+        """The molecules of each gene, shape (genes,)."""
+        return column_sums(self.counts) if self.all_counts is None else self.all_counts.totals
+
+    @property
+    def codes_here(self) -> np.ndarray | None:
+        """The codes of the cells of `counts`."""
+        return self.codes if self.codes is None or self.cells is None else self.codes[self.cells]
+
+
+@dataclass(frozen=True, eq=False)
+class _Training:
+    """A model, how each width compared on molecules set aside, and the history of the one kept."""
+
+    model: AutoencoderModel
+    comparison: Comparison
+    history: History
+
+
+def _fit(options: Autoencoder, widths: Sequence[int], data: _TrainingData, rng: np.random.Generator) -> _Training:
+    """Train a network of each width, from the widest to the first that is worse, and keep the narrowest that is not.
+
+    Raises
+    ------
+    FloatingPointError
+        If the loss is not finite before there is a state to keep.
+    MemoryError
+        If the device has too little memory.
+    """
+    import torch
+
+    from ._network_losses import LOSSES
+    from ._training import choose_device
+
+    device, counts = choose_device(options.device), data.counts
+    n_held = min(counts.shape[0], max(2, _VALIDATION_ENTRIES // counts.shape[1]))
+    held = np.sort(rng.choice(counts.shape[0], n_held, replace=False))
+    seen, aside = set_aside(counts, held, rng)
+    codes = None if data.codes_here is None else data.codes_here[held]
+    validation = _Validation(fold_of(seen[held], aside, share=column_sums(seen) / seen.sum()), codes)
+    scores = _principal_scores(options, seen, data.used, rng)
+    loss = LOSSES[options.loss](seen, options.invariance)
+    batch_size = options.batch_size or _batch_size(data.n_cells, device)
+    comparison, networks, histories = Comparison(), [], []
+    try:
+        on_device = _on_device(data, seen, held, device)
+        with _TRAINING, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for width in sorted(widths, reverse=True):
+                torch.manual_seed(int(rng.integers(2**63)))
+                network, history = _trained(options, width, scores, loss, on_device, validation, batch_size, data, rng)
+                networks.append(network)
+                histories.append(history)
+                comparison.add({"width": int(width)}, -validation.gain(network, loss))
+                if narrowest_as_good(comparison) < len(networks) - 1:
+                    break
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(
+            f"{device} has too little memory: pass a smaller batch_size (it was {batch_size}) or device='cpu'."
+        ) from error
+    best = narrowest_as_good(comparison)
+    share = data.totals / data.totals.sum()
+    ones = np.ones(counts.shape[1], np.float32)
+    width = comparison.parameters(best)["width"]
+    model = AutoencoderModel(options, networks[best], width, loss.link, loss.depth, share, ones)
+    if model.link != "exp":
+        model = replace(model, gene_scale=_learned_gene_scale(model, counts, data.codes_here, rng))
+    return _Training(model, comparison, histories[best])
+
+
+def _on_device(
+    data: _TrainingData, seen: sp.csr_matrix, held: np.ndarray, device: torch.device
+) -> DeviceCounts | StreamedCounts:
+    """Return what is trained on: the counts less the molecules of some cells that were set aside."""
+    from ._network import Counts as DeviceCounts
+    from ._network import StreamedCounts
+
+    if data.all_counts is None or data.cells is None:
+        return DeviceCounts(seen, data.codes, device)
+    return StreamedCounts(data.all_counts, data.codes, device, (data.cells[held], seen[held]))
+
+
+def _trained(
+    options: Autoencoder,
+    width: int,
+    scores: PrincipalScores,
+    loss: Loss,
+    on_device: DeviceCounts | StreamedCounts,
+    validation: _Validation,
+    batch_size: int,
+    data: _TrainingData,
+    rng: np.random.Generator,
+) -> tuple[Network, History]:
+    """Return a network of this width in its best state, and how it came there."""
+    from ._network import Network
+    from ._training import train
+
+    n_hidden = options.n_hidden or max(64, 2 * width)
+    n_batches = 0 if data.codes is None else int(data.codes.max()) + 1
+    network = Network(scores, width, n_hidden, loss.start, n_batches, options.dropout)
+    n_checked = max(2, _CHECKED_ENTRIES // data.counts.shape[1])
+    history = train(
+        network.to(on_device.device),
+        copy.deepcopy(loss).to(on_device.device),
+        on_device,
+        rng,
+        check=partial(validation.gain, network, loss, n_checked),
+        name=f"autoencoder, width {width}",
+        n_epochs=options.n_epochs or int(np.clip(_CELLS_SHOWN // data.n_cells, _LEAST_EPOCHS, _MOST_EPOCHS)),
+        batch_size=batch_size,
+        learning_rate=options.learning_rate,
+        prior_scale=options.prior_scale,
+    )
+    return network, history
+
+
+@dataclass(frozen=True, eq=False)
+class _Validation:
+    """Cells of which molecules were set aside, and the codes of their batches."""
+
+    fold: Fold
+    codes: np.ndarray | None
+
+    def gain(self, network: Network, loss: Loss, n_cells: int | None = None) -> Gain:
+        """Return what a network gains on the molecules set aside of the first cells, None for all."""
+        some = slice(n_cells)
+        fold = fold_of(self.fold.seen[some], self.fold.held_out[some], share=self.fold.share)
+        codes = None if self.codes is None else self.codes[some]
+        factors, loadings = _factors(network, fold.seen, codes, loss.link, loss.depth)
+        profiles = LowRankProfiles.unscaled(loss.link, factors, loadings, row_sums(fold.seen), fold.share)
+        return fold.gain(profiles.scaled(n_rounds=int(loss.link != "exp")))
+
+
+def narrowest_as_good(comparison: Comparison) -> int:
+    """Return the number of the last row, the narrowest, that is as good as the best.
+
+    That is within one paired standard error over cells, or within 1 % of it.
+    """
+    return comparison.best("one_standard_error", tolerance=_SEEDS_DIFFER, last=True)
+
+
+def _factors(
+    network: Network, counts: sp.csr_matrix, codes: np.ndarray | None, link: Link, depth: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return scores and loadings, see `LowRankProfiles`."""
+    import torch
+
+    from ._network import Counts as DeviceCounts
+
+    network.eval()
+    cells = DeviceCounts(counts, codes, network.scores.components.device)
+    factors = np.ones((len(cells), network.n_factors + 2), np.float32)
+    factors[:, -1] = 0
+    with torch.no_grad():
+        for start in range(0, len(cells), _PREDICTED):
+            some = np.arange(start, min(start + _PREDICTED, len(cells)))
+            factors[some, :-2] = network.factors(cells[some]).cpu().numpy()
+    if link == "sqrt":
+        factors *= np.sqrt(row_sums(counts) / depth).astype(np.float32)[:, None]
+    return factors, network.loadings()
+
+
+def _learned_gene_scale(
+    model: AutoencoderModel, counts: sp.csr_matrix, codes: np.ndarray | None, rng: np.random.Generator
+) -> np.ndarray:
+    """Return what gives every gene the total that it has in some of the cells, shape (genes,)."""
+    cells = np.sort(rng.choice(counts.shape[0], min(counts.shape[0], _SCALED_CELLS), replace=False))
+    some, codes = counts[cells], None if codes is None else codes[cells]
+    factors, loadings = _factors(model.network, some, codes, model.link, model.depth)
+    share = column_sums(some) / max(1, some.sum())
+    return LowRankProfiles.unscaled(model.link, factors, loadings, row_sums(some), share).scaled(n_rounds=2).gene_scale
+
+
+def _principal_scores(
+    options: Autoencoder, counts: sp.csr_matrix, used: np.ndarray | None, rng: np.random.Generator
+) -> PrincipalScores:
+    """Return the first layer of the network, which is learned beforehand."""
+    from ._network import PrincipalScores
+
+    cells = np.flatnonzero(row_sums(counts))
+    if len(cells) > _COMPONENT_CELLS:
+        cells = np.sort(rng.choice(cells, _COMPONENT_CELLS, replace=False))
+    some = counts[cells]
+    some.eliminate_zeros()
+    n_used = counts.shape[1] if used is None else int(used.sum())
+    assert options.n_components is not None  # checked
+    n_components = min(options.n_components, max(1, len(cells) - 1), n_used - 1)
+    (found,) = learn_components(some, "log1p", n_components, rng, n_passes=3, used=used)
+    components = found.vectors * found.used[:, None]
+    # Where cells do not differ, the components are rounding errors, and so would be what they are divided by.
+    scale = max(found.coordinates(some)[:, 0].std(), _LEAST_SPREAD * np.linalg.norm(found.mean))
+    return PrincipalScores(
+        components,
+        found.gene_weights,
+        found.mean @ components,
+        found.transform.target,
+        found.mean,
+        found.gene_share,
+        scale,
+    )
+
+
+def _batch_size(n_cells: int, device: torch.device) -> int:
+    return 128 if device.type == "cpu" else int(np.clip(n_cells // 200, 128, 4096))
 
 
 def require_torch() -> None:
@@ -504,35 +636,3 @@ def _check_output(link: Link, factors: np.ndarray, loadings: np.ndarray) -> None
             )
 
 
-def narrowest_as_good(gains: Sequence[Gain]) -> int:
-    """Return the index of the last gain that is as good as the best.
-
-    That is within one paired standard error over cells, or within 1 % of it: two runs that differ by their seed alone
-    differ by as much.
-    """
-    best = max(gains, key=lambda gain: gain.mean)
-    return max(
-        i
-        for i, gain in enumerate(gains)
-        if gain.mean >= best.mean - max(gain.error_of_difference(best), _SEEDS_DIFFER * best.mean)
-    )
-
-
-def set_aside(
-    counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator
-) -> tuple[sp.csr_matrix, sp.csr_matrix]:
-    """Return the counts less what is set aside, and what is set aside of these cells.
-
-    Cells that would lose all their molecules keep them all. The first shares its indices with `counts`, so zeros may
-    be stored.
-    """
-    own = counts[cells]
-    starts = counts.indptr[:-1][cells]
-    positions = np.arange(own.nnz) + np.repeat(starts - own.indptr[:-1], np.diff(own.indptr))
-    size = row_sums(own)
-    own.data = rng.binomial(own.data.astype(np.int64), _ASIDE).astype(np.float32)
-    own.data *= np.repeat(row_sums(own) < size, np.diff(own.indptr))
-    data = counts.data.copy()
-    data[positions] -= own.data
-    own.eliminate_zeros()
-    return sp.csr_matrix((data, counts.indices, counts.indptr), shape=counts.shape, copy=False), own

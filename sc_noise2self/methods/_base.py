@@ -1,51 +1,183 @@
-"""Denoisers as the selection sees them: learned from one half, predicting the other, refitted to all molecules.
+"""What a denoising method is: its options (`Method`), and how the engine sees it at work (`Learner`).
 
-A member knows how it may be set (`settings`) and what it learned from each half; the selection knows neither PCA
-nor any other denoiser. A new denoiser joins by a class with these methods.
+A method is a frozen dataclass of options. A field that may hold several values and does is chosen by the gain on
+molecules that the method has not seen. Whoever writes one gives it a name and `denoise_counts`; that is enough to be
+fitted, compared, averaged with others, calibrated, reported and drawn. Methods that can do better than be called on
+halves of the counts bring a `Learner` of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import product
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import scipy.sparse as sp
 
-from .._blocks import Block, Chunks, InMemory, Partial, Survey
+from .._blocks import Block, Chunks, Counts, Partial
+from .._checks import as_positive
+from .._compare import Comparison
 from .._counts import column_sums, row_sums
 from .._split import halves
-from .._transform import TransformName
-from ._autoencoder import WIDTHS, Autoencoder
-from ._pca import PCADenoiser, fit_together, folds_of, halves_of, noise_edge, shrinkage, whole, worth_of_halves
-from ._profiles import LowRankProfiles, scaled_to
-from ._svd import N_PASSES
+from ..partitions import Fold, fold_of
+from ._profiles import LowRankProfiles, Profiles, mean_profiles
 
-_COMPARED_CELLS = 5_000  # that settings of PCA are compared on
-_FURTHER_PASSES = 2  # over all cells, for components that start from those of some cells
-_LEARNED_CELLS = 50_000  # of a half that the autoencoder learns from: enough to choose by
-_STRENGTHS = (1.0, 2.0, 4.0, 8.0)  # of `shrinkage` at the depth of a half; 1 is least squares
+if TYPE_CHECKING:
+    from .._model import State
+
+_ENOUGH_CELLS = 20_000  # to choose the options of a method by
+_ASIDE = 0.1  # share of the molecules that validate a choice made before halves are looked at
 
 
-@dataclass(frozen=True, eq=False)
-class Half:
-    """One direction of a split.
+class Method(ABC):
+    """A denoiser and its options: a frozen, keyword-only dataclass.
 
     Attributes
     ----------
-    seen, held_out
-        Its two parts, CSR of shape (cells, genes).
-    folds
-        The fold of each cell, shape (cells,).
-    cells
-        Which cells these are of all, shape (cells,).
+    name
+        Name in results, and in the registry of methods.
+    title
+        The same in words, for titles of plots and for the report.
+    needs_memory
+        Whether it needs all counts in memory; else it reads them a block of cells at a time.
+    can_transfer
+        Whether what it learned denoises other cells: see `sc_noise2self.denoise_with`.
+    has_factors
+        Whether its profiles are factors, from which any genes and cells are rebuilt without a layer.
     """
 
-    seen: sp.csr_matrix
-    held_out: sp.csr_matrix
-    folds: np.ndarray
-    cells: np.ndarray
+    name: ClassVar[str]
+    title: ClassVar[str]
+    needs_memory: ClassVar[bool] = True
+    can_transfer: ClassVar[bool] = False
+    has_factors: ClassVar[bool] = True
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Categorical columns of `obs` that the method wants to know of the cells."""
+        return ()
+
+    @property
+    def is_average(self) -> bool:
+        """Whether its learners are averaged, as the seeds of a network, rather than the best of them taken."""
+        return False
+
+    def checked(self, counts: Counts) -> Self:
+        """Return the method with what is open settled for these counts.
+
+        Raises
+        ------
+        ValueError
+            If an option is more than the counts allow.
+        """
+        return self
+
+    def learners(self, counts: Counts) -> Sequence[Learner]:
+        """Return what is compared, or averaged, under the name of the method."""
+        return [TrialLearner(self, counts)]
+
+    def denoise_counts(self, counts: Counts, rng: np.random.Generator) -> Profiles:
+        """Return expected counts of cells from their counts, every option with one value.
+
+        Parameters
+        ----------
+        counts
+            `counts.in_memory()` is CSR float32 of shape (cells, genes).
+        rng
+            Source of whatever is random.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is fitted by its learners.")
+
+    def described(self, setting: Any) -> str:
+        """Return the method as it is set, in words, for the report."""
+        return f"{self.title}{f' ({setting})' if str(setting) else ''}"
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """What is worth writing down of a learner as it is set.
+
+    Attributes
+    ----------
+    title, described
+        In words, for the title of a plot and for the report.
+    rank
+        Components, or units of a bottleneck; 0 where the method has none.
+    values
+        Numbers, arrays and tables by name; `table` is what was compared inside the method.
+    """
+
+    title: str
+    described: str
+    rank: int = 0
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Learner(ABC):
+    """A method at work: learned from one half of the molecules, predicting the other, refitted to all.
+
+    Attributes
+    ----------
+    name
+        Name in tables and results.
+    enough_cells
+        How many cells are enough to choose by; None where more always tell more.
+    predicts_others
+        Whether what was learned from some cells predicts others.
+    """
+
+    name: str
+    enough_cells: int | None = None
+    predicts_others: bool = True
+
+    @property
+    @abstractmethod
+    def settings(self) -> Sequence[Any]:
+        """The ways to set it, each a word or two as a string; learners are compared at the first, then tuned."""
+
+    def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:
+        """Settle what is chosen by molecules that the learner sets aside itself, if anything is.
+
+        `cells` says which of all these are, shape (cells,).
+        """
+
+    @abstractmethod
+    def learn(self, half: Fold, rng: np.random.Generator) -> None:
+        """Learn from `half.seen`, and, per fold of cells, what `half.held_out` says of the settings."""
+
+    def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
+        """Learn the halves again from all cells, where `learn` saw some of them and all would tell more.
+
+        `keys` are those of the splits that the halves are of.
+        """
+
+    def forget(self) -> None:
+        """Let go of what was learned from halves, where the learner was not chosen."""
+
+    def settle(self, setting: Any, sample: Sample) -> None:
+        """Learn what predictions in this setting share among all cells that will be measured, where they share any."""
+
+    @abstractmethod
+    def predict(self, half: int, setting: Any, seen: sp.csr_matrix, cells: np.ndarray) -> Profiles:
+        """Return profiles of cells from their part of what was seen in that half; no fold is used on its own cells.
+
+        `cells` says which of all these are, shape (cells,).
+        """
+
+    @abstractmethod
+    def refit(self, counts: Counts, setting: Any, rng: np.random.Generator) -> Profiles:
+        """Return profiles of all cells, fitted to all molecules."""
+
+    @abstractmethod
+    def learned(self, setting: Any) -> Learned:
+        """Return what is worth writing down."""
+
+    def state(self) -> State:
+        """Return what was refitted, for a model file, where the method can transfer."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +189,7 @@ class Sample:
     chunks
         The counts of all cells.
     keys
-        Of the splits.
+        Keys of the splits.
     cells
         Which of all cells these are, in rising order.
     """
@@ -83,389 +215,211 @@ class Sample:
 
         return self.chunks.run(of_block)
 
-
-class Member(Protocol):
-    """A denoiser and the ways in which it may be set."""
-
-    @property
-    def name(self) -> str:
-        """Of the member, in labels and records."""
-        ...
-
-    @property
-    def settings(self) -> tuple[str, ...]:
-        """The ways to set it; members are compared at the first before they are tuned."""
-        ...
-
-    @property
-    def enough_cells(self) -> int | None:
-        """How many cells are enough to choose by; None where more always tell more."""
-        ...
-
-    @property
-    def predicts_others(self) -> bool:
-        """Whether what was learned from some cells predicts others."""
-        ...
-
-    def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:
-        """Settle what is chosen by molecules that the member sets aside itself, if anything is.
-
-        `cells` says which of all these are, shape (cells,).
-        """
-        ...
-
-    def learn(self, half: Half, rng: np.random.Generator) -> None:
-        """Learn from `half.seen`, and, per fold of cells, what `half.held_out` says of the settings."""
-        ...
-
-    def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
-        """Learn the halves again from all cells, where `learn` saw some of them and all would tell more.
-
-        `keys` are those of the splits that the halves are of.
-        """
-        ...
-
-    def forget(self) -> None:
-        """Let go of what was learned, where the member was not chosen."""
-        ...
-
-    def settle(self, setting: str, sample: Sample) -> None:
-        """Learn what predictions in this setting share among all cells that will be measured, where they share any."""
-        ...
-
-    def predict(self, half: int, setting: str, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
-        """Return profiles of cells from their part of what was seen in that half; no fold is used on its own cells.
-
-        `cells` says which of all these are, shape (cells,).
-        """
-        ...
-
-    def refit(self, survey: Survey, setting: str, rng: np.random.Generator) -> LowRankProfiles:
-        """Return profiles of all cells, fitted to all molecules."""
-        ...
-
-    def record(self, setting: str) -> dict[str, object]:
-        """Return what is worth writing down of the choice: numbers, strings and arrays."""
-        ...
+    def totals(self) -> list[np.ndarray]:
+        """Return the molecules of each gene in each half, shape (genes,)."""
+        return list(self.run(lambda _, parts: Partial([column_sums(part) for part in parts])).sums)
 
 
-@dataclass(eq=False)
-class MeanMember:
+@dataclass(frozen=True, eq=False)
+class MeanModel:
+    """The mean profile of the cells that a model was fitted to; `gene_share` has shape (genes,), summing to 1."""
+
+    gene_share: np.ndarray
+    name: ClassVar[str] = "mean"
+
+    def predict(self, counts: sp.csr_matrix, codes: np.ndarray | None = None) -> LowRankProfiles:
+        """Return the profiles of cells, CSR of shape (cells, genes)."""
+        return mean_profiles(row_sums(counts), self.gene_share)
+
+    def learned(self) -> Learned:
+        """Return what is worth writing down."""
+        return Learned("the mean profile", "the mean profile")
+
+    def state(self) -> State:
+        """Return what a model file keeps of it."""
+        from .._model import State
+
+        return State(self.name, {}, {"gene_share": self.gene_share})
+
+    @classmethod
+    def from_state(cls, state: State, device: str) -> Self:
+        """Return the model that a state was made of."""
+        return cls(state.arrays["gene_share"])
+
+
+class MeanLearner(Learner):
     """Every cell has the mean profile: what any denoiser must beat."""
 
-    name: str = "mean"
-    settings: tuple[str, ...] = ("as it is",)
-    enough_cells: int | None = 1
-    predicts_others: bool = True
-    _totals: list[np.ndarray] = field(default_factory=list)
+    name = "mean"
+    settings = ("as it is",)
+    enough_cells = 1
 
-    def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:
-        """See `Member`; there is nothing to settle."""
+    def __init__(self) -> None:
+        self._totals: list[np.ndarray] = []
 
-    def learn(self, half: Half, rng: np.random.Generator) -> None:
-        """See `Member`."""
+    def learn(self, half: Fold, rng: np.random.Generator) -> None:
+        """See `Learner`."""
         self._totals.append(column_sums(half.seen))
 
-    def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
-        """See `Member`; `settle` does it."""
-
     def forget(self) -> None:
-        """See `Member`."""
+        """See `Learner`."""
         self._totals.clear()
 
-    def settle(self, setting: str, sample: Sample) -> None:
-        """See `Member`."""
-        self._totals = totals_of_halves(sample)
+    def settle(self, setting: Any, sample: Sample) -> None:
+        """See `Learner`."""
+        self._totals = sample.totals()
 
-    def predict(self, half: int, setting: str, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
-        """See `Member`."""
-        return _mean_profiles(row_sums(seen), self._totals[half])
+    def predict(self, half: int, setting: Any, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
+        """See `Learner`."""
+        return mean_profiles(row_sums(seen), self._totals[half])
 
-    def refit(self, survey: Survey, setting: str, rng: np.random.Generator) -> LowRankProfiles:
-        """See `Member`."""
-        return _mean_profiles(survey.size, survey.totals)
+    def refit(self, counts: Counts, setting: Any, rng: np.random.Generator) -> LowRankProfiles:
+        """See `Learner`."""
+        self._model = MeanModel(counts.totals / counts.totals.sum())
+        return mean_profiles(counts.size, counts.totals)
 
-    def record(self, setting: str) -> dict[str, object]:
-        """See `Member`."""
-        return {"rank": 0}
+    def learned(self, setting: Any) -> Learned:
+        """See `Learner`."""
+        return Learned("the mean profile", "the mean profile")
+
+    def state(self) -> State:
+        """See `Learner`."""
+        return self._model.state()
 
 
-@dataclass(eq=False)
-class PCAMember:
-    """PCA regression in one transform; it is set by how its components are weighted.
+class TrialLearner(Learner):
+    """Any method: called on each half, and on all molecules.
 
-    ``"cut"`` gives weight 1 to components worth more than half, 0 to the rest; ``"shrinkage 2"`` shrinks them by
-    `shrinkage` of that strength. Both are carried to the depth of all molecules, where noise is half as large.
+    Options with several values are chosen with nine tenths of the molecules seen and the rest held out: a choice made
+    on halves would be that for halves, which need larger averages. What it may tell of a half's held-out molecules is
+    which of a few settings was best.
     """
 
-    transform: TransformName
-    n_components: int
-    genes: np.ndarray | None = None
-    predicts_others: bool = True
-    _fits: list[tuple[PCADenoiser, Half, np.ndarray]] = field(default_factory=list)
-    _gene_scales: list[np.ndarray] = field(default_factory=list)
-    _edge: float | None = None
+    enough_cells: int | None = _ENOUGH_CELLS
+    predicts_others = False
+
+    def __init__(self, method: Method, counts: Counts) -> None:
+        self.name = method.name
+        self.method = method
+        self._counts = counts
+        self._comparison = Comparison()
+        self._fits: list[Profiles] = []
+        self._cells = np.zeros(0, np.intp)
 
     @property
-    def name(self) -> str:
-        """E.g. ``"pca log1p"``."""
-        return f"pca {self.transform}"
-
-    @property
-    def settings(self) -> tuple[str, ...]:
-        """See `Member`."""
-        return ("shrinkage 2", "cut", *(f"shrinkage {s:g}" for s in _STRENGTHS if s != 2))
-
-    @property
-    def enough_cells(self) -> int | None:
-        """See `Member`."""
-        return _COMPARED_CELLS
+    def settings(self) -> Sequence[Any]:
+        """The one that was chosen."""
+        return (described_options(self.method, self._comparison),)
 
     def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:
-        """See `Member`; there is nothing to settle."""
+        """See `Learner`."""
+        if not grid_of(self.method):
+            return
+        if counts.shape[0] > _ENOUGH_CELLS:
+            some = np.sort(rng.choice(counts.shape[0], _ENOUGH_CELLS, replace=False))
+            counts, cells = counts[some], cells[some]
+        fold = nine_tenths(counts, rng, cells)
+        self.compare(fold, rng)
+        self.method = replace(self.method, **self._comparison.parameters(self._comparison.best()))
 
-    def learn(self, half: Half, rng: np.random.Generator) -> None:
-        """See `Member`."""
-        denoiser = self._new(3, rng).fit(half.seen, self.genes)
-        self._fits.append((denoiser, half, denoiser.worth(half.seen, half.held_out, half.folds)))
+    def compare(self, fold: Fold, rng: np.random.Generator) -> None:
+        """Score every combination of the options that have several values."""
+        for options in combinations(self.method):
+            method = replace(self.method, **options)
+            profiles = method.denoise_counts(self._counts.part(fold.seen, fold.cells), rng)
+            self._comparison.add(options, -fold.gain(profiles))
 
-    @staticmethod
-    def n_passes(n_cells: int, n_splits: int) -> int:
-        """Return how often `learn_all`, for more cells than are compared, `settle` and `refit` read all counts."""
-        of_halves = (3 + _FURTHER_PASSES) * n_splits + N_PASSES if n_cells > _COMPARED_CELLS else 0
-        return of_halves + 1 + 4 + _FURTHER_PASSES + 1
-
-    def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
-        """See `Member`. Each half starts from what some of its own cells gave, which has seen nothing of the other."""
-        fits = []
-        for key, *pair in zip(keys, self._fits[::2], self._fits[1::2], strict=True):
-            parts, denoisers = halves_of([key]), [self._new(_FURTHER_PASSES, rng) for _ in pair]
-            fit_together(denoisers, chunks, parts, self.genes, [self._used(fitted) for fitted, _, _ in pair])
-            worths = worth_of_halves(denoisers, chunks, key)
-            fits += [(new, half, worth) for new, (_, half, _), worth in zip(denoisers, pair, worths, strict=True)]
-        self._fits = fits
-        self._edge = noise_edge(fits[0][0], chunks, halves_of(keys[:1]), np.random.default_rng(0))
+    def learn(self, half: Fold, rng: np.random.Generator) -> None:
+        """See `Learner`."""
+        self._fits.append(self.method.denoise_counts(self._counts.part(half.seen, half.cells), rng))
+        self._cells = half.cells
 
     def forget(self) -> None:
-        """See `Member`."""
+        """See `Learner`."""
         self._fits.clear()
-        self._gene_scales.clear()
 
-    def predict(self, half: int, setting: str, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
-        """See `Member`."""
-        scale = self._gene_scales[half] if self._gene_scales else None
-        fitted = self._fits[half][0]
-        return fitted.predict(seen, self._weights(half, setting, cells), n_rounds=int(scale is None), gene_scale=scale)
+    def predict(self, half: int, setting: Any, seen: sp.csr_matrix, cells: np.ndarray) -> Profiles:
+        """See `Learner`; the cells are some of those that the half was learned from."""
+        return self._fits[half].of_cells(np.searchsorted(self._cells, cells))
 
-    def settle(self, setting: str, sample: Sample) -> None:
-        """See `Member`: that is the scale of genes."""
+    def refit(self, counts: Counts, setting: Any, rng: np.random.Generator) -> Profiles:
+        """See `Learner`."""
+        return self.method.denoise_counts(counts, rng)
 
-        def totals(cells: np.ndarray, parts: list[sp.csr_matrix]) -> Partial:
-            return Partial(
-                [
-                    self._fits[i][0].unscaled(seen, self._weights(i, setting, cells)).scale_cells()
-                    for i, seen in enumerate(parts)
-                ]
-            )
-
-        sums = sample.run(totals).sums
-        shares = [fitted.gene_share_ for fitted, _, _ in self._fits]
-        self._gene_scales = [
-            scaled_to(share * total.sum(), total, np.ones_like(share))
-            for share, total in zip(shares, sums, strict=True)
-        ]
-
-    def _weights(self, half: int, setting: str, cells: np.ndarray) -> np.ndarray:
-        """Return the weight of each component in each cell; a fold's own are learned from the other fold."""
-        weights = np.array([component_weights(fold, setting, noise=1) for fold in self._fits[half][2]])
-        return weights[1 - folds_of(cells)]
-
-    def refit(self, survey: Survey, setting: str, rng: np.random.Generator) -> LowRankProfiles:
-        """See `Member`. The components start from those of a half."""
-        denoiser = self._new(_FURTHER_PASSES + 1, rng)
-        fit_together([denoiser], survey.chunks, whole, self.genes, [self._used(self._fits[0][0])])
-        return denoiser.profiles(survey.chunks, self.full_depth_weights(setting), survey.size)
-
-    def record(self, setting: str) -> dict[str, object]:
-        """See `Member`."""
-        worth = self._worth()
-        fitted, half, _ = self._fits[0]
-        # A seed of its own: what is only reported must not move the draws that the result depends on.
-        edge = self._edge
-        if edge is None:
-
-            def parts(block: Block) -> list[sp.csr_matrix]:
-                return [block.counts, half.held_out[block.cells]]
-
-            edge = noise_edge(fitted, InMemory(half.seen), parts, np.random.default_rng(0))
-        return {
-            "rank": int((shrinkage(worth, 0.5) > 0.5).sum()),
-            "worth": worth,
-            "weights": self.full_depth_weights(setting),
-            "singular_values": fitted.singular_values_,
-            "noise_edge": edge,
-        }
-
-    def _new(self, n_passes: int, rng: np.random.Generator) -> PCADenoiser:
-        return PCADenoiser(self.transform, n_components=self.n_components, n_passes=n_passes, random_state=rng)
-
-    @staticmethod
-    def _used(fitted: PCADenoiser) -> np.ndarray:
-        return fitted.components_[fitted.genes_]
-
-    def full_depth_weights(self, setting: str) -> np.ndarray:
-        """Return the weight of each component in a fit to all molecules, shape (k,)."""
-        return component_weights(self._worth(), setting, noise=0.5)
-
-    def _worth(self) -> np.ndarray:
-        return np.mean([worth.mean(axis=0) for _, _, worth in self._fits], axis=0)
+    def learned(self, setting: Any) -> Learned:
+        """See `Learner`."""
+        values = {"table": self._comparison.table(gain=True)} if len(self._comparison) else {}
+        rank = int(getattr(self.method, "n_pcs", 0) or 0)
+        return Learned(self.method.title, self.method.described(setting), rank, values)
 
 
-@dataclass(eq=False)
-class AutoencoderMember:
-    """An autoencoder; its width is chosen on all molecules but those that it sets aside.
+def nine_tenths(counts: sp.csr_matrix, rng: np.random.Generator, cells: np.ndarray) -> Fold:
+    """Return nine tenths of the molecules to learn from, and one to validate a choice by."""
+    seen, aside = set_aside(counts, np.arange(counts.shape[0]), rng)
+    seen = seen.copy()
+    seen.eliminate_zeros()
+    return fold_of(seen, aside, cells)
 
-    A width chosen on halves would be that for halves: on sparse data they support a narrower one. What the choice
-    may tell of a half's held-out molecules is which of a handful of widths was best.
 
-    Attributes
-    ----------
-    genes, batch
-        As in `Autoencoder.fit`, for all cells.
-    widths
-        To choose from.
-    options
-        Further arguments of `Autoencoder`.
-    like
-        Another member whose width to take instead: this one then differs by its seed.
-    number
-        Distinguishes members of several seeds, from 1.
-    on_check
-        Called with a line that says how training goes.
-    fitted
-        The autoencoder fitted to all molecules of all cells, or of as many as are enough until `refit`.
-    choice
-        The autoencoder whose widths were compared; None for a model that was loaded.
+def set_aside(
+    counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator
+) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+    """Return the counts less a tenth of the molecules of these cells, and that tenth, CSR of shape (these cells, genes).
+
+    Cells that would lose all their molecules keep them all. The first shares its indices with `counts`, so zeros may
+    be stored.
     """
-
-    genes: np.ndarray | None = None
-    batch: np.ndarray | None = None
-    widths: tuple[int, ...] = WIDTHS
-    options: dict[str, Any] = field(default_factory=dict)
-    like: AutoencoderMember | None = None
-    number: int = 1
-    on_check: Callable[[str], object] = lambda line: None
-    fitted: Autoencoder | None = None
-    choice: Autoencoder | None = None
-    predicts_others: bool = True
-    _fits: list[Autoencoder] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """``"autoencoder"``, and its number from the second on."""
-        return "autoencoder" if self.number == 1 else f"autoencoder {self.number}"
-
-    @property
-    def settings(self) -> tuple[str, ...]:
-        """The width chosen."""
-        return (f"width {self.fitted.width_}",) if self.fitted else ()
-
-    @property
-    def enough_cells(self) -> int | None:
-        """See `Member`."""
-        return _LEARNED_CELLS
-
-    def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:
-        """See `Member`."""
-        widths = self.widths if self.like is None else self._chosen(self.like)
-        self.fitted = self.choice = self._fit(counts, self._batch(cells), widths, rng)
-
-    def learn(self, half: Half, rng: np.random.Generator) -> None:
-        """See `Member`."""
-        self._fits.append(self._fit(half.seen, self._batch(half.cells), self._chosen(self), rng))
-
-    def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
-        """See `Member`; there is nothing more to learn."""
-
-    def forget(self) -> None:
-        """See `Member`."""
-        self._fits.clear()
-
-    def predict(self, half: int, setting: str, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
-        """See `Member`."""
-        return self._fits[half].predict(seen, self._batch(cells))
-
-    def settle(self, setting: str, sample: Sample) -> None:
-        """See `Member`; there is nothing that they share."""
-
-    def refit(self, survey: Survey, setting: str, rng: np.random.Generator) -> LowRankProfiles:
-        """See `Member`."""
-        assert self.fitted is not None  # prepared before anything was learned
-        if len(survey.size) > _LEARNED_CELLS:
-            fitted = self._new(self._chosen(self), rng)
-            if isinstance(survey.chunks, InMemory):
-                self.fitted = fitted.fit(survey.chunks.in_memory(), self.genes, self.batch)
-            else:
-                cells = np.sort(rng.choice(len(survey.size), _LEARNED_CELLS, replace=False))
-                self.fitted = fitted.fit(survey.chunks.take(cells), self.genes, self.batch, survey=survey, cells=cells)
-        return self.fitted.profiles(survey, self.batch)
-
-    def record(self, setting: str) -> dict[str, object]:
-        """See `Member`."""
-        assert self.fitted is not None
-        if self.choice is None:
-            return {"rank": self.fitted.width_}
-        gains = self.choice.gains_
-        best = max(gains, key=lambda gain: gain.mean)
-        history = self.fitted.histories_[self.fitted.tried_.index(self.fitted.width_)]
-        return {
-            "rank": self.fitted.width_,
-            "widths": np.array(self.choice.tried_),
-            "gains": np.array([gain.mean for gain in gains]),
-            "errors": np.array([gain.error_of_difference(best) for gain in gains]),
-            "epoch_losses": np.array(history.losses),
-            "checked_epochs": np.array(history.checked),
-            "checked_gains": np.array(history.gains),
-        }
-
-    @staticmethod
-    def _chosen(member: AutoencoderMember) -> tuple[int, ...]:
-        assert member.fitted is not None
-        return (member.fitted.width_,)
-
-    def _fit(
-        self, counts: sp.csr_matrix, batch: np.ndarray | None, widths: tuple[int, ...], rng: np.random.Generator
-    ) -> Autoencoder:
-        """Return an autoencoder fitted to as many of the cells as are enough."""
-        if counts.shape[0] > _LEARNED_CELLS:
-            cells = np.sort(rng.choice(counts.shape[0], _LEARNED_CELLS, replace=False))
-            counts, batch = counts[cells], None if batch is None else batch[cells]
-        return self._new(widths, rng).fit(counts, self.genes, batch)
-
-    def _batch(self, cells: np.ndarray) -> np.ndarray | None:
-        return None if self.batch is None else self.batch[cells]
-
-    def _new(self, widths: tuple[int, ...], rng: np.random.Generator) -> Autoencoder:
-        n_batches = 0 if self.batch is None else int(self.batch.max()) + 1
-        return Autoencoder(widths, n_batches=n_batches, random_state=rng, on_check=self._report, **self.options)
-
-    def _report(self, width: int, n_epochs: int, epoch: int, gain: float) -> None:
-        self.on_check(f"width {width}, epoch {epoch}/{n_epochs}, gain {gain:.4f}")
+    own = counts[cells]
+    starts = counts.indptr[:-1][cells]
+    positions = np.arange(own.nnz) + np.repeat(starts - own.indptr[:-1], np.diff(own.indptr))
+    size = row_sums(own)
+    own.data = rng.binomial(own.data.astype(np.int64), _ASIDE).astype(np.float32)
+    own.data *= np.repeat(row_sums(own) < size, np.diff(own.indptr))
+    data = counts.data.copy()
+    data[positions] -= own.data
+    own.eliminate_zeros()
+    return sp.csr_matrix((data, counts.indices, counts.indptr), shape=counts.shape, copy=False), own
 
 
-def totals_of_halves(sample: Sample) -> list[np.ndarray]:
-    """Return the molecules of each gene in each half, shape (genes,)."""
-    return list(sample.run(lambda _, parts: Partial([column_sums(part) for part in parts])).sums)
+def grid_of(method: Method) -> dict[str, tuple[Any, ...]]:
+    """Return the options of a method that have several values, and these values."""
+    values = {each.name: getattr(method, each.name) for each in fields(method)}  # type: ignore[arg-type]
+    return {name: tuple(value) for name, value in values.items() if is_several(value)}
 
 
-def component_weights(worth: np.ndarray, setting: str, noise: float) -> np.ndarray:
-    """Return the weights of components, at a depth where noise is `noise` times that of the halves `worth` is from."""
-    if setting == "cut":
-        return (shrinkage(worth, noise) > 0.5).astype(np.float64)
-    return shrinkage(worth, noise * float(setting.removeprefix("shrinkage ")))
+def is_several(value: Any) -> bool:
+    """Whether an option has several values to choose from."""
+    return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)
 
 
-def _mean_profiles(size: np.ndarray, totals: np.ndarray) -> LowRankProfiles:
-    share = totals / totals.sum()
-    one = np.ones((len(size), 1), np.float32)
-    return LowRankProfiles.with_totals("none", one, share.astype(np.float32)[:, None], size, share, n_rounds=0)
+def combinations(method: Method) -> Iterator[dict[str, Any]]:
+    """Yield every combination of the options that have several values, the last one running fastest."""
+    grid = grid_of(method)
+    for values in product(*grid.values()):
+        yield dict(zip(grid, values, strict=True))
+
+
+def described_options(method: Method, comparison: Comparison) -> str:
+    """Return the options that were chosen, e.g. ``"t=2, n_pcs=30"``; nothing where none was to be chosen."""
+    if not len(comparison):
+        return ""
+    return ", ".join(f"{name}={getattr(method, name)}" for name in comparison.parameters(0))
+
+
+def bounded_values(name: str, value: Any, bound: int, why: str, *, is_default: bool) -> Any:
+    """Return an option of one or several whole numbers from 1, the usual ones cut to what is allowed.
+
+    Raises
+    ------
+    ValueError
+        If one that was given is beyond the bound.
+    """
+    values = tuple(value) if is_several(value) else (value,)
+    if not values:
+        raise ValueError(f"{name} is empty: pass a whole number, or several.")
+    values = tuple(as_positive(name, each) for each in values)
+    if is_default:
+        values = tuple(sorted({min(each, bound) for each in values}))
+    elif max(values) > bound:
+        raise ValueError(f"{name} is {max(values)}: {bound} is the most that {why} allow.")
+    return values if is_several(value) else values[0]

@@ -18,7 +18,9 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.special import gammaln
 
-from ._profiles import Profiles
+from .._blocks import Block, Chunks, Partial
+from .._counts import row_sums
+from ._profiles import MixedProfiles, Profiles, ratio
 
 PHI = np.concatenate([[0], np.geomspace(0.01, 100, 17)])
 """The grid of phi."""
@@ -73,3 +75,31 @@ def dispersions(curves: np.ndarray, n_iter: int = 200) -> np.ndarray:
         posterior /= posterior.sum(axis=0)
         prior = posterior.mean(axis=1)
     return PHI @ posterior
+
+
+def scales_of_cells(chunks: Chunks, profiles: Profiles, phi: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return what gives mixed cells their sizes, shape (cells,), and the weight of a cell's own count, shape (genes,).
+
+    The weight is phi m / (1 + phi m), its mean over cells: 0 where nothing is mixed in. One pass over the counts.
+
+    Parameters
+    ----------
+    profiles
+        The denoiser's expected counts m of all cells.
+    phi
+        Squared coefficient of variation of each gene's rate around m, shape (genes,).
+    """
+
+    def of_block(block: Block) -> Partial:
+        own = profiles.of_cells(block.cells)
+        ones = np.ones(len(block.cells), np.float32)
+        share, scale = np.zeros(len(phi)), np.zeros(len(block.cells), np.float32)
+        for rows, mixed in MixedProfiles(own, block.counts, phi, ones).blocks():
+            scale[rows] = ratio(row_sums(block.counts[rows]), mixed.sum(axis=1))
+        for _, m in own.blocks():
+            m *= phi.astype(np.float32)
+            share += (m / (1 + m)).sum(axis=0)
+        return Partial([share], [scale])
+
+    (share,), (scale,) = chunks.run(of_block)
+    return scale, share / chunks.shape[0]

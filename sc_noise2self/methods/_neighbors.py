@@ -1,164 +1,207 @@
 """Denoise a cell by the cells like it: the mean of its nearest neighbours, or a random walk among them.
 
-Neighbours are found in the space of principal components (`PCADenoiser`, log1p), and it is the coordinates on its
-components that are averaged: factors stay factors, and the way back to counts is that of PCA. A neighbour weighs as
-many molecules as it has, so an average is that of pooled molecules.
+Neighbours are found in the space of principal components (log1p), and it is the coordinates on these components that
+are averaged: factors stay factors, and the way back to counts is that of PCA. A neighbour weighs as many molecules as
+it has, so an average is that of pooled molecules. Coordinates fit in memory where counts do not, so nothing here needs
+all counts at once.
 
 A walk of t steps averages over neighbours of neighbours (MAGIC, van Dijk et al. 2018). Its affinity of two cells is
 exp(-(d / s)^2), with s the distance of a third of the way to the last neighbour, made symmetric: cells that few others
-have for a neighbour are reached as well. (Symmetric affinities gained .001 to .004 nats over three data sets; other
-widths and shapes of the kernel changed nothing.)
+have for a neighbour are reached as well.
 """
 
 from __future__ import annotations
 
-from numbers import Integral
-from typing import Self
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import scipy.sparse as sp
 from sklearn.neighbors import KNeighborsTransformer
 
+from .._blocks import Block, Counts, Partial
+from .._checks import check_whole
 from .._counts import row_sums
-from .._random import RandomState, as_generator
-from ._pca import PCADenoiser
+from ..partitions import Fold
+from ._base import Learner, Method, TrialLearner, bounded_values, is_several
+from ._components import Components, learn_components
+from ._pca import n_components_of
 from ._profiles import LowRankProfiles
+from ._svd import N_PASSES
 
 _STILL = float(np.finfo(np.float32).eps)
 _EXACT_CELLS = 50_000  # searched exactly; neighbours among more are found by nearest neighbour descent
 
 
-class KNNDenoiser:
-    """Every cell as the mean of its nearest neighbours and itself.
+@dataclass(frozen=True, kw_only=True)
+class _Neighbors(Method):
+    """What both averages over neighbours share."""
+
+    needs_memory: ClassVar[bool] = False
+
+    n_pcs: int | Sequence[int] = (15, 30)
+    n_neighbors: int | Sequence[int] = ()
+    n_components: int | None = None
+
+    @abstractmethod
+    def walk(self, distances: np.ndarray, neighbors: np.ndarray, size: np.ndarray) -> sp.csr_matrix:
+        """Return the weights of one step, CSR of shape (cells, cells), from what `nearest` returns."""
+
+    @property
+    def steps(self) -> Sequence[int]:
+        """Numbers of steps to compare, rising."""
+        return (1,)
+
+    def checked(self, counts: Counts) -> Self:
+        """See `Method`."""
+        n_components = n_components_of(self.n_components, counts)
+        bounds = {
+            "n_pcs": (n_components, f"{n_components} components"),
+            "n_neighbors": (counts.chunks.shape[0] - 1, f"{counts.chunks.shape[0]} cells"),
+        }
+        usual = {each.name: each.default for each in fields(self)}
+        found = {
+            name: bounded_values(name, getattr(self, name), bound, why, is_default=getattr(self, name) == usual[name])
+            for name, (bound, why) in bounds.items()
+        }
+        return replace(self, n_components=n_components, **found)
+
+    def learners(self, counts: Counts) -> Sequence[Learner]:
+        """See `Method`."""
+        return [_NeighborsLearner(self, counts)]
+
+    def denoise_counts(
+        self, counts: Counts, rng: np.random.Generator, *, n_rounds: int | None = None
+    ) -> LowRankProfiles:
+        """See `Method`; `n_rounds` is that of `ScaledProfiles.scaled`."""
+        components, coordinates = self.coordinates(counts, N_PASSES, rng)
+        distances, neighbors = nearest(coordinates[:, : self.n_pcs], self.n_neighbors, rng)  # type: ignore[arg-type, misc]
+        walk = self.walk(distances, neighbors, counts.size)
+        moved = walked(walk, coordinates, self.steps[0])
+        return components.profiles(moved, counts.size).scaled(n_rounds)
+
+    def coordinates(self, counts: Counts, n_passes: int, rng: np.random.Generator) -> tuple[Components, np.ndarray]:
+        """Return the components and the coordinates of all cells on them, shape (cells, k)."""
+        assert self.n_components is not None  # checked
+        n_components = min(self.n_components, counts.chunks.shape[0] - 1)
+        (components,) = learn_components(
+            counts.chunks, "log1p", n_components, rng, n_passes=n_passes, used=counts.used
+        )
+
+        def of_block(block: Block) -> Partial:
+            return Partial(rows=(components.coordinates(block.counts),))
+
+        return components, counts.chunks.run(of_block).rows[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KNN(_Neighbors):
+    """Every cell as the mean of its nearest neighbours and itself. Of several values the loss chooses one.
 
     Parameters
     ----------
-    n_neighbors
-        Neighbours that are averaged, the cell itself included.
     n_pcs
-        Principal components in which cells are near each other.
+        Principal components in which cells are near each other, or several numbers to compare.
+    n_neighbors
+        Neighbours that are averaged, the cell itself included, or several numbers to compare.
     n_components
-        Principal components whose coordinates are averaged.
-    random_state
-        Seed of the factorisation and of an approximate search, or a generator.
-
-    Attributes
-    ----------
-    pca_
-        The `PCADenoiser` that gave the coordinates.
-    walk_
-        Weight of each cell in each cell's average, CSR of shape (cells, cells); rows sum to 1.
+        Principal components whose coordinates are averaged. None takes 100, or as many as there are.
     """
 
-    def __init__(
-        self,
-        n_neighbors: int = 30,
-        *,
-        n_pcs: int = 30,
-        n_components: int = 100,
-        random_state: RandomState = 0,
-    ) -> None:
-        self.n_neighbors = n_neighbors
-        self.n_pcs = n_pcs
-        self.n_components = n_components
-        self.random_state = random_state
+    name: ClassVar[str] = "knn"
+    title: ClassVar[str] = "the mean of neighbouring cells"
 
-    def fit(self, counts: sp.csr_matrix, genes: np.ndarray | None = None) -> Self:
-        """Find the neighbours from counts, CSR of shape (cells, genes).
+    n_neighbors: int | Sequence[int] = (10, 20, 40, 80)
 
-        Parameters
-        ----------
-        genes
-            Boolean, shape (genes,): the genes that determine which cells are near. None uses all.
-
-        Raises
-        ------
-        ValueError
-            If a parameter is out of range.
-        """
-        n_used = counts.shape[1] if genes is None else int(genes.sum())
-        n_components = min(self.n_components, counts.shape[0] - 1, n_used - 1)
-        _check("n_neighbors", self.n_neighbors, counts.shape[0] - 1, f"{counts.shape[0]} cells")
-        _check("n_pcs", self.n_pcs, n_components, f"{n_components} components")
-        rng = as_generator(self.random_state)
-        self.pca_ = PCADenoiser("log1p", n_components=n_components, random_state=rng).fit(counts, genes)
-        self.size_ = row_sums(counts)
-        coordinates = self.pca_.coordinates(counts)
-        self.walk_ = self._walk(*nearest(coordinates[:, : self.n_pcs], self.n_neighbors, rng))
-        self._coordinates = coordinates
-        return self
-
-    def predict(self, counts: sp.csr_matrix, *, n_rounds: int | None = None) -> LowRankProfiles:
-        """Return the denoised profiles of the cells that were fitted: `counts` is what `fit` was given.
-
-        Parameters
-        ----------
-        n_rounds
-            Of `LowRankProfiles.with_totals`.
-
-        Raises
-        ------
-        ValueError
-            If these are other cells.
-        """
-        return self._predict(counts, 1, n_rounds)
-
-    def _walk(self, distances: np.ndarray, neighbors: np.ndarray) -> sp.csr_matrix:
-        return uniform_walk(neighbors[:, : self.n_neighbors], self.size_)
-
-    def _predict(self, counts: sp.csr_matrix, t: int, n_rounds: int | None) -> LowRankProfiles:
-        if not np.array_equal(row_sums(counts), self.size_):
-            raise ValueError("these are other counts than those fitted: neighbours are known among those alone.")
-        return self.pca_.rebuild(walked(self.walk_, self._coordinates, t), self.size_, n_rounds)
+    def walk(self, distances: np.ndarray, neighbors: np.ndarray, size: np.ndarray) -> sp.csr_matrix:
+        """Return the weights of the average, each neighbour weighing its molecules."""
+        kept = neighbors[:, : self.n_neighbors]  # type: ignore[misc]
+        return _walk(np.ones(kept.shape), kept, size)
 
 
-class DiffusionDenoiser(KNNDenoiser):
-    """Every cell as the mean of where a random walk of t steps among neighbours ends.
+@dataclass(frozen=True, kw_only=True)
+class Diffusion(_Neighbors):
+    """Every cell as the mean of where a random walk among neighbours ends. Of several values the loss chooses one.
 
     Parameters
     ----------
+    n_pcs, n_components
+        As in `KNN`.
     n_neighbors
-        Of the graph.
-    n_pcs, n_components, random_state
-        As in `KNNDenoiser`.
-
-    Attributes
-    ----------
-    pca_, walk_
-        As in `KNNDenoiser`; `walk_` is one step.
+        Neighbours of a cell in the graph, or several numbers to compare.
+    t
+        Steps of the walk, or several numbers to compare; 0 leaves the components as they are.
     """
 
-    def __init__(
-        self,
-        n_neighbors: int = 15,
-        *,
-        n_pcs: int = 30,
-        n_components: int = 100,
-        random_state: RandomState = 0,
-    ) -> None:
-        super().__init__(n_neighbors, n_pcs=n_pcs, n_components=n_components, random_state=random_state)
+    name: ClassVar[str] = "diffusion"
+    title: ClassVar[str] = "a diffusion among neighbouring cells"
 
-    def predict(self, counts: sp.csr_matrix, *, t: int = 2, n_rounds: int | None = None) -> LowRankProfiles:
-        """Return the denoised profiles of the cells that were fitted: `counts` is what `fit` was given.
+    n_neighbors: int | Sequence[int] = (8, 15, 30, 60)
+    t: int | Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8)
 
-        Parameters
-        ----------
-        t
-            Steps of the walk; 0 leaves the components as they are.
-        n_rounds
-            Of `LowRankProfiles.with_totals`.
+    def __post_init__(self) -> None:
+        for each in self.steps or ("nothing",):
+            check_whole("t", each)
 
-        Raises
-        ------
-        ValueError
-            If these are other cells, or `t` is no number of steps.
-        """
-        if isinstance(t, bool) or not isinstance(t, Integral) or t < 0:
-            raise ValueError(f"t is {t!r}: pass a whole number of steps, 0 or more.")
-        return self._predict(counts, int(t), n_rounds)
+    @property
+    def steps(self) -> Sequence[int]:
+        """Numbers of steps to compare, rising."""
+        return sorted(self.t) if is_several(self.t) else (self.t,)  # type: ignore[arg-type, return-value]
 
-    def _walk(self, distances: np.ndarray, neighbors: np.ndarray) -> sp.csr_matrix:
-        return diffusion_walk(distances, neighbors, self.size_)
+    def walk(self, distances: np.ndarray, neighbors: np.ndarray, size: np.ndarray) -> sp.csr_matrix:
+        """Return the probabilities of one step of the walk."""
+        kept = slice(self.n_neighbors + 1)  # type: ignore[operator]
+        distances, neighbors = distances[:, kept], neighbors[:, kept]
+        scale = distances[:, [max(1, (distances.shape[1] - 1) // 3)]]
+        affinity = np.exp(-np.square(distances / np.where(scale > 0, scale, 1)))
+        return _walk(affinity, neighbors, size, symmetric=True)
+
+
+class _NeighborsLearner(TrialLearner):
+    """An average over neighbours: one search serves every number of neighbours, and one walk every t."""
+
+    method: _Neighbors
+
+    @property
+    def settings(self) -> Sequence[Any]:
+        """The one that was chosen, e.g. ``"30 PCs, 15 neighbors, t 2"``."""
+        t = getattr(self.method, "t", None)
+        words = f"{self.method.n_pcs} PCs, {self.method.n_neighbors} neighbors"
+        return (words if t is None else f"{words}, t {t}",)
+
+    def compare(self, fold: Fold, rng: np.random.Generator) -> None:
+        """See `TrialLearner`; a walk goes on as long as it gains."""
+        method, size = self.method, row_sums(fold.seen)
+        components, start = method.coordinates(self._counts.part(fold.seen, fold.cells), 3, rng)
+        several = [(name, _values(getattr(method, name))) for name in ("n_pcs", "n_neighbors")]
+        for n_pcs in several[0][1]:
+            distances, neighbors = nearest(start[:, :n_pcs], max(several[1][1]), rng)
+            for n_neighbors in several[1][1]:
+                one = replace(method, n_pcs=n_pcs, n_neighbors=n_neighbors)
+                walk, moved, before, last = one.walk(distances, neighbors, size), start, 0, -np.inf
+                for t in method.steps:
+                    moved, before = walked(walk, moved, t - before), t
+                    gain = fold.gain(components.profiles(moved, size).scaled(n_rounds=1))
+                    self._comparison.add(self._options(n_pcs, n_neighbors, t), -gain)
+                    if gain.mean < last:
+                        break
+                    last = gain.mean
+
+    def learn(self, half: Fold, rng: np.random.Generator) -> None:
+        """See `Learner`."""
+        counts = self._counts.part(half.seen, half.cells)
+        self._fits.append(self.method.denoise_counts(counts, rng, n_rounds=1))
+        self._cells = half.cells
+
+    def _options(self, n_pcs: int, n_neighbors: int, t: int) -> dict[str, int]:
+        options = {"n_pcs": n_pcs, "n_neighbors": n_neighbors}
+        return options | {"t": t} if hasattr(self.method, "t") else options
+
+
+def _values(value: Any) -> tuple[int, ...]:
+    return tuple(sorted(value)) if is_several(value) else (value,)
 
 
 def nearest(points: np.ndarray, n_neighbors: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -181,36 +224,7 @@ def nearest(points: np.ndarray, n_neighbors: int, rng: np.random.Generator) -> t
     missing = ~(indices == itself).any(axis=1)
     indices[missing, -1], distances[missing, -1] = np.flatnonzero(missing), 0
     order = np.lexsort((distances, indices != itself))
-    ordered = np.take_along_axis(indices, order, axis=1), np.take_along_axis(distances, order, axis=1)
-    return ordered[1], ordered[0]
-
-
-def uniform_walk(neighbors: np.ndarray, size: np.ndarray) -> sp.csr_matrix:
-    """Return the weights of the average over neighbours, each by its molecules, CSR of shape (cells, cells).
-
-    Parameters
-    ----------
-    neighbors
-        Indices of those that each cell is the average of, shape (cells, k).
-    size
-        Molecules of each cell, shape (cells,).
-    """
-    return _walk(np.ones(neighbors.shape), neighbors, size)
-
-
-def diffusion_walk(distances: np.ndarray, neighbors: np.ndarray, size: np.ndarray) -> sp.csr_matrix:
-    """Return the probabilities of one step of the walk, CSR of shape (cells, cells).
-
-    Parameters
-    ----------
-    distances, neighbors
-        From `nearest`, shape (cells, 1 + k).
-    size
-        Molecules of each cell, shape (cells,).
-    """
-    scale = distances[:, [max(1, (distances.shape[1] - 1) // 3)]]
-    affinity = np.exp(-np.square(distances / np.where(scale > 0, scale, 1)))
-    return _walk(affinity, neighbors, size, symmetric=True)
+    return np.take_along_axis(distances, order, axis=1), np.take_along_axis(indices, order, axis=1)
 
 
 def walked(walk: sp.csr_matrix, coordinates: np.ndarray, n_steps: int) -> np.ndarray:
@@ -223,14 +237,10 @@ def walked(walk: sp.csr_matrix, coordinates: np.ndarray, n_steps: int) -> np.nda
 
 
 def _walk(weights: np.ndarray, neighbors: np.ndarray, size: np.ndarray, symmetric: bool = False) -> sp.csr_matrix:
+    """Return the weights of the average over neighbours, each by its molecules, CSR of shape (cells, cells)."""
     n, k = neighbors.shape
     affinity = sp.csr_matrix((weights.ravel(), neighbors.ravel(), np.arange(0, n * k + 1, k)), shape=(n, n))
     if symmetric:
         affinity = (affinity + affinity.T).tocsr() / 2
     walk = affinity @ sp.diags(np.maximum(size, 1e-6))  # a cell without molecules stays where it is
     return (sp.diags(1 / row_sums(walk)) @ walk).tocsr()
-
-
-def _check(name: str, value: int, bound: int, of: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= bound:
-        raise ValueError(f"{name} is {value!r}: with {of} pass a whole number from 1 to {bound}.")

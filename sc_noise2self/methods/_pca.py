@@ -1,450 +1,322 @@
-"""PCA regression on transformed counts, its components weighted by what held-out molecules say they are worth.
-
-The counts are brought to one depth, transformed, and weighted so that their sampling noise is even (`noise weights`).
-What is left after the weighted mean profile is factorised once; every rank, and every shrinkage of the components, is
-then a choice of weights between 0 and 1 on the same factors (Noise2Self, Batson & Royer 2019, section 3.2).
-
-Everything is learned in passes over blocks of cells (`sc_noise2self._blocks`): one for the sizes of cells, one for the
-noise and the mean of genes, `n_passes` for the components, one for the scores.
-"""
+"""PCA regression, its components weighted by what held-out molecules say they are worth."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from numbers import Integral
-from typing import Self
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
-import scipy.optimize
 import scipy.sparse as sp
 
-from .._blocks import Block, Chunks, InMemory, Partial
-from .._counts import column_sums, row_sums
-from .._dealing import row_keys
-from .._random import RandomState, as_generator
-from .._split import halves
+from .._blocks import Block, Chunks, Counts, InMemory, Partial
+from .._checks import bounded, check_one_of
 from .._transform import Transform, TransformName
-from ._profiles import LowRankProfiles, profiles_in_blocks
-from ._svd import N_PASSES, right_singular_vectors, start_block, without_mean
+from ..partitions import Fold
+from ._base import Learned, Learner, Method, Sample
+from ._components import (
+    Components,
+    folds_of,
+    halves_of,
+    learn_components,
+    noise_edge,
+    shrinkage,
+    worth_from,
+    worth_of_halves,
+)
+from ._profiles import LowRankProfiles, profiles_in_blocks, scaled_to
 
-_LOG1P_DEPTH = 0.25  # log1p's target over the median depth; on six data sets .125 to .25 gained most, 1 the least
+if TYPE_CHECKING:
+    from .._model import State
+
+MOST_COMPONENTS = 100
+"""Components that are learned beyond the mean profile unless another number is asked for."""
+
+_COMPARED_CELLS = 5_000  # that settings are compared on
+_FURTHER_PASSES = 2  # over all cells, for components that start from those of some cells
 _SCALED = 20_000_000  # dense entries of the cells that all but the last round of scaling genes look at
-
-Parts = Callable[[Block], Sequence[sp.csr_matrix]]
-"""The matrices to learn from, each with the rows of the block."""
-
-
-def whole(block: Block) -> Sequence[sp.csr_matrix]:
-    """Return all molecules."""
-    return [block.counts]
+_TITLES: dict[TransformName, str] = {
+    "log1p": "PCA of log1p",
+    "sqrt": "PCA of square roots",
+    "none": "PCA of counts",
+}
 
 
-def halves_of(keys: Sequence[int]) -> Parts:
-    """Return the function that gives both halves of each split of a block, one split after another."""
-    return lambda block: [half for key in keys for half in halves(block.counts, key, block.cells)]
-
-
-class PCADenoiser:
-    """PCA of transformed, noise-weighted counts; `predict` rebuilds them with each component weighted.
+@dataclass(frozen=True, kw_only=True)
+class PCA(Method):
+    """PCA regression with shrunken components, in the one transform that gains most: fast, a good first look.
 
     Parameters
     ----------
     transform
-        `"log1p"` (at a quarter of the median depth), `"sqrt"` or `"none"`.
+        Scale on which the model is linear: `"log1p"`, `"sqrt"` or `"none"`; `"auto"` compares all three, and an
+        ensemble averages them.
     n_components
-        Components beyond the mean profile, at most min(cells, genes used) - 1.
-    n_passes
-        Of the factorisation over the counts; 3 are enough to compare candidates, more gain a few 1e-4 nats.
-    random_state
-        Seed of the factorisation's random start, or a generator.
-
-    Attributes
-    ----------
-    transform_
-        The `Transform` with the depth learned in `fit`.
-    gene_weights_
-        One over the root of each gene's noise on the transformed scale, shape (genes,), 0 for a gene never seen.
-    mean_
-        The mean of the transformed, gene-weighted cells, each weighted by its depth, shape (genes,).
-    components_
-        V, shape (genes, k): the components on the genes used, orthonormal there; the other genes are regressed on
-        the scores.
-    singular_values_
-        Of the weighted counts, the mean removed, shape (k,), falling.
-    gene_share_
-        The share of all molecules that each gene has, shape (genes,).
+        Components learned beyond the mean profile; their weights decide how many matter. None takes 100, or as many as
+        there are.
 
     Notes
     -----
-    A cell of n molecules has its rates known with variance proportional to 1 / n, so its row is weighted by sqrt(n);
-    a gene's column by the fourth root of one over its noise variance, halfway between leaving genes as they are and
-    making their noise equal (either end gained less on all data sets tried).
+    Noise2Self (Batson & Royer 2019), section 3.2. A component is weighted by its worth, the regression of held-out
+    molecules on it, shrunk by one of five strengths or cut; see `docs/method.md`.
     """
 
-    transform_: Transform
-    gene_weights_: np.ndarray
-    genes_: np.ndarray
-    mean_: np.ndarray
-    components_: np.ndarray
-    singular_values_: np.ndarray
-    gene_share_: np.ndarray
+    name: ClassVar[str] = "pca"
+    title: ClassVar[str] = "PCA"
+    needs_memory: ClassVar[bool] = False
+    can_transfer: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        transform: TransformName = "log1p",
-        *,
-        n_components: int = 100,
-        n_passes: int = N_PASSES,
-        random_state: RandomState = 0,
-    ) -> None:
-        self.transform = transform
-        self.n_components = n_components
-        self.n_passes = n_passes
-        self.random_state = random_state
+    transform: TransformName | Literal["auto"] = "auto"
+    n_components: int | None = None
 
-    def fit(self, counts: sp.csr_matrix | Chunks, genes: np.ndarray | None = None) -> Self:
-        """Learn the components from counts of shape (cells, genes).
+    def __post_init__(self) -> None:
+        check_one_of("transform", self.transform, ("auto", *get_args(TransformName)))
 
-        Parameters
-        ----------
-        genes
-            Boolean, shape (genes,): the genes that determine the scores. None uses all.
-        """
-        chunks = counts if isinstance(counts, Chunks) else InMemory(counts)
-        fit_together([self], chunks, whole, genes)
-        return self
+    def checked(self, counts: Counts) -> Self:
+        """See `Method`."""
+        return replace(self, n_components=n_components_of(self.n_components, counts))
+
+    def learners(self, counts: Counts) -> Sequence[Learner]:
+        """See `Method`."""
+        transforms = get_args(TransformName) if self.transform == "auto" else (self.transform,)
+        assert self.n_components is not None  # checked
+        return [PCALearner(name, self.n_components, counts.used) for name in transforms]
+
+
+def n_components_of(value: int | None, counts: Counts) -> int:
+    """Return the number of components: as asked, or the usual one cut to what the counts have."""
+    n_cells, n_genes = counts.chunks.shape
+    return bounded("n_components", value, MOST_COMPONENTS, n_cells, n_genes if counts.used is None else counts.n_used)
+
+
+@dataclass(frozen=True)
+class Shrinkage:
+    """How components are weighted: shrunk by a strength at the depth of a half, or cut.
+
+    Attributes
+    ----------
+    strength
+        Strength of `shrinkage`, 1 being least squares; None gives weight 1 to components worth more than half, 0 to the
+        rest.
+    """
+
+    strength: float | None
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        return "cut" if self.strength is None else f"shrinkage {self.strength:g}"
+
+    def weights(self, worth: np.ndarray, noise: float) -> np.ndarray:
+        """Return the weights of components, where noise is `noise` times that of the halves that tell their worth."""
+        if self.strength is None:
+            return (shrinkage(worth, noise) > 0.5).astype(np.float64)
+        return shrinkage(worth, noise * self.strength)
+
+
+_SETTINGS = tuple(Shrinkage(strength) for strength in (2.0, None, 1.0, 4.0, 8.0))
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """Components of one half, the half, and the worth of components by fold, shape (folds, k)."""
+
+    components: Components
+    half: Fold
+    worth: np.ndarray
+
+
+class PCALearner(Learner):
+    """PCA regression in one transform; it is set by how its components are weighted (`Shrinkage`).
+
+    Weights are learned on halves and carried to the depth of all molecules, where noise is half as large.
+    """
+
+    enough_cells: int | None = _COMPARED_CELLS
+    settings = _SETTINGS
+
+    def __init__(self, transform: TransformName, n_components: int, used: np.ndarray | None = None) -> None:
+        self.name = f"pca {transform}"
+        self._transform: TransformName = transform
+        self._n_components = n_components
+        self._used = used
+        self._fits: list[_Fit] = []
+        self._gene_scales: list[np.ndarray] = []
+        self._edge: float | None = None
+        self._model: PCAModel | None = None
+
+    def learn(self, half: Fold, rng: np.random.Generator) -> None:
+        """See `Learner`."""
+        (components,) = learn_components(
+            half.seen, self._transform, self._n_components, rng, n_passes=3, used=self._used
+        )
+        products = components.products(half.seen, half.held_out, folds_of(half.cells))
+        self._fits.append(_Fit(components, half, worth_from(*products)))
+
+    def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
+        """See `Learner`. Each half starts from what some of its own cells gave, which has seen nothing of the other."""
+        fits = []
+        for key, *pair in zip(keys, self._fits[::2], self._fits[1::2], strict=True):
+            starts = [fit.components.used_vectors for fit in pair]
+            learned = self._learn(chunks, rng, starts, _FURTHER_PASSES, halves_of([key]))
+            worths = worth_of_halves(learned, chunks, key)
+            fits += [_Fit(own, fit.half, worth) for own, fit, worth in zip(learned, pair, worths, strict=True)]
+        self._fits = fits
+        self._edge = noise_edge(fits[0].components, chunks, halves_of(keys[:1]))
+
+    def forget(self) -> None:
+        """See `Learner`."""
+        self._fits.clear()
+        self._gene_scales.clear()
+
+    def predict(self, half: int, setting: Shrinkage, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
+        """See `Learner`."""
+        scale = self._gene_scales[half] if self._gene_scales else None
+        weights = self._weights(half, setting, cells)
+        return self._fits[half].components.weighted_profiles(seen, weights, scale).scaled(n_rounds=int(scale is None))
+
+    def settle(self, setting: Shrinkage, sample: Sample) -> None:
+        """See `Learner`: that is the scale of genes."""
+
+        def totals(cells: np.ndarray, parts: list[sp.csr_matrix]) -> Partial:
+            return Partial(
+                [
+                    fit.components.weighted_profiles(seen, self._weights(i, setting, cells)).scale_cells()
+                    for i, (fit, seen) in enumerate(zip(self._fits, parts, strict=True))
+                ]
+            )
+
+        shares = [fit.components.gene_share for fit in self._fits]
+        self._gene_scales = [
+            scaled_to(share * total.sum(), total, np.ones_like(share))
+            for share, total in zip(shares, sample.run(totals).sums, strict=True)
+        ]
+
+    def refit(self, counts: Counts, setting: Shrinkage, rng: np.random.Generator) -> LowRankProfiles:
+        """See `Learner`. The components start from those of a half."""
+        starts = [self._fits[0].components.used_vectors]
+        (components,) = self._learn(counts.chunks, rng, starts, _FURTHER_PASSES + 1)
+        weights = self._full_weights(setting)
+        profiles = _profiles(components, counts, weights)
+        self._model = PCAModel(components, weights, np.asarray(profiles.gene_scale))
+        return profiles
+
+    def learned(self, setting: Shrinkage) -> Learned:
+        """See `Learner`."""
+        worth, fit, edge = self._worth(), self._fits[0], self._edge
+        if edge is None:
+
+            def parts(block: Block) -> list[sp.csr_matrix]:
+                return [block.counts, fit.half.held_out[block.cells]]
+
+            edge = noise_edge(fit.components, InMemory(fit.half.seen), parts)
+        rank, title = int((shrinkage(worth, 0.5) > 0.5).sum()), _TITLES[self._transform]
+        values = {
+            "worth": worth,
+            "weights": self._full_weights(setting),
+            "singular_values": fit.components.singular_values,
+            "noise_edge": edge,
+        }
+        return Learned(title, f"{title} ({rank} components worth more than noise, {setting})", rank, values)
+
+    def state(self) -> State:
+        """See `Learner`."""
+        assert self._model is not None  # refitted
+        return self._model.state()
+
+    def _learn(self, chunks: Chunks, rng: np.random.Generator, starts: Any, n_passes: int, *parts: Any) -> Any:
+        given = {"parts": parts[0]} if parts else {}
+        return learn_components(
+            chunks, self._transform, self._n_components, rng, n_passes=n_passes, used=self._used, starts=starts, **given
+        )
+
+    def _weights(self, half: int, setting: Shrinkage, cells: np.ndarray) -> np.ndarray:
+        """Return the weight of each component in each cell; a fold's own are learned from the other fold."""
+        weights = np.array([setting.weights(fold, noise=1) for fold in self._fits[half].worth])
+        return weights[1 - folds_of(cells)]
+
+    def _full_weights(self, setting: Shrinkage) -> np.ndarray:
+        """Return the weight of each component in a fit to all molecules, shape (k,)."""
+        return setting.weights(self._worth(), noise=0.5)
+
+    def _worth(self) -> np.ndarray:
+        return np.mean([fit.worth.mean(axis=0) for fit in self._fits], axis=0)
+
+
+def _profiles(components: Components, counts: Counts, weights: np.ndarray) -> LowRankProfiles:
+    """Return the denoised profiles of all cells, in two passes over the counts or a few more.
+
+    All rounds of scaling genes but the last look at some of the cells, the last at all.
+    """
+    chunks = counts.chunks
+    step = max(1, chunks.shape[0] * chunks.shape[1] // _SCALED)
+    some = components.weighted_profiles(chunks.take(np.arange(0, chunks.shape[0], step)), weights).scaled()
+
+    def unscaled(block: Block, gene_scale: np.ndarray) -> LowRankProfiles:
+        return components.weighted_profiles(block.counts, weights, gene_scale)
+
+    return profiles_in_blocks(chunks, counts.size, some, unscaled)
+
+
+@dataclass(frozen=True, eq=False)
+class PCAModel:
+    """A fitted PCA regression, which denoises other cells too.
+
+    Attributes
+    ----------
+    components
+        Components that all molecules gave.
+    weights
+        Weight of each component, shape (k,).
+    gene_scale
+        Scale of genes that gave them their totals, shape (genes,).
+    """
+
+    components: Components
+    weights: np.ndarray
+    gene_scale: np.ndarray
 
     @property
-    def n_components_(self) -> int:
-        """How many components were learned."""
-        return int(self.components_.shape[1])
+    def name(self) -> str:
+        """E.g. ``"pca log1p"``."""
+        return f"pca {self.components.transform.name}"
 
-    def worth(self, counts: sp.csr_matrix, held_out: sp.csr_matrix, folds: np.ndarray) -> np.ndarray:
-        """Return the weight on each component that predicts held-out molecules best, shape (folds, k).
+    def predict(self, counts: sp.csr_matrix, codes: np.ndarray | None = None) -> LowRankProfiles:
+        """Return the denoised profiles of cells, CSR of shape (cells, genes); genes keep the scale of the fit."""
+        return self.components.weighted_profiles(counts, self.weights, self.gene_scale).scaled(n_rounds=0)
 
-        The least-squares weight c_j = <score_j v_j', X2> / <score_j, score_j>, which is signal / (signal + noise) of
-        the component at the depth of `counts`; by the self-supervised loss (Noise2Self, Proposition 1) it is the
-        weight that is best against the truth.
+    def learned(self) -> Learned:
+        """Return what is worth writing down."""
+        rank, title = int((self.weights > 0.5).sum()), _TITLES[self.components.transform.name]
+        return Learned(title, f"{title} ({rank} components worth more than noise)", rank, {"weights": self.weights})
 
-        Parameters
-        ----------
-        counts
-            The part that was fitted.
-        held_out
-            The other part of an even split of the same cells.
-        folds
-            The fold of each cell, 0 or 1, shape (cells,); each fold's weights are learned from its own cells.
-        """
-        return _worth_from(*self.products(counts, held_out, folds))
+    def state(self) -> State:
+        """Return what a model file keeps of it."""
+        from .._model import State
 
-    def products(
-        self, counts: sp.csr_matrix, held_out: sp.csr_matrix, folds: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the sums over the cells of each fold that `worth` is the ratio of, shape (2, k) each."""
-        scores = self.scores(counts)
-        weighted, _ = self._weighted(held_out, row_sums(held_out))
-        other = np.asarray(self._used(weighted) @ self.components_[self.genes_], dtype=np.float64)
-        product, square = scores * other, np.square(scores, dtype=np.float64)
-        sums = [(product[folds == fold].sum(axis=0), square[folds == fold].sum(axis=0)) for fold in (0, 1)]
-        return np.array([p for p, _ in sums]), np.array([s for _, s in sums])
+        own = self.components
+        values = {"transform": own.transform.name, "target": own.transform.target}
+        arrays = {
+            "gene_weights": own.gene_weights,
+            "mean": own.mean,
+            "components": own.vectors,
+            "used": own.used,
+            "gene_share": own.gene_share,
+            "weights": self.weights,
+            "gene_scale": self.gene_scale,
+        }
+        return State("pca", values, arrays)
 
-    def predict(
-        self,
-        counts: sp.csr_matrix,
-        weights: np.ndarray | None = None,
-        *,
-        rank: int | None = None,
-        n_rounds: int | None = None,
-        gene_scale: np.ndarray | None = None,
-    ) -> LowRankProfiles:
-        """Return the denoised profiles of cells, each component's part multiplied by its weight.
-
-        Parameters
-        ----------
-        counts
-            CSR of shape (cells, genes), the genes in the order of `fit`.
-        weights
-            Between 0 and 1, shape (k,), or (cells, k) where they differ between cells; 0 everywhere leaves the mean.
-        rank
-            Instead of weights: the first components as they are, the others left out. With neither, all are kept.
-        n_rounds, gene_scale
-            Of `LowRankProfiles.with_totals`.
-
-        Raises
-        ------
-        ValueError
-            If `rank` is out of range, or both were given.
-        """
-        if weights is None:
-            rank = self.n_components_ if rank is None else rank
-            if isinstance(rank, bool) or not isinstance(rank, Integral) or not 0 <= rank <= self.n_components_:
-                raise ValueError(f"rank is {rank!r}: pass a whole number from 0 to n_components, {self.n_components_}.")
-            weights = (np.arange(self.n_components_) < rank).astype(np.float64)
-        elif rank is not None:
-            raise ValueError("weights and rank were both given: a rank is weights of 1 and 0, so pass one.")
-        return LowRankProfiles.with_totals(*self._weighted_model(counts, weights), n_rounds, gene_scale)
-
-    def unscaled(
-        self, counts: sp.csr_matrix, weights: np.ndarray, gene_scale: np.ndarray | None = None
-    ) -> LowRankProfiles:
-        """Return the profiles of `predict` whose cells have no scale yet."""
-        return LowRankProfiles.unscaled(*self._weighted_model(counts, weights), gene_scale)
-
-    def _weighted_model(
-        self, counts: sp.csr_matrix, weights: np.ndarray
-    ) -> tuple[TransformName, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        weights = np.atleast_2d(weights)
-        kept = np.asarray((weights > 0).any(axis=0))
-        return self._model(self.coordinates(counts)[:, kept] * weights[:, kept], row_sums(counts), kept)
-
-    def coordinates(self, counts: sp.csr_matrix) -> np.ndarray:
-        """Return the coordinates of cells beyond the mean, as if all were of one depth, shape (cells, k)."""
-        depth = self._cell_weights(row_sums(counts))
-        return self.scores(counts) / np.where(depth > 0, depth, 1)[:, None]
-
-    def rebuild(
-        self,
-        coordinates: np.ndarray,
-        size: np.ndarray,
-        n_rounds: int | None = None,
-        kept: np.ndarray | slice = slice(None),
-    ) -> LowRankProfiles:
-        """Return the profiles that have these coordinates.
-
-        Parameters
-        ----------
-        coordinates
-            As from `coordinates`, shape (cells, components kept).
-        size
-            Molecules of each cell, shape (cells,).
-        n_rounds
-            Of `LowRankProfiles.with_totals`.
-        kept
-            Which components they are of.
-        """
-        return LowRankProfiles.with_totals(*self._model(coordinates, size, kept), n_rounds)
-
-    def _model(
-        self, coordinates: np.ndarray, size: np.ndarray, kept: np.ndarray | slice
-    ) -> tuple[TransformName, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return link, scores, loadings, sizes and shares of genes."""
-        scores = np.column_stack([np.ones(len(size)), coordinates]) * self.transform_.own_depth(size)[:, None]
-        return self.transform_.name, scores.astype(np.float32), self.loadings(kept), size, self.gene_share_
-
-    def loadings(self, kept: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Return the mean and the components kept, on the transformed scale, float32 of shape (genes, 1 + k)."""
-        scale = np.where(self.gene_weights_ > 0, self.gene_weights_, 1)
-        loadings = np.column_stack([self.mean_, self.components_[:, kept]]) / scale[:, None]
-        return np.ascontiguousarray(loadings, dtype=np.float32)
-
-    def profiles(self, chunks: Chunks, weights: np.ndarray, size: np.ndarray) -> LowRankProfiles:
-        """Return the denoised profiles of all cells, as `predict`, in two passes over the counts.
-
-        All rounds of scaling genes but the last look at some of the cells, the last at all.
-
-        Parameters
-        ----------
-        size
-            Molecules of each cell, shape (cells,).
-        """
-        step = max(1, chunks.shape[0] * chunks.shape[1] // _SCALED)
-        some = self.predict(chunks.take(np.arange(0, chunks.shape[0], step)), weights)
-
-        def unscaled(block: Block, gene_scale: np.ndarray) -> LowRankProfiles:
-            return self.unscaled(block.counts, weights, gene_scale)
-
-        return profiles_in_blocks(chunks, size, some, unscaled)
-
-    def _cell_weights(self, size: np.ndarray) -> np.ndarray:
-        return np.sqrt(size / self.transform_.target)
-
-    def _weighted(self, counts: sp.csr_matrix, size: np.ndarray) -> tuple[sp.csr_matrix, np.ndarray]:
-        """Return the transformed counts with cells and genes weighted, and the cells' weights."""
-        cell_weights = self._cell_weights(size)
-        z = self.transform_.apply(counts, size)
-        z.data *= self.gene_weights_[z.indices]
-        z.data *= np.repeat(cell_weights.astype(np.float32), np.diff(z.indptr))
-        return z, cell_weights
-
-    def scores(self, counts: sp.csr_matrix) -> np.ndarray:
-        """Return the coordinates of cells beyond the mean, each cell weighted by its depth, shape (cells, k)."""
-        z, cell_weights = self._weighted(counts, row_sums(counts))
-        v = self.components_[self.genes_]
-        return np.asarray(self._used(z) @ v) - np.outer(cell_weights, self.mean_[self.genes_] @ v)
-
-    def _used(self, z: sp.csr_matrix) -> sp.csr_matrix:
-        """Return the columns of the genes that determine the scores."""
-        return z if self.genes_.all() else z[:, self.genes_]
-
-
-def fit_together(
-    denoisers: Sequence[PCADenoiser],
-    chunks: Chunks,
-    parts: Parts,
-    genes: np.ndarray | None = None,
-    starts: Sequence[np.ndarray] | None = None,
-) -> None:
-    """Fit each denoiser to one of the parts of the counts, all in the same passes.
-
-    Parameters
-    ----------
-    denoisers
-        As many as there are parts, with the same `n_passes`.
-    genes
-        As in `PCADenoiser.fit`.
-    starts
-        Vectors of the genes used that are known to be near each one's components; None starts from random ones.
-    """
-
-    def of_sizes(block: Block) -> Partial:
-        found = parts(block)
-        return Partial([column_sums(part) for part in found], [row_sums(part) for part in found])
-
-    totals, sizes = chunks.run(of_sizes)
-    for denoiser, total, size in zip(denoisers, totals, sizes, strict=True):
-        median = float(np.median(size[size > 0]))
-        target = median * _LOG1P_DEPTH if denoiser.transform == "log1p" else median
-        denoiser.transform_ = Transform(denoiser.transform, target)
-        denoiser.gene_share_ = total / total.sum()
-        denoiser.genes_ = np.ones(len(total), bool) if genes is None else genes
-
-    def of_genes(block: Block) -> Partial:
-        sums = []
-        for denoiser, part in zip(denoisers, parts(block), strict=True):
-            size, transform = row_sums(part), denoiser.transform_
-            sums += [
-                transform.noise_variance(part, size) * len(size),
-                transform.apply(part, size).T @ (size / transform.target),
-            ]
-        return Partial(sums)
-
-    sums = chunks.run(of_genes).sums
-    means = []  # q'Z, with q the unit vector along the cells' weights
-    for denoiser, noise, mean, size in zip(denoisers, sums[::2], sums[1::2], sizes, strict=True):
-        weights = np.where(noise > 0, np.where(noise > 0, noise / chunks.shape[0], 1) ** -0.25, 0)
-        denoiser.gene_weights_ = weights.astype(np.float32)
-        square = size.sum() / denoiser.transform_.target
-        denoiser.mean_ = weights * mean / square
-        means.append((weights * mean / square**0.5)[denoiser.genes_])
-
-    def gram(blocks: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
-        def of_block(block: Block) -> Partial:
-            sums = []
-            for denoiser, part, vectors in zip(denoisers, parts(block), blocks, strict=True):
-                z = denoiser._used(denoiser._weighted(part, row_sums(part))[0])
-                sums.append(z.T @ (z @ vectors))
-            return Partial(sums)
-
-        found = chunks.run(of_block).sums
-        return [
-            without_mean(product, block, mean).astype(block.dtype)
-            for product, block, mean in zip(found, blocks, means, strict=True)
-        ]
-
-    if starts is None:
-        starts = [
-            start_block(int(denoiser.genes_.sum()), denoiser.n_components, as_generator(denoiser.random_state))
-            for denoiser in denoisers
-        ]
-    n_components = max(denoiser.n_components for denoiser in denoisers)
-    for denoiser, (s, v) in zip(
-        denoisers, right_singular_vectors(gram, starts, n_components, denoisers[0].n_passes), strict=True
-    ):
-        denoiser.singular_values_, denoiser.components_ = s, v
-    if genes is not None:
-        _regress_other_genes(denoisers, chunks, parts)
-
-
-def worth_of_halves(denoisers: Sequence[PCADenoiser], chunks: Chunks, key: int) -> list[np.ndarray]:
-    """Return `PCADenoiser.worth` of both halves of a split, learned from all cells: one pass.
-
-    Parameters
-    ----------
-    denoisers
-        Fitted to `halves_of([key])`.
-    """
-
-    def of_block(block: Block) -> Partial:
-        half1, half2 = halves(block.counts, key, block.cells)
-        folds = folds_of(block.cells)
-        pairs = ((half1, half2), (half2, half1))
-        return Partial(
-            [each for own, pair in zip(denoisers, pairs, strict=True) for each in own.products(*pair, folds)]
+    @classmethod
+    def from_state(cls, state: State, device: str) -> Self:
+        """Return the model that a state was made of."""
+        values, arrays = state.values, state.arrays
+        components = Components(
+            Transform(values["transform"], values["target"]),
+            arrays["gene_weights"],
+            arrays["used"],
+            arrays["mean"],
+            arrays["components"],
+            np.zeros(arrays["components"].shape[1], np.float32),
+            arrays["gene_share"],
         )
-
-    sums = chunks.run(of_block).sums
-    return [_worth_from(*sums[:2]), _worth_from(*sums[2:])]
-
-
-def noise_edge(denoiser: PCADenoiser, chunks: Chunks, parts: Parts, rng: np.random.Generator) -> float:
-    """Return the largest singular value that noise alone reaches, in the units of `singular_values_`.
-
-    The two parts of an even split differ by nothing but noise, and (z1 - z2) / sqrt(2) has as much of it as z1:
-    its largest singular value is the noise edge, whatever the distribution of the noise over cells and genes.
-
-    Parameters
-    ----------
-    denoiser
-        Fitted to the first half.
-    parts
-        The two halves of a block.
-    rng
-        Source of the random start.
-    """
-
-    def gram(blocks: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
-        def of_block(block: Block) -> Partial:
-            z1, z2 = (denoiser._used(denoiser._weighted(part, row_sums(part))[0]) for part in parts(block))
-            difference = sp.csr_matrix(z1 - z2)
-            return Partial([difference.T @ (difference @ blocks[0])])
-
-        return [product.astype(np.float32) for product in chunks.run(of_block).sums]
-
-    start = start_block(int(denoiser.genes_.sum()), 1, rng)
-    return float(right_singular_vectors(gram, [start], 1)[0][0][0]) / 2**0.5
-
-
-def folds_of(cells: np.ndarray) -> np.ndarray:
-    """Return the fold of each cell, 0 or 1 at random, by its number."""
-    return (row_keys(0, cells) & np.uint64(1)).astype(np.intp)
-
-
-def _worth_from(products: np.ndarray, squares: np.ndarray) -> np.ndarray:
-    return products / np.where(squares > 0, squares, 1)
-
-
-def _regress_other_genes(denoisers: Sequence[PCADenoiser], chunks: Chunks, parts: Parts) -> None:
-    """Give the genes that determine no scores the components that predict them from the scores."""
-    used = [denoiser.components_ for denoiser in denoisers]
-    for denoiser, v in zip(denoisers, used, strict=True):
-        denoiser.components_ = np.zeros((len(denoiser.genes_), v.shape[1]), v.dtype)
-        denoiser.components_[denoiser.genes_] = v
-
-    def of_block(block: Block) -> Partial:
-        return Partial(
-            [
-                denoiser._weighted(part, row_sums(part))[0].T @ denoiser.scores(part)
-                for denoiser, part in zip(denoisers, parts(block), strict=True)
-            ]
-        )
-
-    for denoiser, v, product in zip(denoisers, used, chunks.run(of_block).sums, strict=True):
-        s = denoiser.singular_values_.astype(np.float64)
-        denoiser.components_ = (product / np.where(s > 0, s, 1) ** 2).astype(v.dtype)
-        denoiser.components_[denoiser.genes_] = v
-
-
-def shrinkage(worth: np.ndarray, strength: float) -> np.ndarray:
-    """Return weights 1 / (1 + strength (1 / c - 1)) from the worth c of each component.
-
-    With c = signal / (signal + noise) measured on one half of the molecules, strength 1 is the least-squares weight
-    at that depth and 1/2 the one at the full depth, where the noise is half as large.
-
-    Parameters
-    ----------
-    worth
-        From `PCADenoiser.worth`, averaged over splits and directions, shape (k,). Later components are worth less:
-        the estimates are made to fall (isotonic regression) and kept between 0 and 1.
-    """
-    c = np.clip(scipy.optimize.isotonic_regression(worth, increasing=False).x, 0, 1)
-    return np.where(c > 0, c / (c + strength * (1 - c) + (c <= 0)), 0)
+        return cls(components, arrays["weights"], arrays["gene_scale"])

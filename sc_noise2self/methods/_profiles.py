@@ -1,11 +1,11 @@
-"""Denoised profiles kept in factors: any cells and genes on request, the dense whole only when it is asked for."""
+"""Denoised profiles: any cells and genes on request, the dense whole only when it is asked for."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, Protocol, Self, cast
 
 import numpy as np
 import scipy.sparse as sp
@@ -15,9 +15,8 @@ from .._threads import in_threads
 from .._transform import Link, rates
 
 _BLOCK = 1 << 20  # dense entries rebuilt at a time, 4 MB
-_FLOOR = np.float32(
-    0.15
-)  # of the mean profile; .1 to .2 gained the same to .001 on three data sets, 0 lost .003 to .012
+# Of the mean profile; 0.1 to 0.2 gained the same to 0.001 on three data sets, 0 lost 0.003 to 0.012.
+_FLOOR = np.float32(0.15)
 _FLOOR_CAP = np.float32(0.3)  # molecules
 
 _TOTALS_OFF = 1e-3  # how far genes may be from their totals, on average, where these count as right
@@ -38,6 +37,10 @@ class Profiles(ABC):
     def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
         """Return expected counts, dense float32 of shape (cells asked, genes asked)."""
 
+    @abstractmethod
+    def of_cells(self, cells: np.ndarray) -> Profiles:
+        """Return the profiles of some cells, as they are here."""
+
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield (cells, their expected counts) until every cell has been seen."""
         for rows in self.rows():
@@ -51,20 +54,15 @@ class Profiles(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class LowRankProfiles(Profiles):
-    """Expected counts from factors: row_scale * max(cell_scale * gene_scale * rates(scores @ loadings'), floor).
+class ScaledProfiles(Profiles):
+    """Expected counts row_scale * max(cell_scale * gene_scale * rates, floor), from rates of any kind.
 
-    The floor is .15 min(mean profile at the cell's depth, .3 molecules). Noise left in a denoised value pushes rates to
-    zero, and a zero claims a certainty that no cell's few molecules give; the floor takes that bias away. It is
+    The floor is 0.15 min(mean profile at the cell's depth, 0.3 molecules). Noise left in a denoised value pushes rates
+    to zero, and a zero claims a certainty that no cell's few molecules give; the floor takes that bias away. It is
     capped because a gene that the mean profile gives many molecules is told from zero well enough.
 
     Attributes
     ----------
-    link
-        The transform on whose scale the model is linear, or `"exp"` where it is log-linear.
-    scores, loadings
-        float32 of shape (cells, k) and (genes, k). With `"exp"` the last column of loadings is 1: the last score of a
-        cell is the level of its log rates.
     gene_scale, cell_scale, row_scale
         Factors that give every gene its observed total and every cell its observed size, before and after the floor.
     gene_share
@@ -73,27 +71,42 @@ class LowRankProfiles(Profiles):
         Molecules observed in each cell, shape (cells,): the depth that expected counts are given at.
     """
 
-    link: Link
-    scores: np.ndarray
-    loadings: np.ndarray
     gene_scale: np.ndarray
     cell_scale: np.ndarray
     row_scale: np.ndarray
     gene_share: np.ndarray
     size: np.ndarray
 
-    @classmethod
-    def with_totals(
-        cls,
-        link: Link,
-        scores: np.ndarray,
-        loadings: np.ndarray,
-        size: np.ndarray,
-        gene_share: np.ndarray,
-        n_rounds: int | None = None,
-        gene_scale: np.ndarray | None = None,
-    ) -> LowRankProfiles:
-        """Return profiles in which every gene has its share of all molecules and every cell its size.
+    @abstractmethod
+    def _rates(self, cells: Index, genes: Index) -> np.ndarray:
+        """Return rates up to a factor per gene and per cell, dense float32, which the caller may change."""
+
+    def _rates_to_scale(self, rows: slice) -> np.ndarray:
+        """Return the rates of cells whose scale is about to be set."""
+        return self._rates(rows, slice(None))
+
+    def scale_cells(self) -> np.ndarray:
+        """Set the scales that give every cell its size, in one pass; return what each gene adds up to, shape (genes,).
+
+        The sum is in double precision.
+        """
+
+        def of_rows(rows: slice) -> np.ndarray:
+            block = self._rates_to_scale(rows)
+            block *= self.gene_scale
+            self.cell_scale[rows] = ratio(self.size[rows], block.sum(axis=1))
+            block *= self.cell_scale[rows, None]
+            np.maximum(block, self._floor(rows), out=block)
+            self.row_scale[rows] = ratio(self.size[rows], block.sum(axis=1))
+            return self.row_scale[rows] @ block
+
+        totals = np.zeros(self.shape[1])
+        for of_block in in_threads(of_rows, self.rows()):
+            totals += of_block
+        return totals
+
+    def scaled(self, n_rounds: int | None = None) -> Self:
+        """Return these profiles, every gene with its share of all molecules and every cell with its size.
 
         Going back from a transform is right up to a factor per gene; the observed totals say which. Genes and cells
         are scaled in turn (iterative proportional fitting), cells last, one pass over blocks of cells a round.
@@ -103,74 +116,19 @@ class LowRankProfiles(Profiles):
         n_rounds
             Rounds; None makes as many as it takes until gene totals are right to 0.1 % on average, two or three on
             real data, a hundred at most. With 0 genes keep `gene_scale`.
-        gene_scale
-            What to start from, shape (genes,); None for 1.
         """
-        out = cls.unscaled(link, scores, loadings, size, gene_share, gene_scale)
-        target = out.gene_share * float(out.size.sum())
+        target = self.gene_share * float(self.size.sum())
         for _ in range(_MOST_ROUNDS if n_rounds is None else n_rounds):
-            totals = out.scale_cells()
+            totals = self.scale_cells()
             if n_rounds is None and _mean_deviation(totals, target) <= _TOTALS_OFF:
-                return out
-            out.gene_scale[:] = scaled_to(target, totals, out.gene_scale)
-        out.scale_cells()
-        return out
-
-    @classmethod
-    def unscaled(
-        cls,
-        link: Link,
-        scores: np.ndarray,
-        loadings: np.ndarray,
-        size: np.ndarray,
-        gene_share: np.ndarray,
-        gene_scale: np.ndarray | None = None,
-    ) -> LowRankProfiles:
-        """Return profiles whose cells have no scale yet."""
-        gene_share, size = gene_share.astype(np.float32), size.astype(np.float32)
-        gene_scale = (gene_share > 0) * np.float32(1 if gene_scale is None else gene_scale)
-        cell_scale, row_scale = np.zeros((2, len(size)), np.float32)
-        return cls(link, scores, loadings, gene_scale, cell_scale, row_scale, gene_share, size)
-
-    def scale_cells(self) -> np.ndarray:
-        """Set the scales that give every cell its size, in one pass; return what each gene adds up to, shape (genes,).
-
-        The sum is in double precision.
-        """
-
-        def of_rows(rows: slice) -> np.ndarray:
-            block = self.scores[rows] @ self.loadings.T
-            if self.link == "exp":
-                # The level of a cell's log rates is arbitrary: with the largest at 0 their sum is a number.
-                level = block.max(axis=1)
-                block -= level[:, None]
-                self.scores[rows, -1] -= level
-            block = rates(self.link, block)
-            block *= self.gene_scale
-            self.cell_scale[rows] = _ratio(self.size[rows], block.sum(axis=1))
-            block *= self.cell_scale[rows, None]
-            np.maximum(block, self._floor(rows), out=block)
-            self.row_scale[rows] = _ratio(self.size[rows], block.sum(axis=1))
-            return self.row_scale[rows] @ block
-
-        totals = np.zeros(len(self.loadings))
-        for of_block in in_threads(of_rows, self.rows()):
-            totals += of_block
-        return totals
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(cells, genes)."""
-        return len(self.scores), len(self.loadings)
-
-    def of_cells(self, cells: Index) -> LowRankProfiles:
-        """Return the profiles of some cells, scaled as they are here."""
-        of_cells = {name: getattr(self, name)[cells] for name in ("scores", "cell_scale", "row_scale", "size")}
-        return replace(self, **of_cells)
+                return self
+            self.gene_scale[:] = scaled_to(target, totals, self.gene_scale)
+        self.scale_cells()
+        return self
 
     def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
         """Return expected counts, dense float32 of shape (cells asked, genes asked)."""
-        out = rates(self.link, self.scores[cells] @ self.loadings[genes].T)
+        out = self._rates(cells, genes)
         out *= self.gene_scale[genes]
         out *= self.cell_scale[cells][:, None]
         np.maximum(out, self._floor(cells, genes), out=out)
@@ -182,6 +140,120 @@ class LowRankProfiles(Profiles):
         np.minimum(floor, _FLOOR_CAP, out=floor)
         floor *= _FLOOR
         return floor
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankProfiles(ScaledProfiles):
+    """Expected counts from factors: the rates are `rates(link, scores @ loadings')`.
+
+    Attributes
+    ----------
+    link
+        The transform on whose scale the model is linear, or `"exp"` where it is log-linear.
+    scores, loadings
+        float32 of shape (cells, k) and (genes, k). With `"exp"` the last column of loadings is 1: the last score of a
+        cell is the level of its log rates.
+    """
+
+    link: Link
+    scores: np.ndarray
+    loadings: np.ndarray
+
+    @classmethod
+    def unscaled(
+        cls,
+        link: Link,
+        scores: np.ndarray,
+        loadings: np.ndarray,
+        size: np.ndarray,
+        gene_share: np.ndarray,
+        gene_scale: np.ndarray | None = None,
+    ) -> LowRankProfiles:
+        """Return profiles whose cells have no scale yet; genes have `gene_scale`, None for 1."""
+        return cls(*_no_scales(size, gene_share, gene_scale), link, scores, loadings)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(cells, genes)."""
+        return len(self.scores), len(self.loadings)
+
+    def of_cells(self, cells: np.ndarray) -> LowRankProfiles:
+        """Return the profiles of some cells, scaled as they are here."""
+        of_cells = {name: getattr(self, name)[cells] for name in ("scores", "cell_scale", "row_scale", "size")}
+        return replace(self, **of_cells)
+
+    def _rates(self, cells: Index, genes: Index) -> np.ndarray:
+        return rates(self.link, self.scores[cells] @ self.loadings[genes].T)
+
+    def _rates_to_scale(self, rows: slice) -> np.ndarray:
+        linear = self.scores[rows] @ self.loadings.T
+        if self.link == "exp":
+            # The level of a cell's log rates is arbitrary: with the largest at 0 their sum is a number.
+            level = linear.max(axis=1)
+            linear -= level[:, None]
+            self.scores[rows, -1] -= level
+        return rates(self.link, linear)
+
+
+class Rows(Protocol):
+    """An array of shape (cells, genes), or what gives rows of one on request."""
+
+    def __getitem__(self, cells: np.ndarray) -> np.ndarray:
+        """Return some rows, dense."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class TableProfiles(ScaledProfiles):
+    """Expected counts from a table of them, such as a function of the user's returns; it has no factors.
+
+    Attributes
+    ----------
+    values
+        Rates of each cell, on a scale of its own; negative ones count as 0. A cell without any has the mean profile.
+    """
+
+    values: Rows
+
+    @classmethod
+    def of(cls, values: Rows, size: np.ndarray, gene_share: np.ndarray) -> TableProfiles:
+        """Return profiles whose cells have no scale yet."""
+        return cls(*_no_scales(size, gene_share), values)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(cells, genes)."""
+        return len(self.size), len(self.gene_share)
+
+    def of_cells(self, cells: np.ndarray) -> TableProfiles:
+        """Return the profiles of some cells, scaled as they are here."""
+        of_cells = {name: getattr(self, name)[cells] for name in ("cell_scale", "row_scale", "size")}
+        return replace(self, values=self.values[cells], **of_cells)
+
+    def _rates(self, cells: Index, genes: Index) -> np.ndarray:
+        numbers = np.arange(len(self.size))[cells]
+        out = np.maximum(self.values[numbers], 0).astype(np.float32)
+        total = out.sum(axis=1, dtype=np.float64)
+        out[total <= 0] = self.gene_share
+        out /= np.where(total > 0, total, 1)[:, None].astype(np.float32)
+        return out[:, genes]
+
+
+def _no_scales(
+    size: np.ndarray, gene_share: np.ndarray, gene_scale: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the attributes of `ScaledProfiles` before cells are scaled."""
+    gene_share, size = gene_share.astype(np.float32), size.astype(np.float32)
+    gene_scale = (gene_share > 0) * np.float32(1 if gene_scale is None else gene_scale)
+    cell_scale, row_scale = np.zeros((2, len(size)), np.float32)
+    return gene_scale, cell_scale, row_scale, gene_share, size
+
+
+def mean_profiles(size: np.ndarray, totals: np.ndarray) -> LowRankProfiles:
+    """Return the mean profile for cells of these sizes, from the molecules of each gene, shape (genes,)."""
+    share = totals / totals.sum()
+    one = np.ones((len(size), 1), np.float32)
+    return LowRankProfiles.unscaled("none", one, share.astype(np.float32)[:, None], size, share).scaled(n_rounds=0)
 
 
 def profiles_in_blocks(
@@ -240,10 +312,10 @@ def _mean_deviation(totals: np.ndarray, target: np.ndarray) -> float:
 
 def scaled_to(target: np.ndarray, totals: np.ndarray, gene_scale: np.ndarray) -> np.ndarray:
     """Return the scale of genes that brings their totals to the target, shape (genes,)."""
-    return gene_scale * _ratio(target, totals)
+    return gene_scale * ratio(target, totals)
 
 
-def _ratio(wanted: np.ndarray, found: np.ndarray) -> np.ndarray:
+def ratio(wanted: np.ndarray, found: np.ndarray) -> np.ndarray:
     """Return wanted / found, 0 where nothing was found."""
     return np.where(found > 0, wanted / np.where(found > 0, found, 1), 0).astype(np.float32)
 
@@ -260,6 +332,10 @@ class WeightedProfiles(Profiles):
         """(cells, genes)."""
         return self.members[0].shape
 
+    def of_cells(self, cells: np.ndarray) -> WeightedProfiles:
+        """Return the profiles of some cells, as they are here."""
+        return replace(self, members=tuple(member.of_cells(cells) for member in self.members))
+
     def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
         """Return expected counts, dense float32 of shape (cells asked, genes asked)."""
         out = self.members[0].counts(cells, genes)
@@ -271,6 +347,11 @@ class WeightedProfiles(Profiles):
         return out
 
 
+def combine(profiles: Sequence[Profiles], weights: Sequence[float]) -> Profiles:
+    """Return the weighted mean of profiles."""
+    return profiles[0] if len(profiles) == 1 else WeightedProfiles(tuple(profiles), tuple(weights))
+
+
 @dataclass(frozen=True, eq=False)
 class MixedProfiles(Profiles):
     """Denoised profiles with the observed counts mixed back in, see `sc_noise2self.methods._mixing`.
@@ -280,31 +361,27 @@ class MixedProfiles(Profiles):
     profiles
         The denoiser's expected counts m.
     observed
-        The counts x, CSR of shape (cells, genes).
+        The counts x of shape (cells, genes): CSR, or what returns rows of it for the numbers of cells.
     phi
         Squared coefficient of variation of each gene's rate around m, shape (genes,).
     cell_scale
-        Factors that give every cell its observed size again, shape (cells,), see `with_totals`.
+        Factors that give every cell its observed size again, shape (cells,).
     """
 
     profiles: Profiles
-    observed: sp.csr_matrix
+    observed: Any
     phi: np.ndarray
     cell_scale: np.ndarray
-
-    @classmethod
-    def with_totals(cls, profiles: Profiles, observed: sp.csr_matrix, phi: np.ndarray) -> MixedProfiles:
-        """Return mixed profiles in which every cell has its observed size: one pass over blocks of cells."""
-        out = cls(profiles, observed, phi, np.ones(observed.shape[0], np.float32))
-        size = np.asarray(observed.sum(axis=1)).ravel()
-        for rows, block in out.blocks():
-            out.cell_scale[rows] = _ratio(size[rows], block.sum(axis=1))
-        return out
 
     @property
     def shape(self) -> tuple[int, int]:
         """(cells, genes)."""
         return self.profiles.shape
+
+    def of_cells(self, cells: np.ndarray) -> MixedProfiles:
+        """Return the profiles of some cells, as they are here."""
+        own = {"profiles": self.profiles.of_cells(cells), "cell_scale": self.cell_scale[cells]}
+        return replace(self, observed=self.observed[cells], **own)
 
     def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
         """Return m (1 + phi x) / (1 + phi m), dense float32 of shape (cells asked, genes asked)."""
@@ -319,13 +396,13 @@ class MixedProfiles(Profiles):
         out *= self.cell_scale[cells][:, None]
         return out
 
-    def share_of_count(self) -> np.ndarray:
-        """Return the mean over cells of phi m / (1 + phi m), shape (genes,).
 
-        It is the weight of the cell's own count x in the mixture, against that of m: 0 where nothing was mixed in.
-        """
-        total = np.zeros(self.shape[1])
-        for _, block in self.profiles.blocks():
-            block *= self.phi.astype(np.float32)
-            total += (block / (1 + block)).sum(axis=0)
-        return total / self.shape[0]
+def in_memory(profiles: Profiles) -> Profiles:
+    """Return profiles whose scores and scales of cells are NumPy arrays, where they were Dask's."""
+    names = ("scores", "cell_scale", "row_scale")
+    lazy = {name: getattr(profiles, name) for name in names if hasattr(getattr(profiles, name, None), "__dask_graph__")}
+    if not lazy:
+        return profiles
+    import dask
+
+    return replace(profiles, **dict(zip(lazy, dask.compute(*lazy.values()), strict=True)))  # type: ignore[type-var]

@@ -1,0 +1,336 @@
+"""Principal components of transformed, noise-weighted counts: what PCA, neighbours and the autoencoder start from.
+
+The counts are brought to one depth, transformed, and weighted so that their sampling noise is even. What is left after
+the weighted mean profile is factorised once; every rank, and every shrinkage of the components, is then a choice of
+weights between 0 and 1 on the same factors (Noise2Self, Batson & Royer 2019, section 3.2).
+
+A cell of n molecules has its rates known with variance proportional to 1 / n, so its row is weighted by sqrt(n); a
+gene's column by the fourth root of one over its noise variance, halfway between leaving genes as they are and making
+their noise equal.
+
+Everything is learned in passes over blocks of cells (`sc_noise2self._blocks`): one for the sizes of cells, one for the
+noise and the mean of genes, `n_passes` for the components.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import scipy.optimize
+import scipy.sparse as sp
+
+from .._blocks import Block, Chunks, InMemory, Partial
+from .._counts import column_sums, row_sums
+from .._dealing import row_keys
+from .._split import halves
+from .._transform import Transform, TransformName
+from ._profiles import LowRankProfiles
+from ._svd import N_PASSES, components_of, start_block
+
+_LOG1P_DEPTH = 0.25  # log1p's target over the median depth; on six data sets 0.125 to 0.25 gained most, 1 the least
+
+Parts = Callable[[Block], Sequence[sp.csr_matrix]]
+"""The counts to learn from, each with the rows of the block."""
+
+
+def whole(block: Block) -> Sequence[sp.csr_matrix]:
+    """Return all molecules."""
+    return [block.counts]
+
+
+def halves_of(keys: Sequence[int]) -> Parts:
+    """Return the function that gives both halves of each split of a block, one split after another."""
+    return lambda block: [half for key in keys for half in halves(block.counts, key, block.cells)]
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """Principal components of counts, and the way from counts to scores and back.
+
+    Attributes
+    ----------
+    transform
+        The `Transform` with the depth that was learned.
+    gene_weights
+        One over the fourth root of each gene's noise variance on the transformed scale, shape (genes,), 0 for a gene
+        never seen.
+    used
+        The genes that determine the scores, boolean of shape (genes,).
+    mean
+        The mean of the transformed, gene-weighted cells, each weighted by its depth, shape (genes,).
+    vectors
+        V, shape (genes, k): orthonormal on the genes used; the other genes are regressed on the scores.
+    singular_values
+        Of the weighted counts, the mean removed, shape (k,), falling.
+    gene_share
+        The share of all molecules that each gene has, shape (genes,).
+    """
+
+    transform: Transform
+    gene_weights: np.ndarray
+    used: np.ndarray
+    mean: np.ndarray
+    vectors: np.ndarray
+    singular_values: np.ndarray
+    gene_share: np.ndarray
+
+    @property
+    def n_components(self) -> int:
+        """How many components were learned."""
+        return int(self.vectors.shape[1])
+
+    @property
+    def used_vectors(self) -> np.ndarray:
+        """V on the genes used, shape (genes used, k): where further passes may start from."""
+        return self.vectors[self.used]
+
+    def weighted(self, counts: sp.csr_matrix) -> tuple[sp.csr_matrix, np.ndarray]:
+        """Return the transformed counts with cells and genes weighted, and the cells' weights, shape (cells,)."""
+        size = row_sums(counts)
+        cell_weights = np.sqrt(size / self.transform.target)
+        z = self.transform.apply(counts, size)
+        z.data *= self.gene_weights[z.indices]
+        z.data *= np.repeat(cell_weights.astype(np.float32), np.diff(z.indptr))
+        return z, cell_weights
+
+    def of_used_genes(self, counts: sp.csr_matrix) -> sp.csr_matrix:
+        """Return the weighted counts of the genes that determine the scores."""
+        return self._only_used(self.weighted(counts)[0])
+
+    def scores(self, counts: sp.csr_matrix) -> np.ndarray:
+        """Return the coordinates of cells beyond the mean, each cell weighted by its depth, shape (cells, k)."""
+        z, cell_weights = self.weighted(counts)
+        v = self.used_vectors
+        return np.asarray(self._only_used(z) @ v) - np.outer(cell_weights, self.mean[self.used] @ v)
+
+    def coordinates(self, counts: sp.csr_matrix) -> np.ndarray:
+        """Return the coordinates of cells beyond the mean, as if all were of one depth, shape (cells, k)."""
+        depth = np.sqrt(row_sums(counts) / self.transform.target)
+        return self.scores(counts) / np.where(depth > 0, depth, 1)[:, None]
+
+    def products(
+        self, counts: sp.csr_matrix, held_out: sp.csr_matrix, folds: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the sums over the cells of each fold that `worth_from` takes the ratio of, shape (2, k) each.
+
+        Parameters
+        ----------
+        counts
+            The part that the components were learned from.
+        held_out
+            The other part of an even split of the same cells.
+        folds
+            The fold of each cell, 0 or 1, shape (cells,).
+        """
+        scores = self.scores(counts)
+        other = np.asarray(self.of_used_genes(held_out) @ self.used_vectors, dtype=np.float64)
+        product, square = scores * other, np.square(scores, dtype=np.float64)
+        sums = [(product[folds == fold].sum(axis=0), square[folds == fold].sum(axis=0)) for fold in (0, 1)]
+        return np.array([p for p, _ in sums]), np.array([s for _, s in sums])
+
+    def weighted_profiles(
+        self, counts: sp.csr_matrix, weights: np.ndarray, gene_scale: np.ndarray | None = None
+    ) -> LowRankProfiles:
+        """Return the denoised profiles of cells, each component multiplied by its weight; cells have no scale yet.
+
+        Parameters
+        ----------
+        counts
+            CSR of shape (cells, genes).
+        weights
+            Between 0 and 1, shape (k,), or (cells, k) where they differ between cells; 0 everywhere leaves the mean.
+        gene_scale
+            Scale of genes, shape (genes,); None for 1.
+        """
+        weights = np.atleast_2d(weights)
+        kept = np.asarray((weights > 0).any(axis=0))
+        coordinates = self.coordinates(counts)[:, kept] * weights[:, kept]
+        return self.profiles(coordinates, row_sums(counts), kept, gene_scale)
+
+    def profiles(
+        self,
+        coordinates: np.ndarray,
+        size: np.ndarray,
+        kept: np.ndarray | slice = slice(None),
+        gene_scale: np.ndarray | None = None,
+    ) -> LowRankProfiles:
+        """Return the profiles that have these coordinates, shape (cells, components kept); cells have no scale yet."""
+        scores = np.column_stack([np.ones(len(size)), coordinates]) * self.transform.own_depth(size)[:, None]
+        return LowRankProfiles.unscaled(
+            self.transform.name, scores.astype(np.float32), self.loadings(kept), size, self.gene_share, gene_scale
+        )
+
+    def loadings(self, kept: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Return the mean and the components kept, on the transformed scale, float32 of shape (genes, 1 + k)."""
+        scale = np.where(self.gene_weights > 0, self.gene_weights, 1)
+        loadings = np.column_stack([self.mean, self.vectors[:, kept]]) / scale[:, None]
+        return np.ascontiguousarray(loadings, dtype=np.float32)
+
+    def _only_used(self, z: sp.csr_matrix) -> sp.csr_matrix:
+        return z if self.used.all() else z[:, self.used]
+
+
+def learn_components(
+    chunks: Chunks | sp.csr_matrix,
+    transform: TransformName,
+    n_components: int,
+    rng: np.random.Generator,
+    *,
+    parts: Parts = whole,
+    n_passes: int = N_PASSES,
+    used: np.ndarray | None = None,
+    starts: Sequence[np.ndarray] | None = None,
+) -> list[Components]:
+    """Return the components of each of the parts of counts, all learned in the same passes.
+
+    Parameters
+    ----------
+    transform
+        `"log1p"` (at a quarter of the median depth), `"sqrt"` or `"none"`.
+    n_components
+        How many beyond the mean profile, at most min(cells, genes used) - 1.
+    rng
+        Source of the random start of the factorisation.
+    n_passes
+        Passes of the factorisation over the counts; 3 are enough to compare candidates.
+    used
+        The genes that determine the scores, boolean of shape (genes,); None uses all.
+    starts
+        Vectors of the genes used that are known to be near each part's components; None starts from random ones.
+    """
+    chunks = chunks if isinstance(chunks, Chunks) else InMemory(chunks)
+    learned, mean_rows = _without_vectors(chunks, transform, parts, used)
+    if starts is None:
+        starts = [start_block(int(each.used.sum()), n_components, rng) for each in learned]
+
+    def matrices(block: Block) -> list[sp.csr_matrix]:
+        return [each.of_used_genes(part) for each, part in zip(learned, parts(block), strict=True)]
+
+    found = components_of(chunks, matrices, starts, n_components, n_passes, mean_rows)
+    learned = [replace(each, singular_values=s, vectors=v) for each, (s, v) in zip(learned, found, strict=True)]
+    return learned if used is None else _with_other_genes(learned, chunks, parts)
+
+
+def _without_vectors(
+    chunks: Chunks, transform: TransformName, parts: Parts, used: np.ndarray | None
+) -> tuple[list[Components], list[np.ndarray]]:
+    """Return depth, weights and means of each part, in two passes, and q'Z, q the unit vector of the cells' weights."""
+
+    def of_sizes(block: Block) -> Partial:
+        found = parts(block)
+        return Partial([column_sums(part) for part in found], [row_sums(part) for part in found])
+
+    totals, sizes = chunks.run(of_sizes)
+    medians = [float(np.median(size[size > 0])) for size in sizes]
+    transforms = [Transform(transform, median * (_LOG1P_DEPTH if transform == "log1p" else 1)) for median in medians]
+
+    def of_genes(block: Block) -> Partial:
+        sums = []
+        for own, part in zip(transforms, parts(block), strict=True):
+            size = row_sums(part)
+            sums += [own.noise_variance(part, size) * len(size), own.apply(part, size).T @ (size / own.target)]
+        return Partial(sums)
+
+    sums = chunks.run(of_genes).sums
+    learned, mean_rows = [], []
+    for own, total, size, noise, mean in zip(transforms, totals, sizes, sums[::2], sums[1::2], strict=True):
+        weights = np.where(noise > 0, np.where(noise > 0, noise / chunks.shape[0], 1) ** -0.25, 0)
+        square = size.sum() / own.target
+        genes = np.ones(len(total), bool) if used is None else used
+        none = np.zeros((len(total), 0), np.float32)
+        learned.append(
+            Components(own, weights.astype(np.float32), genes, weights * mean / square, none, none[0], total / total.sum())
+        )
+        mean_rows.append((weights * mean / square**0.5)[genes])
+    return learned, mean_rows
+
+
+def _with_other_genes(learned: Sequence[Components], chunks: Chunks, parts: Parts) -> list[Components]:
+    """Return components whose genes that determine no scores are predicted from the scores: one pass."""
+    padded = []
+    for each in learned:
+        vectors = np.zeros((len(each.used), each.n_components), each.vectors.dtype)
+        vectors[each.used] = each.vectors
+        padded.append(replace(each, vectors=vectors))
+
+    def of_block(block: Block) -> Partial:
+        return Partial(
+            [each.weighted(part)[0].T @ each.scores(part) for each, part in zip(padded, parts(block), strict=True)]
+        )
+
+    out = []
+    for each, known, product in zip(padded, learned, chunks.run(of_block).sums, strict=True):
+        s = each.singular_values.astype(np.float64)
+        vectors = (product / np.where(s > 0, s, 1) ** 2).astype(known.vectors.dtype)
+        vectors[each.used] = known.vectors
+        out.append(replace(each, vectors=vectors))
+    return out
+
+
+def worth_from(products: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """Return the weight on each component that predicts held-out molecules best, shape (folds, k).
+
+    The least-squares weight c_j = <score_j v_j', X2> / <score_j, score_j>, which is signal / (signal + noise) of the
+    component at the depth of a half; by the self-supervised loss (Noise2Self, Proposition 1) it is the weight that is
+    best against the truth. The arguments are those of `Components.products`.
+    """
+    return products / np.where(squares > 0, squares, 1)
+
+
+def worth_of_halves(pair: Sequence[Components], chunks: Chunks, key: int) -> list[np.ndarray]:
+    """Return the worth of the components of both halves of a split, learned from all cells: one pass."""
+
+    def of_block(block: Block) -> Partial:
+        half1, half2 = halves(block.counts, key, block.cells)
+        folds = folds_of(block.cells)
+        directions = ((half1, half2), (half2, half1))
+        return Partial([each for own, two in zip(pair, directions, strict=True) for each in own.products(*two, folds)])
+
+    sums = chunks.run(of_block).sums
+    return [worth_from(*sums[:2]), worth_from(*sums[2:])]
+
+
+def noise_edge(components: Components, chunks: Chunks, parts: Parts) -> float:
+    """Return the largest singular value that noise alone reaches, in the units of `singular_values`.
+
+    The two parts of an even split differ by nothing but noise, and (z1 - z2) / sqrt(2) has as much of it as z1: its
+    largest singular value is the noise edge, whatever the distribution of the noise over cells and genes. The seed is
+    its own: what is only reported must not move the draws that a result depends on.
+
+    Parameters
+    ----------
+    components
+        Learned from the first half.
+    parts
+        The two halves of a block.
+    """
+
+    def difference(block: Block) -> list[sp.csr_matrix]:
+        z1, z2 = (components.of_used_genes(part) for part in parts(block))
+        return [sp.csr_matrix(z1 - z2)]
+
+    start = start_block(int(components.used.sum()), 1, np.random.default_rng(0))
+    return float(components_of(chunks, difference, [start], 1)[0][0][0]) / 2**0.5
+
+
+def folds_of(cells: np.ndarray) -> np.ndarray:
+    """Return the fold of each cell, 0 or 1 at random, by its number."""
+    return (row_keys(0, cells) & np.uint64(1)).astype(np.intp)
+
+
+def shrinkage(worth: np.ndarray, strength: float) -> np.ndarray:
+    """Return weights 1 / (1 + strength (1 / c - 1)) from the worth c of each component.
+
+    With c = signal / (signal + noise) measured on one half of the molecules, strength 1 is the least-squares weight
+    at that depth and 1/2 the one at the full depth, where the noise is half as large.
+
+    Parameters
+    ----------
+    worth
+        From `worth_from`, averaged over splits and directions, shape (k,). Later components are worth less: the
+        estimates are made to fall (isotonic regression) and kept between 0 and 1.
+    """
+    c = np.clip(scipy.optimize.isotonic_regression(worth, increasing=False).x, 0, 1)
+    return np.where(c > 0, c / (c + strength * (1 - c) + (c <= 0)), 0)
