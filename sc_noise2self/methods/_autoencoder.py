@@ -17,14 +17,16 @@ from functools import partial
 from importlib.util import find_spec
 from numbers import Integral, Real
 from threading import Lock
-from typing import TYPE_CHECKING, Literal, Self, get_args
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 import scipy.sparse as sp
 
+from .. import _model
 from .._blocks import Block, Survey
 from .._counts import column_sums, row_sums
 from .._loss import Gain, held_out_gain, held_out_probabilities
+from .._model import Saved, State
 from .._random import RandomState, as_generator
 from .._threads import in_threads
 from .._transform import Link
@@ -67,9 +69,8 @@ _TRAINING = Lock()  # its random numbers are those of the process
 _PARAMETERS = ("loss", "n_components", "n_batches", *FURTHER)
 # Whose rate, scaled and added over genes, is far from float32's end; log rates may have any level that it resolves.
 _LARGEST_OUTPUT = {"exp": 1e4, "log1p": 60.0, "sqrt": 1e12, "none": 1e12}
-_FITTED = ("width_", "link_", "depth_")
-_OF_GENES = ("gene_share_", "gene_scale_")
-_NAMES = ("feature_names_in_", "batch_names_")  # known to whoever has names
+_FITTED = ("width", "link", "depth")
+_OF_GENES = ("gene_share", "gene_scale")
 
 
 class Autoencoder:
@@ -213,7 +214,7 @@ class Autoencoder:
         import torch
 
         from ._network import Counts, Network, StreamedCounts
-        from ._network_losses import make_loss
+        from ._network_losses import LOSSES
         from ._training import choose_device, train
 
         self._check_parameters()
@@ -230,7 +231,7 @@ class Autoencoder:
         self.histories_: list[History] = []
         n_cells = counts.shape[0] if survey is None else survey.chunks.shape[0]
         n_epochs, batch_size = self._n_epochs(n_cells), self._batch_size(n_cells, device)
-        loss = make_loss(self.loss, seen, self.invariance)
+        loss = LOSSES[self.loss](seen, self.invariance)
         self.link_, self.depth_ = loss.link, loss.depth
 
         n_checked = max(2, _CHECKED_ENTRIES // counts.shape[1])
@@ -321,32 +322,40 @@ class Autoencoder:
         some = self.predict(survey.chunks.take(first), None if batch is None else batch[first])
         return profiles_in_blocks(survey.chunks, survey.size, some, unscaled)
 
+    def state(self) -> State:
+        """Return what prediction needs, for `sc_noise2self._model.save`."""
+        values = {"widths": list(self.widths)} | {name: getattr(self, name) for name in _PARAMETERS}
+        values |= {name: getattr(self, f"{name}_") for name in _FITTED}
+        arrays = {name: np.asarray(getattr(self, f"{name}_")) for name in _OF_GENES} | self.network_.arrays()
+        return State("autoencoder", values, arrays)
+
+    @classmethod
+    def from_state(cls, state: State, *, device: str = "auto") -> Self:
+        """Return the fitted autoencoder that `state` came from."""
+        from ._network import Network
+        from ._training import choose_device
+
+        values, arrays = dict(state.values), dict(state.arrays)
+        fitted = {f"{name}_": values.pop(name) for name in _FITTED}
+        fitted |= {f"{name}_": arrays.pop(name) for name in _OF_GENES}
+        out = cls(**values, device=device)
+        for name, value in fitted.items():
+            setattr(out, name, value)
+        out.network_ = Network.from_arrays(arrays).to(choose_device(device))
+        return out
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the fitted network to a file that `load` reads, whole or not at all; nothing is overwritten.
 
         Genes and batches without names are numbered.
         """
-        import torch
-
-        from . import _model_file as model_file
-
         numbers = {"feature_names_in_": len(self.gene_share_), "batch_names_": self.n_batches}
-        names = {name: getattr(self, name, np.arange(n).astype(str)).tolist() for name, n in numbers.items()}
-        widths = [int(width) for width in self.widths]
-        contents = {
-            "parameters": {"widths": widths, **{name: getattr(self, name) for name in _PARAMETERS}},
-            "fitted": {name: getattr(self, name) for name in _FITTED},
-            "genes": {name: torch.from_numpy(np.asarray(getattr(self, name))) for name in _OF_GENES},
-            "names": names,
-            "network": {name: value.cpu() for name, value in self.network_.state_dict().items()},
-        }
-        model_file.save(path, contents)
+        genes, batches = (getattr(self, name, np.arange(n).astype(str)) for name, n in numbers.items())
+        _model.save(path, Saved((self.state(),), (1.0,), genes, tuple(batches.tolist())))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str = "auto") -> Self:
         """Return a fitted autoencoder from a file that `save` wrote.
-
-        The file is read as data alone: one from elsewhere can run no code.
 
         Raises
         ------
@@ -355,24 +364,11 @@ class Autoencoder:
         ValueError
             If it is not such a file.
         """
-        from . import _model_file as model_file
-        from ._network import Network, PrincipalScores
-        from ._training import choose_device
-
-        saved = model_file.load(path, get_args(LossName))
-        out = cls(**saved["parameters"], device=device)
-        for name in _FITTED:
-            setattr(out, name, saved["fitted"][name])
-        for name in _OF_GENES:
-            setattr(out, name, saved["genes"][name].numpy())
-        for name in _NAMES:
-            setattr(out, name, np.array(saved["names"][name], dtype=str))
-        state = saved["network"]
-        scores = PrincipalScores(*(state[f"scores.{name}"].numpy() for name in PrincipalScores.NAMES))
-        n_hidden = len(state["encoder.bias"])
-        network = Network(scores, out.width_, n_hidden, out.gene_share_, out.n_batches, out.dropout)
-        network.load_state_dict(state)
-        out.network_ = network.to(choose_device(device)).eval()
+        saved = _model.load(path)
+        if [state.method for state in saved.states] != ["autoencoder"]:
+            raise ValueError(f"{os.fspath(path)} is not the model of one autoencoder.")
+        out = cls.from_state(saved.states[0], device=device)
+        out.feature_names_in_, out.batch_names_ = saved.genes, np.array(saved.batches, dtype=str)
         return out
 
     def _predict(
