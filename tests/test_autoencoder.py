@@ -21,7 +21,8 @@ from sc_noise2self._blocks import InMemory, Survey  # noqa: E402
 from sc_noise2self._calibrate import calibrate  # noqa: E402
 from sc_noise2self._counts import column_sums, row_sums  # noqa: E402
 from sc_noise2self._loss import Gain  # noqa: E402
-from sc_noise2self.methods import network_losses, training  # noqa: E402
+from sc_noise2self.methods import _network_losses as network_losses  # noqa: E402
+from sc_noise2self.methods import _training as training  # noqa: E402
 from sc_noise2self.methods._autoencoder import Autoencoder, LossName, set_aside  # noqa: E402
 from sc_noise2self.methods._network import Counts, Network, PrincipalScores, StreamedCounts  # noqa: E402
 from sc_noise2self.methods._pca import PCADenoiser  # noqa: E402
@@ -152,14 +153,14 @@ def test_likelihoods_are_those_of_scipy(name, counts):
     x = counts[:20].toarray().astype(np.float64)
     x[3] = 0  # a cell whose molecules all went to the other part
     output = np.random.default_rng(0).normal(-4, 1, x.shape)
-    loss = network_losses.make_loss(name, counts, 0.5).double()
+    loss = network_losses.LOSSES[name](counts, 0.5).double()
     found = loss.compare(torch.from_numpy(output), torch.from_numpy(x)).item()
     kept = x.sum(axis=1) > 0
     assert found == pytest.approx(-log_likelihood(name, output[kept], x[kept]) / x.sum(), rel=1e-5)
 
 
 def test_squared_error_is_that_of_transformed_counts(counts):
-    loss = network_losses.make_loss("mse_sqrt", counts, 0.5)
+    loss = network_losses.LOSSES["mse_sqrt"](counts, 0.5)
     x = counts[:20].toarray()
     y = np.sqrt(x / x.sum(axis=1, keepdims=True) * loss.transform.target)
     found = loss.compare(torch.zeros(x.shape), torch.from_numpy(x)).item()
@@ -225,7 +226,7 @@ def test_learning_curves_are_kept_and_the_best_state_restored(counts):
 
 def test_training_stops_when_the_gain_falls_and_restores_the_best(counts):
     gains = iter([0.1, 0.3, 0.2, 0.25, 0.29, 0.4])
-    loss = network_losses.make_loss("multinomial", counts, 0.5)
+    loss = network_losses.LOSSES["multinomial"](counts, 0.5)
     scores = PrincipalScores(np.ones((120, 2)), np.ones(120), np.zeros(2), 100, np.ones(120), np.ones(120) / 120, 1)
     network, states = Network(scores, 4, 8, loss.start, 0, 0.0), []
 
@@ -261,12 +262,12 @@ class _Diverging(network_losses.Multinomial):
 
 
 def _diverge_after(monkeypatch, n_steps):
-    def make(name, counts, invariance):
+    def make(counts, invariance):
         loss = _Diverging(counts)
         loss.steps_left = n_steps
         return loss
 
-    monkeypatch.setattr(network_losses, "make_loss", make)
+    monkeypatch.setitem(network_losses.LOSSES, "multinomial", make)
 
 
 def test_a_loss_that_turns_nan_keeps_the_best_state(counts, monkeypatch):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import stat
-import zipfile
+from typing import get_args
 
 import anndata as ad
 import numpy as np
 import pytest
 from helpers import dense, low_rank_profiles, poisson_counts
+from model_files import claims, read_parts, write_parts
 
 import sc_noise2self as n2s
+from sc_noise2self import _model
+from sc_noise2self._model import Saved, State
+from sc_noise2self.methods._autoencoder import LossName
 
 torch = pytest.importorskip("torch")
 
@@ -103,9 +107,9 @@ def test_the_width_is_chosen_and_recorded():
 
 def test_of_very_many_cells_some_choose_and_all_are_fitted(monkeypatch):
     """The limit is lowered, so that a few hundred cells are very many."""
-    from sc_noise2self.methods import members
+    from sc_noise2self.methods import _base
 
-    monkeypatch.setattr(members, "_LEARNED_CELLS", 150)
+    monkeypatch.setattr(_base, "_LEARNED_CELLS", 150)
     adata = cells(300, 0, batch_effect=1)
     n2s.denoise(adata, **{**OPTIONS, "width": [16, 1]}, batch_key="batch")
     record = adata.uns["denoised"]
@@ -145,7 +149,7 @@ def test_counts_without_structure_get_the_mean_profile_and_no_model(tmp_path):
 
 
 def test_an_interrupt_leaves_everything_as_it_was(tmp_path, monkeypatch):
-    from sc_noise2self.methods import training
+    from sc_noise2self.methods import _training as training
 
     adata, calls = cells(120, 0), []
     compare = training.torch.optim.Adam.step
@@ -238,7 +242,7 @@ def test_batches_that_do_not_fit_are_refused(model, batch_model):
 
 
 def test_without_torch_it_says_how_to_get_it(monkeypatch):
-    from sc_noise2self.methods import autoencoder
+    from sc_noise2self.methods import _autoencoder as autoencoder
 
     monkeypatch.setattr(autoencoder, "find_spec", lambda name: None)
     for call in (lambda a: n2s.denoise(a, method="ensemble"), lambda a: n2s.denoise_with(a, "model.pt")):
@@ -253,100 +257,91 @@ def tiny_model(tmp_path_factory):
     return path
 
 
-def put(part, name, value):
-    """Return the edit of a saved model that puts a value, or what a function makes of the old one, somewhere."""
+def put(name, value):
+    """Return the edit of a saved model that puts another value in place of one."""
 
-    def edit(saved):
-        saved[part][name] = value(saved[part][name]) if callable(value) else value
+    def edit(text, arrays):
+        text["states"][0]["values"][name] = value
 
     return edit
 
 
-def lack(part, name=None):
-    def edit(saved):
-        del (saved if name is None else saved[part])[part if name is None else name]
+def array(name, value):
+    """Return the edit that puts an array, or what a function makes of the old one, in place of one."""
+
+    def edit(text, arrays):
+        name_of_state = f"0/{name}"
+        arrays[name_of_state] = value(arrays[name_of_state]) if callable(value) else value
 
     return edit
 
 
 def fill(value):
-    return lambda tensor: torch.full_like(tensor, value)
+    return lambda values: np.full_like(values, value)
 
 
-def many_units(saved):
-    """Return a network of 10^9 hidden units that takes no room in the file: every value is the same one."""
-    for name, value in saved["network"].items():
-        shape = [10**9 if n == 64 else n for n in value.shape]
-        saved["network"][name] = torch.zeros(()).expand(shape)
+def lack(name):
+    def edit(text, arrays):
+        del arrays[f"0/{name}"]
+
+    return edit
 
 
-def shared_units(saved):
-    one = torch.zeros(64 * 120)
-    for name, value in saved["network"].items():
-        saved["network"][name] = one[: value.numel()].view(value.shape)
+def units(n, stored):
+    """Return the edit that says that the network has so many hidden units."""
+
+    def edit(text, arrays):
+        for name, value in arrays.items():
+            shape = tuple(n if length == 64 else length for length in value.shape)
+            if shape != value.shape:
+                arrays[name] = np.zeros(shape, np.float32) if stored else claims(shape)
+
+    return edit
 
 
 HOSTILE = {
-    "no parameters": (lack("parameters"), "the file lacks 'parameters'"),
-    "more parts": (lambda saved: saved.update(code="x"), "the file has in excess 'code'"),
-    "a list for a part": (lambda saved: saved.update(genes=[]), "its genes is of type list"),
-    "no loss": (lack("parameters", "loss"), "parameters lacks 'loss'"),
-    "an unknown loss": (put("parameters", "loss", "mse"), "its loss is 'mse'"),
-    "a loss of a wrong type": (put("parameters", "loss", ["multinomial"]), "its loss is of type list"),
-    "an unknown link": (put("fitted", "link_", "cube"), "its link_ is 'cube'"),
-    "another link": (put("fitted", "link_", "sqrt"), "its link_ 'sqrt' is not that of its loss, 'multinomial'"),
-    "a method": (put("fitted", "predict", 3), "fitted has in excess 'predict'"),
-    "a method among names": (put("names", "fit", ["a"]), "names has in excess 'fit'"),
-    "a method among genes": (put("genes", "save", torch.zeros(120)), "genes has in excess 'save'"),
-    "a method among parameters": (put("parameters", "load", 1), "parameters has in excess 'load'"),
-    "a width that is huge": (put("fitted", "width_", 10**30), "its width_ is 10000"),
-    "a width that is another": (put("fitted", "width_", 17), r"code.weight has shape \(16, 64\) instead of \(17, 64\)"),
-    "a width that is no number": (put("fitted", "width_", "16"), "its width_ is '16'"),
-    "a width that is true": (put("fitted", "width_", True), "its width_ is True"),
-    "batches without names": (put("parameters", "n_batches", 10**9), "it names 0 batches and has 1000000000"),
-    "hidden units that differ": (put("parameters", "n_hidden", 10**9), "its n_hidden is 1000000000"),
-    "a dropout": (put("parameters", "dropout", float("nan")), "its dropout is nan"),
-    "a huge number": (put("parameters", "learning_rate", 10**400), "its learning_rate is 1000"),
-    "a depth": (put("fitted", "depth_", 0.0), "its depth_ is 0.0"),
-    "too few names": (
-        put("names", "feature_names_in_", ["a", "b"]),
-        r"gene_share_ has shape \(120,\) instead of \(2,\)",
-    ),
-    "names that repeat": (put("names", "feature_names_in_", ["a"] * 120), "its feature_names_in_ is of type list"),
-    "names that are numbers": (put("names", "feature_names_in_", [1] * 120), "its feature_names_in_ is of type list"),
-    "no weights": (lack("network", "encoder.weight"), "network lacks 'encoder.weight'"),
-    "weights that are a list": (put("network", "encoder.weight", [1.0]), "its encoder.weight is of type list"),
-    "weights that are whole": (put("network", "code.bias", torch.zeros(16, dtype=torch.int64)), "its code.bias is of"),
-    "weights that are sparse": (put("network", "genes.weight", lambda x: x.to_sparse()), "its genes.weight is of type"),
-    "weights nowhere": (put("network", "genes.weight", lambda x: x.to("meta")), "its genes.weight is of type Tensor"),
-    "weights of a wrong shape": (
-        put("network", "genes.bias", torch.zeros(119)),
-        r"genes.bias has shape \(119,\) instead",
-    ),
-    "no units": (put("network", "encoder.bias", torch.zeros(0)), "its network has a layer without units"),
-    "units without room": (many_units, "is of type Tensor"),
-    "units that share their room": (shared_units, "its tensors say that they are larger than the file"),
-    "nan": (put("network", "genes.weight", fill(float("nan"))), "its genes.weight holds values that are not finite"),
-    "infinite": (put("genes", "gene_scale_", fill(float("inf"))), "its gene_scale_ holds values that are not finite"),
-    "1e30": (put("network", "genes.weight", fill(1e30)), "output for these cells reaches .*: its weights, or these"),
-    "1e30 at the start": (put("network", "encoder.weight", fill(1e30)), "output for these cells reaches"),
-    "1e6": (put("network", "genes.bias", fill(1e6)), "output for these cells reaches 1e\\+"),
-    "negative shares": (
-        put("genes", "gene_share_", lambda x: -x),
-        "its gene_share_ holds values that are not from 0 to 1",
-    ),
-    "no shares": (put("genes", "gene_share_", lambda x: 0 * x), "its gene_share_ does not add up to 1"),
-    "no depth": (put("network", "scores.depth", torch.tensor(0.0)), "its scores.depth holds values that are not from"),
-    "another version": (lambda saved: saved.update(sc_noise2self=1), "was saved by another version: fit and save it"),
-    "an array for a version": (lambda saved: saved.update(sc_noise2self=torch.ones(3)), "was saved by another version"),
+    "an unknown loss": (put("loss", "mse"), "its loss is 'mse'"),
+    "a loss of a wrong type": (put("loss", ["multinomial"]), "its loss is of type list"),
+    "an unknown link": (put("link", "cube"), "its link is 'cube'"),
+    "another link": (put("link", "sqrt"), "its link 'sqrt' is not that of its loss, 'multinomial'"),
+    "a method among values": (put("predict", 3), "its autoencoder has in excess 'predict'"),
+    "a method among arrays": (array("save", lambda _: np.zeros(120)), "the file has in excess '0/save'"),
+    "a width that is huge": (put("width", 10**30), "its width is 10000"),
+    "a width that is another": (put("width", 17), r"code.weight has shape \(16, 64\) instead of \(17, 64\)"),
+    "a width that is no number": (put("width", "16"), "its width is '16'"),
+    "a width that is true": (put("width", True), "its width is True"),
+    "widths that are none": (put("widths", []), "its widths is of type list"),
+    "widths that are one": (put("widths", 16), "its widths is 16"),
+    "batches without names": (put("n_batches", 10**9), "it names 0 batches and has 1000000000"),
+    "hidden units that differ": (put("n_hidden", 10**9), r"shape \(64, 10\) instead of \(1000000000, 10\)"),
+    "a dropout": (put("dropout", float("nan")), "its dropout is nan"),
+    "a huge number": (put("learning_rate", 10**400), "its learning_rate is 1000"),
+    "a depth": (put("depth", 0.0), "its depth is 0.0"),
+    "no weights": (lack("encoder.weight"), "the file lacks '0/encoder.weight'"),
+    "weights that are text": (array("encoder.weight", np.array(["a"])), "its encoder.weight is of type <U1"),
+    "weights that are whole": (array("code.bias", np.zeros(16, np.int64)), "its code.bias is of type int64"),
+    "weights of double precision": (array("code.bias", np.full(16, 1e300)), "its code.bias is of type float64"),
+    "weights of a wrong shape": (array("genes.bias", np.zeros(119, np.float32)), r"shape \(119,\) instead of \(120,\)"),
+    "no units": (units(0, stored=True), r"encoder.weight has shape \(0, 10\), and no size is 0"),
+    "units without room": (units(10**9, stored=False), "stores 0 bytes for shape"),
+    "nan": (array("genes.weight", fill(np.nan)), "its genes.weight holds values that are not finite"),
+    "infinite": (array("gene_scale", fill(np.inf)), "its gene_scale holds values that are not finite"),
+    "1e30": (array("genes.weight", fill(1e30)), "output for these cells reaches .*: its weights, or these"),
+    "1e30 at the start": (array("encoder.weight", fill(1e30)), "output for these cells reaches"),
+    "1e6": (array("genes.bias", fill(1e6)), "output for these cells reaches 1e\\+"),
+    "negative shares": (array("gene_share", lambda x: -x), "its gene_share holds values that are not from 0 to 1"),
+    "no shares": (array("gene_share", fill(0)), "its gene_share does not add up to 1"),
+    "no depth of the scores": (array("scores.depth", fill(0)), "its scores.depth holds values that are not from"),
+    "no scale of the scores": (array("scores.scale", fill(0)), "its scores.scale holds values that are not from"),
+    "shares of the scores": (array("scores.share", fill(2)), "its scores.share holds values that are not from 0 to 1"),
 }
 
 
 @pytest.mark.parametrize(("edit", "message"), HOSTILE.values(), ids=HOSTILE)
 def test_a_model_file_that_is_none_is_refused_in_a_sentence(tiny_model, tmp_path, edit, message):
-    saved = torch.load(tiny_model, weights_only=True)
-    edit(saved)
-    torch.save(saved, tmp_path / "model.pt")
+    text, arrays = read_parts(tiny_model)
+    edit(text, arrays)
+    write_parts(tmp_path / "model.pt", text, arrays)
     adata = cells(100, 3)
     with pytest.raises(ValueError, match=message):
         n2s.denoise_with(adata, tmp_path / "model.pt", device="cpu")
@@ -354,18 +349,48 @@ def test_a_model_file_that_is_none_is_refused_in_a_sentence(tiny_model, tmp_path
     assert not adata.obsm
 
 
-def test_a_model_file_that_is_cut_or_compressed_is_refused(tiny_model, tmp_path):
+def test_a_model_file_that_is_cut_is_refused_and_one_put_together_again_is_not(tiny_model, tmp_path):
     whole = tiny_model.read_bytes()
-    cut, packed = tmp_path / "cut.pt", tmp_path / "packed.pt"
-    with zipfile.ZipFile(tiny_model) as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other:
-        for name in archive.namelist():
-            other.writestr(name, archive.read(name))
+    cut, again, adata = tmp_path / "cut.pt", tmp_path / "again.pt", cells(100, 3)
     for n in (0, 10, len(whole) // 2, len(whole) - 10):
         cut.write_bytes(whole[:n])
         with pytest.raises(ValueError, match="cut.pt is not a model that sc_noise2self saved"):
-            n2s.denoise_with(cells(100, 3), cut, device="cpu")
-    with pytest.raises(ValueError, match="packed.pt is not a model that sc_noise2self saved"):
-        n2s.denoise_with(cells(100, 3), packed, device="cpu")
+            n2s.denoise_with(adata, cut, device="cpu")
+    write_parts(again, *read_parts(tiny_model))
+    n2s.denoise_with(adata, again, device="cpu")
+    assert "denoised" in adata.layers
+
+
+def test_the_model_of_another_method_is_refused(tiny_model, tmp_path):
+    share = np.full(120, 1 / 120)
+    genes = np.array([f"gene-{i}" for i in range(120)])
+    _model.save(tmp_path / "mean.npz", Saved((State("mean", {}, {"gene_share": share}),), (1.0,), genes))
+    with pytest.raises(ValueError, match="is not the model of one autoencoder"):
+        n2s.denoise_with(cells(100, 3), tmp_path / "mean.npz", device="cpu")
+
+
+def test_loading_moves_no_random_numbers(tiny_model):
+    before = torch.get_rng_state()
+    n2s.denoise_with(cells(100, 3), tiny_model, device="cpu")
+    assert (torch.get_rng_state() == before).all()
+
+
+def test_the_schema_knows_every_loss_and_every_parameter_of_the_network():
+    from sc_noise2self.methods._network import Network, PrincipalScores
+    from sc_noise2self.methods._network_losses import LOSSES
+
+    counts = cells(50, 0).X
+    for name, loss in LOSSES.items():
+        assert _model.SCHEMAS["autoencoder"].values["loss"](name)
+        assert _model._LINKS[name] == loss(counts, 0.5).link
+    assert set(_model._LINKS) == set(LOSSES) == set(get_args(LossName))
+    scores = PrincipalScores(np.ones((6, 2)), np.ones(6), np.ones(2), 5, np.ones(6), np.ones(6), 1)
+    network = Network(scores, 3, 4, np.zeros(6), 2, 0.1)
+    arrays = network.arrays()
+    assert set(arrays) | {"gene_share", "gene_scale"} == set(_model.SCHEMAS["autoencoder"].arrays)
+    again = Network.from_arrays(arrays)
+    for name, value in again.arrays().items():
+        np.testing.assert_array_equal(value, arrays[name])
 
 
 def test_a_model_is_written_whole_or_not_at_all_and_for_whom_the_user_says(tmp_path, monkeypatch):
@@ -374,7 +399,7 @@ def test_a_model_is_written_whole_or_not_at_all_and_for_whom_the_user_says(tmp_p
     def interrupt(*args, **given):
         raise KeyboardInterrupt
 
-    for owner, name in ((torch, "save"), (os, "link")):
+    for owner, name in ((np, "savez"), (os, "link")):
         adata = cells(300, 0)
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, interrupt)

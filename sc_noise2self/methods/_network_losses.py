@@ -6,6 +6,9 @@ the network all molecules and penalises what changes when some are taken away.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import scipy.sparse as sp
 import torch
@@ -29,15 +32,20 @@ class Loss(nn.Module):
         How an output becomes a rate, see `sc_noise2self._transform.rates`; for a square root, outputs times
         sqrt(molecules of the cell / depth) are at the depth that it needs.
     shares
-        Between which the share of molecules that the network sees is drawn, anew for every cell and step.
+        Bounds of the share of molecules that the network sees, drawn anew for every cell and step.
+    invariance
+        Weight of the invariance term, which `Noise2Same` alone has.
+    start
+        Output that stands for the mean profile, shape (genes,).
     """
 
     link: Link = "exp"
     depth = 1.0
     shares = (0.3, 0.9)
 
-    def __init__(self, counts: sp.csr_matrix) -> None:
+    def __init__(self, counts: sp.csr_matrix, invariance: float = 0) -> None:
         super().__init__()
+        self.invariance = invariance
         self.start = self.mean_output(counts)
 
     def mean_output(self, counts: sp.csr_matrix) -> np.ndarray:
@@ -93,8 +101,8 @@ class Poisson(Loss):
 class NegativeBinomial(Loss):
     """As `Poisson`, with variance m + m^2 / r and an r learned for each gene."""
 
-    def __init__(self, counts: sp.csr_matrix) -> None:
-        super().__init__(counts)
+    def __init__(self, counts: sp.csr_matrix, invariance: float = 0) -> None:
+        super().__init__(counts, invariance)
         self.log_r = nn.Parameter(torch.full((counts.shape[1],), 1.0))
 
     def compare(self, output: Tensor, counts: Tensor) -> Tensor:
@@ -115,12 +123,13 @@ class SquaredError(Loss):
     """Mean squared error on transformed counts, as in Noise2Self, section 3.1: even splits, each at one depth."""
 
     shares = (0.5, 0.5)
+    compared = 0.5  # share of the molecules that the output is compared with
 
-    def __init__(self, counts: sp.csr_matrix, transform: TransformName) -> None:
+    def __init__(self, counts: sp.csr_matrix, invariance: float = 0, *, transform: TransformName) -> None:
         sizes = row_sums(counts)
-        self.transform = Transform(transform, float(np.median(sizes[sizes > 0])) * self.shares[1])
-        super().__init__(counts)
-        self.link, self.depth = transform, self.transform.target / self.shares[1]
+        self.link, self.depth = transform, float(np.median(sizes[sizes > 0]))
+        self.transform = Transform(transform, self.depth * self.compared)
+        super().__init__(counts, invariance)
 
     def mean_output(self, counts: sp.csr_matrix) -> np.ndarray:
         """See `Loss`."""
@@ -143,11 +152,10 @@ class Noise2Same(SquaredError):
     sampling noise on the transformed scale (the jackknife over molecules), m the entries.
     """
 
-    def __init__(self, counts: sp.csr_matrix, transform: TransformName, invariance: float) -> None:
-        super().__init__(counts, transform)
-        self.invariance = invariance
-        self.transform = Transform(transform, self.depth)
-        self.start = self.mean_output(counts)
+    compared = 1.0
+
+    def __init__(self, counts: sp.csr_matrix, invariance: float = 0, *, transform: TransformName) -> None:
+        super().__init__(counts, invariance, transform=transform)
         self.sigma = float(np.sqrt(self.transform.noise_variance(counts, row_sums(counts)).mean()))
 
     def forward(self, network: Network, entries: Entries) -> Tensor:
@@ -158,16 +166,14 @@ class Noise2Same(SquaredError):
         return self.compare(full, entries.dense()) + self.invariance * self.sigma * torch.sqrt(change + 1e-12)
 
 
-def make_loss(name: LossName, counts: sp.csr_matrix, invariance: float) -> Loss:
-    """Return the loss of this name, for counts (CSR, cells x genes) that are trained on."""
-    if name == "multinomial":
-        return Multinomial(counts)
-    if name == "masked_multinomial":
-        return MaskedMultinomial(counts)
-    if name == "poisson":
-        return Poisson(counts)
-    if name == "negative_binomial":
-        return NegativeBinomial(counts)
-    kind, _, scale = name.partition("_")
-    transform: TransformName = "log1p" if scale == "log1p" else "sqrt"
-    return SquaredError(counts, transform) if kind == "mse" else Noise2Same(counts, transform, invariance)
+LOSSES: dict[LossName, Callable[[sp.csr_matrix, float], Loss]] = {
+    "multinomial": Multinomial,
+    "poisson": Poisson,
+    "negative_binomial": NegativeBinomial,
+    "masked_multinomial": MaskedMultinomial,
+    "mse_log1p": partial(SquaredError, transform="log1p"),
+    "mse_sqrt": partial(SquaredError, transform="sqrt"),
+    "noise2same_log1p": partial(Noise2Same, transform="log1p"),
+    "noise2same_sqrt": partial(Noise2Same, transform="sqrt"),
+}
+"""Every loss by its name, made from counts to train on (CSR, cells x genes) and the weight of invariance."""

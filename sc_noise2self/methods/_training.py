@@ -19,7 +19,7 @@ from .._warnings import caveat
 from ._network import Counts, Network, StreamedCounts
 from ._network_losses import Loss
 
-_CHECKS = 10  # of the molecules set aside, in a run
+_CHECKS = 10  # of the validation molecules, in a run
 _PATIENCE = 3  # checks without a better one before training stops
 
 
@@ -32,7 +32,7 @@ class History:
     losses
         Mean training loss of every epoch.
     checked, gains
-        Epochs, from 1, after which molecules set aside were predicted, and their gain in nats per molecule.
+        Epochs, from 1, after which validation molecules were predicted, and the gain in nats per molecule.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -58,13 +58,13 @@ def train(
     Parameters
     ----------
     counts
-        What is trained on; cells without molecules are left out.
+        Counts to train on; cells without molecules are left out.
     rng
-        Order of the cells.
+        Source of the order of the cells.
     check
-        Returns the gain on molecules set aside.
+        Function that returns the gain on validation molecules.
     on_check
-        Called with (epoch, gain) after each check.
+        Function that is called with (epoch, gain) after each check.
     n_epochs, batch_size, learning_rate, prior_scale
         As in `Autoencoder`.
 
@@ -141,7 +141,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies in bfloat16 itself: there it takes a quarter of the time, and costs no accuracy."""
+    """Return whether the device multiplies in bfloat16 itself, which takes a quarter of the time."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
