@@ -6,11 +6,13 @@ nor any other denoiser. A new denoiser joins by a class with these methods.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
 from .._blocks import Block, Chunks, InMemory, Partial, Survey
@@ -19,13 +21,36 @@ from .._split import halves
 from .._transform import TransformName
 from ._autoencoder import WIDTHS, Autoencoder
 from ._pca import PCADenoiser, fit_together, folds_of, halves_of, noise_edge, shrinkage, whole, worth_of_halves
-from ._profiles import LowRankProfiles, scaled_to
+from ._profiles import LowRankProfiles, Profiles, scaled_to
 from ._svd import N_PASSES
 
 _COMPARED_CELLS = 5_000  # that settings of PCA are compared on
 _FURTHER_PASSES = 2  # over all cells, for components that start from those of some cells
 _LEARNED_CELLS = 50_000  # of a half that the autoencoder learns from: enough to choose by
 _STRENGTHS = (1.0, 2.0, 4.0, 8.0)  # of `shrinkage` at the depth of a half; 1 is least squares
+
+
+@dataclass(frozen=True, eq=False)
+class About:
+    """What is known of cells and genes besides counts: their names."""
+
+    cell_names: pd.Index
+    gene_names: pd.Index
+
+
+class Method(ABC):
+    """A denoiser as an object that holds and checks its own options: a frozen dataclass."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def denoise_counts(self, counts: sp.csr_matrix, about: About, rng: np.random.Generator) -> Profiles:
+        """Return expected counts of the cells in the rows of `counts`, each at its own depth."""
+
+
+def as_methods(method: str) -> tuple[Method, ...]:
+    """Return the methods that a name of the registry stands for."""
+    raise ValueError(f"method is {method!r}: pass a method object.")
 
 
 @dataclass(frozen=True, eq=False)
