@@ -212,13 +212,7 @@ def calibrate(
 
 
 def expand_grid(grid: Any) -> list[dict[str, Any]]:
-    """Return every combination of a grid, in its order, the last parameter running fastest; several grids in turn.
-
-    Raises
-    ------
-    ValueError, TypeError
-        If the grid is empty or its values are no lists.
-    """
+    """Return every combination of a grid, in its order, the last parameter running fastest; several grids in turn."""
     if not isinstance(grid, Iterable) or isinstance(grid, str | bytes):
         raise TypeError(f"grid is {short(grid)}: {_GRID}.")
     grids = [_lists(each) for each in ([grid] if isinstance(grid, Mapping) else grid)]
@@ -280,21 +274,23 @@ def _read_array(data: Any, method: Method) -> np.ndarray:
 
 
 def _about(adata: AnnData | None, values: Any) -> About:
-    """Return what methods are told besides counts."""
+    """Return what methods are told besides counts; a matrix has numbers for names, and an array needs none."""
     if adata is not None:
         return About(adata.obs_names, adata.var_names)
-    return About(*(pd.RangeIndex(n).astype(str) for n in values.shape[:2]))
+    n_cells, n_genes = (0, 0) if isinstance(values, np.ndarray) else values.shape
+    return About(pd.RangeIndex(n_cells).astype(str), pd.RangeIndex(n_genes).astype(str))
 
 
-def _groups(method: Method, candidates: Sequence[Parameters]) -> list[list[int]]:
-    """Return the candidates that run together, as lists of their indices; raise where one cannot be set."""
+def _groups(method: Any, candidates: Sequence[Parameters]) -> list[list[int]]:
+    """Return the candidates that run together, by number; raise where one cannot be set."""
     if isinstance(method, Function):
         return method.groups(candidates)
-    name, known = type(method).__name__, [each.name for each in fields(method) if each.init]  # type: ignore[arg-type]
+    known = [each.name for each in fields(method) if each.init]
     if unknown := sorted({name for each in candidates for name in each} - set(known)):
+        name = type(method).__name__
         raise ValueError(f"{name} has no field {', '.join(unknown)}: its fields are {', '.join(known)}.")
     for each in candidates:
-        replace(method, **each)  # type: ignore[type-var]
+        replace(method, **each)  # it checks itself
     return [[i] for i in range(len(candidates))]
 
 
@@ -305,7 +301,7 @@ class _Runner:
     Any method but a function draws from the same seed for every candidate: they differ by their parameters alone.
     """
 
-    method: Method
+    method: Any
     about: About
     seed: int
 
@@ -319,7 +315,7 @@ class _Runner:
         return self.method.on(seen, self.about) if isinstance(self.method, Function) else partial(self._rows, seen)
 
     def _rows(self, seen: sp.csr_matrix, parameters: Parameters) -> Rows:
-        method = replace(self.method, **parameters)  # type: ignore[type-var]
+        method = replace(self.method, **parameters)
         profiles = method.denoise_counts(seen.copy(), self.about, np.random.default_rng(self.seed))
         return checked_rows(profiles, type(method).__name__, self.about)
 

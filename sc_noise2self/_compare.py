@@ -58,9 +58,9 @@ class _Row:
 
     def score(self, split: int | None = None) -> Score | None:
         """Return the loss over the folds of a split, or of all; None where it failed or was not measured."""
-        scores = [outcome.score for number, outcome in self.ordered if split in (None, number)]
-        known = [score for score in scores if score is not None]
-        return None if self.failure or not known else sum(known[1:], known[0])
+        outcomes = [outcome for number, outcome in self.ordered if split in (None, number)]
+        known = [outcome.score for outcome in outcomes if outcome.score is not None]
+        return None if self.failure or not known or len(known) < len(outcomes) else sum(known[1:], known[0])
 
 
 class Comparison:
@@ -98,20 +98,16 @@ class Comparison:
 
         Parameters
         ----------
-        parameters
-            What distinguishes the candidate. Parameters that are equal to earlier ones belong to the same row.
+        parameters, row
+            What distinguishes the candidate; parameters equal to earlier ones belong to the same row. `row` says
+            which row it is, where parameters repeat or cannot be compared.
         score
             Its loss, on the same cells as every other; `-gain` where it is a gain. None where it failed.
-        row
-            The row, where it is known: for parameters that repeat or cannot be compared.
         split, fold
             Where the loss was measured. Measured again there, the later loss counts.
-        seconds
-            How long it took.
-        failure
-            What went wrong, in a line.
-        blind
-            Whether it predicts even what it has seen worse than the mean profile.
+        seconds, failure, blind
+            How long it took; what went wrong, in a line; whether it predicts even what it has seen worse than the
+            mean profile.
         """
         if row is None:
             row = next((i for i, known in enumerate(self._rows) if known.parameters == parameters), len(self._rows))
@@ -145,11 +141,6 @@ class Comparison:
             one standard error of their difference, or than the tolerance.
         tolerance
             Share of the least loss, of whatever sign, that counts as no difference to `"one_standard_error"`.
-
-        Raises
-        ------
-        ValueError
-            If every candidate failed.
         """
         losses, errors = self._losses()
         least = np.nanmin(losses)
@@ -194,20 +185,16 @@ def compare(
     n_jobs: int,
     prefer: Prefer,
 ) -> Comparison:
-    """Return what each candidate lost in each fold of each split, run on as many cores as asked.
+    """Return what each candidate lost in each fold of each split, several at a time, see `in_jobs`.
 
     Parameters
     ----------
-    candidates
-        Parameters of each row.
     splits
         The folds of each: objects with `seen`, `score(prediction, loss)` and `is_blind(prediction)`.
     predictor
         Takes what a fold shows, and returns what predicts for each candidate's parameters.
     groups
         Candidates, by number, that run in one task because one fit serves them.
-    n_jobs, prefer
-        See `in_jobs`.
     """
     tasks = [
         _Task({i: candidates[i] for i in group}, fold, split, number)

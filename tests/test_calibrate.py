@@ -858,6 +858,15 @@ def test_the_input_is_bit_identical_afterwards(adata):
     np.testing.assert_array_equal(image, original)
 
 
+def test_an_array_may_have_any_number_of_dimensions():
+    for shape in ((40,), (5, 4, 3)):
+        data = np.random.default_rng(0).normal(size=shape)
+        masks = [np.arange(data.size).reshape(shape) % 2 == i for i in (0, 1)]
+        partition = n2s.partitions.Masks(masks, np.zeros_like)
+        found = n2s.calibrate(data, lambda z, k: z / k, {"k": [1, 2]}, partition=partition, refit=True)
+        np.testing.assert_array_equal(found.denoised, data / found.best["k"])
+
+
 def test_an_image_with_nan_is_refused():
     with pytest.raises(ValueError, match="the data hold NaN or infinite values"):
         n2s.calibrate(np.full((6, 6), np.nan), lambda z: z + 1, {}, partition=checkerboard(6))

@@ -90,13 +90,7 @@ class Function(Method):
         return hasattr(self.function, "fit") and hasattr(self.function, "predict")
 
     def groups(self, candidates: Sequence[Parameters]) -> list[list[int]]:
-        """Return the candidates that one fit serves, as lists of their indices.
-
-        Raises
-        ------
-        ValueError
-            If one has a parameter that the function does not take, or lacks one that it needs.
-        """
+        """Return the candidates that one fit serves, by number; raise where a parameter is not taken, or is missing."""
         every = [{**self.parameters, **candidate} for candidate in candidates]
         if not self.is_estimator:
             self._check_signature(every)
@@ -123,11 +117,6 @@ class Function(Method):
             CSR of shape (cells, genes).
         cell_names, gene_names
             Names that an AnnData object is given, and that a table that is returned must have.
-
-        Raises
-        ------
-        ValueError, TypeError
-            If a parameter is not taken, or what is returned are no expected counts of these cells and genes.
         """
         self.groups([{}])
         return self.on(counts, About(cell_names, gene_names))({})
@@ -230,14 +219,9 @@ class _Fit:
 
 @dataclass(frozen=True, eq=False)
 class OwnDepth(Profiles):
-    """Rows brought to each cell's own depth; a cell of which nothing was predicted has the mean profile.
+    """Expected counts brought to the depth of the counts observed in each cell, CSR of shape (cells, genes).
 
-    Attributes
-    ----------
-    expected
-        Expected counts, each cell's on a scale of its own.
-    observed
-        Counts of the same cells, CSR of shape (cells, genes).
+    A cell of which nothing was predicted has the mean profile.
     """
 
     expected: Rows
