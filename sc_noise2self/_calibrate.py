@@ -7,11 +7,14 @@ truth plus a constant, so the parameter of least loss is the one of least error.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from importlib.metadata import version
+from itertools import islice, product
+from math import isnan, prod
 from numbers import Number, Real
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -21,14 +24,19 @@ from scanpy import logging as logg
 
 from ._anndata import read_csr
 from ._checks import check_flag, check_one_of, check_positive, describe_counts, seed_of
-from ._compare import Comparison, Rule, compare
+from ._compare import Parameters, Rule, compare, describe, in_words, short
 from ._counts import SINGLE, check_counts
-from ._jobs import as_n_jobs
+from ._jobs import Prefer, as_n_jobs
+from ._loss import Loss
 from ._random import RandomState, as_generator
 from ._slots import check_key, committed, owned
 from ._transform import TransformName
-from .methods._function import ArrayDenoiser, Denoiser, Parameters, describe, expand_grid, in_words
-from .partitions import Loss, Masks, as_numbers, as_partition, check_loss, folds_of
+from .methods._base import About, Method, as_methods
+from .methods._function import Function, OwnDepth, checked_rows
+from .partitions import Masks, Rows, as_numbers, as_partition, check_loss, folds_of
+
+_MOST = 100_000  # candidates
+_GRID = "pass a dict of lists, e.g. {'t': [1, 2, 3]}, or a list of such dicts"
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +78,7 @@ def calibrate(
     key_added: str = "calibrate",
     refit: bool = False,
     n_jobs: int = 1,
-    prefer: Literal["processes", "threads"] = "processes",
+    prefer: Prefer = "processes",
     random_state: RandomState = 0,
 ) -> Calibration:
     """Choose a denoiser's parameters by its loss on data that it has not seen. Any denoiser, over any partition.
@@ -80,13 +88,11 @@ def calibrate(
     data
         AnnData or a matrix with raw counts, cells x genes; with `partitions.Masks` any array, such as an image.
     denoiser
-        `denoiser(counts, **parameters)` returns denoised counts: a function of a CSR matrix; a function of an
-        AnnData object, recognised by its first parameter's name, `adata`, that writes to `X` or returns; or an
-        object with `fit(counts)` and `predict(counts)`, whose parameters are set before it is fitted, or are given
-        to `predict` where it names them: one fit then serves all their values. Each cell may be on a scale of its
-        own; negative values count as 0.
+        A function of a CSR matrix or of an AnnData object, or an estimator, as `Function` takes them; where an
+        estimator's `predict` names parameters, one fit serves all their values. Or a method: its name or a method
+        object.
     grid
-        Values of each parameter, `{"t": range(9)}`, or a list of such dicts.
+        Values of each parameter of the function, or field of the method: `{"t": range(9)}`, or a list of such dicts.
     partition
         What is hidden: `"molecules"` (halves, each predicted from the other), `"genes"` (ten random sets, each
         hidden in a tenth of the cells at a time), a dict of gene lists (pathways), `"blocks"` (of cells x genes),
@@ -101,8 +107,7 @@ def calibrate(
         `"least"`: the candidate of least loss. `"one_standard_error"`: the first of the grid that is within one
         standard error of it; so put the simplest candidates first.
     transform
-        The scale on which a function works. `"log1p"` and `"sqrt"`: it is given cells at the median depth,
-        transformed, and what it returns is taken back (`sc_noise2self._transform.rates`). `"none"`: counts.
+        The scale on which a plain function works, see `Function`. Method objects have their own.
     layer
         The layer with raw counts; None takes `X`.
     key_added
@@ -115,7 +120,7 @@ def calibrate(
         Whether they run in processes or in threads. A candidate that ends its process, as by a segmentation fault or
         for want of memory, failed, and the others go on; with threads, or one job, there is no process but this one.
     random_state
-        Seed or generator of the partition. A denoiser's own randomness is its own affair.
+        Seed or generator of the partition and of methods. A function's own randomness is its own affair.
 
     Returns
     -------
@@ -144,8 +149,7 @@ def calibrate(
     {'t': 2}
     """
     check_one_of("rule", rule, get_args(Rule))
-    check_one_of("prefer", prefer, ("processes", "threads"))
-    check_one_of("transform", transform, get_args(TransformName))
+    check_one_of("prefer", prefer, get_args(Prefer))
     check_flag("refit", refit)
     check_positive("n_splits", n_splits)
     n_jobs = as_n_jobs(n_jobs)
@@ -155,104 +159,198 @@ def calibrate(
     if adata is None and (layer is not None or key_added != "calibrate"):
         raise ValueError("layer and key_added belong to an AnnData object: they were given with an array.")
     partition = as_partition(partition, None if adata is None else adata.var_names)
+    loss = check_loss(loss, partition)
+    method = _as_method(denoiser, transform)
+    groups = _groups(method, candidates)
     start = logg.info("calibrating" if adata is None else f"calibrating on {describe_counts(adata, layer)}")
-    called: Denoiser | ArrayDenoiser
-    values: Any
     if isinstance(partition, Masks):
-        if adata is not None or transform != "none":
-            raise ValueError(
-                "partitions.Masks hides entries of an array: pass one, without transform, for instance an image."
-            )
-        values, called = as_numbers(data, "the data hold"), ArrayDenoiser(denoiser)
+        values = _read_array(data, method)
     elif adata is not None:
         check_key(adata, key_added, layer, "calibrate", refit)
-        values, called = read_csr(adata, layer), Denoiser(denoiser, transform, adata.obs_names, adata.var_names)
+        values = read_csr(adata, layer)
     else:
         values = sp.csr_matrix(check_counts(data, largest=SINGLE), dtype=np.float32)
-        called = Denoiser(denoiser, transform, *(pd.RangeIndex(n).astype(str) for n in values.shape))
-    loss = check_loss(loss, partition)
 
     splits = [folds_of(partition, values, rng) for _ in range(n_splits)]
-    compared = compare(called, candidates, splits, loss, n_jobs, prefer)
-    table = compared.table(rule, loss)
-    best = candidates[int(np.argmax(table["chosen"]))]
-    _warn(table, candidates, compared)
-    denoised = _refitted(called, values, best) if refit else None
-    found = Calibration(best, table, compared.split_losses(), denoised)
+    runner = _Runner(method, _about(adata, values), int(rng.integers(1 << 63)))
+    compared = compare(candidates, splits, loss, predictor=runner.on, groups=groups, n_jobs=n_jobs, prefer=prefer)
+    table, split_losses = compared.table(rule, gain=loss == "poisson"), compared.split_losses()
+    row = compared.best(rule)
+    if np.isnan(split_losses[row]).any():
+        raise ValueError("nothing that was hidden can be scored: the data have too few molecules to hide some.")
+    best = candidates[row]
+    for message in _caveats(table, candidates, compared.blind()):
+        warnings.warn(message, UserWarning, stacklevel=2)
+    found = Calibration(best, table, split_losses, runner.refitted(values, best) if refit else None)
     if adata is not None:
         record = {
             "best": {name: _plain(value) for name, value in best.items()},
             "table": table.apply(lambda column: column.map(str) if column.dtype == object else column),
-            "split_losses": found.split_losses,
-            "denoiser": called.name,
+            "split_losses": split_losses,
+            "denoiser": runner.name,
             "partition": repr(partition),
             "loss": loss if isinstance(loss, str) else getattr(loss, "__qualname__", repr(loss)),
             "rule": rule,
             "version": version("sc-noise2self"),
             "params": {
                 **({} if layer is None else {"layer": layer}),
-                "transform": transform,
+                "transform": method.transform if isinstance(method, Function) else transform,
                 "n_splits": n_splits,
                 "refit": refit,
                 "random_state": seed_of(random_state),
             },
         }
-        layers = {key_added: denoised} if refit or ("layers", key_added) in owned(adata, key_added) else {}
+        layers = {key_added: found.denoised} if refit or ("layers", key_added) in owned(adata, key_added) else {}
         with committed(adata, {"uns": {key_added: record}, "layers": layers}):
             pass
     logg.info(
-        f"    {describe(best)}: loss {table['loss'][table['chosen']].iloc[0]:.4f}",
+        f"    {describe(best)}: loss {table['loss'][row]:.4f}",
         time=start,
         deep=None if adata is None else f"added\n    {key_added!r}, the loss of every candidate (adata.uns)",
     )
     return found
 
 
-def _refitted(called: Denoiser | ArrayDenoiser, values: Any, best: Parameters) -> np.ndarray:
+def expand_grid(grid: Any) -> list[dict[str, Any]]:
+    """Return every combination of a grid, in its order, the last parameter running fastest; several grids in turn."""
+    if not isinstance(grid, Iterable) or isinstance(grid, str | bytes):
+        raise TypeError(f"grid is {short(grid)}: {_GRID}.")
+    grids = [_lists(each) for each in ([grid] if isinstance(grid, Mapping) else grid)]
+    if sum(prod(map(len, each.values())) for each in grids) > _MOST:
+        raise ValueError(f"grid has more than {_MOST} candidates: pass fewer values, or fewer parameters at a time.")
+    out = [dict(zip(each, values, strict=True)) for each in grids for values in product(*each.values())]
+    if not out:
+        raise ValueError(f"grid has no candidate: {_GRID}.")
+    return out
+
+
+def _lists(grid: Any) -> dict[str, list[Any]]:
+    """Return the values of each parameter of a grid."""
+    if not isinstance(grid, Mapping):
+        raise TypeError(f"grid holds {short(grid)}: {_GRID}.")
+    lists = {}
+    for name, values in grid.items():
+        if not isinstance(name, str):
+            raise TypeError(f"grid has {short(name)} for a parameter's name: {_GRID}.")
+        if isinstance(values, str | bytes | Mapping | set | frozenset) or not _is_iterable(values):
+            raise TypeError(f"grid has {name!r}: {short(values)}: pass its values in a list, e.g. [1, 2, 3].")
+        lists[name] = list(islice(values, _MOST + 1))
+        if not lists[name]:
+            raise ValueError(f"grid has no candidate: {name!r} has no value, so pass at least one.")
+    return lists
+
+
+def _is_iterable(values: Any) -> bool:
     try:
-        return called.refit(values, best)
-    except (Exception, SystemExit) as error:
+        iter(values)
+    except TypeError:  # also an array without a dimension, which has the method
+        return False
+    return True
+
+
+def _as_method(denoiser: Any, transform: TransformName) -> Method:
+    """Return the method that a name, a method object, a function or an estimator stands for."""
+    if not isinstance(denoiser, str | Method):
+        return Function(denoiser, transform=transform)
+    if transform != "none":
+        what = denoiser if isinstance(denoiser, str) else type(denoiser).__name__
+        raise ValueError(f"transform={transform!r} was given with the method {what}: set it on the method object.")
+    methods = as_methods(denoiser) if isinstance(denoiser, str) else (denoiser,)
+    if len(methods) != 1:
+        raise ValueError(f"denoiser is {denoiser!r}, which is {len(methods)} methods: calibrate one at a time.")
+    return methods[0]
+
+
+def _read_array(data: Any, method: Method) -> np.ndarray:
+    """Return the array whose entries are to be hidden."""
+    if isinstance(data, AnnData) or not isinstance(method, Function) or method.transform != "none":
         raise ValueError(
-            f"{describe(best) or called.name} was chosen, and failed on all of the data: {in_words(error)}. Without "
-            "refit=True the choice is kept."
-        ) from error
+            "partitions.Masks hides entries of an array: pass one, and a function of it without transform, for "
+            "instance an image."
+        )
+    if not callable(method.function):
+        raise TypeError(f"denoiser is of type {type(method.function).__name__}: pass a function of an array.")
+    return as_numbers(data, "the data hold")
 
 
-def _warn(table: pd.DataFrame, candidates: Sequence[Parameters], compared: Comparison) -> None:
-    """Say what a user should know before trusting the choice."""
+def _about(adata: AnnData | None, values: Any) -> About:
+    """Return what methods are told besides counts; a matrix has numbers for names, and an array needs none."""
+    if adata is not None:
+        return About(adata.obs_names, adata.var_names)
+    n_cells, n_genes = (0, 0) if isinstance(values, np.ndarray) else values.shape
+    return About(pd.RangeIndex(n_cells).astype(str), pd.RangeIndex(n_genes).astype(str))
+
+
+def _groups(method: Any, candidates: Sequence[Parameters]) -> list[list[int]]:
+    """Return the candidates that run together, by number; raise where one cannot be set."""
+    if isinstance(method, Function):
+        return method.groups(candidates)
+    known = [each.name for each in fields(method) if each.init]
+    if unknown := sorted({name for each in candidates for name in each} - set(known)):
+        name = type(method).__name__
+        raise ValueError(f"{name} has no field {', '.join(unknown)}: its fields are {', '.join(known)}.")
+    for each in candidates:
+        replace(method, **each)  # it checks itself
+    return [[i] for i in range(len(candidates))]
+
+
+@dataclass(frozen=True, eq=False)
+class _Runner:
+    """A method, and what it is given besides counts and the parameters of a candidate.
+
+    Any method but a function draws from the same seed for every candidate: they differ by their parameters alone.
+    """
+
+    method: Any
+    about: About
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of the method, or of the function."""
+        return self.method.label if isinstance(self.method, Function) else self.method.name
+
+    def on(self, seen: Any) -> Callable[[Parameters], Any]:
+        """Return what predicts from what is seen, for the parameters of each candidate."""
+        return self.method.on(seen, self.about) if isinstance(self.method, Function) else partial(self._rows, seen)
+
+    def _rows(self, seen: sp.csr_matrix, parameters: Parameters) -> Rows:
+        method = replace(self.method, **parameters)
+        profiles = method.denoise_counts(seen.copy(), self.about, np.random.default_rng(self.seed))
+        return checked_rows(profiles, type(method).__name__, self.about)
+
+    def refitted(self, values: Any, best: Parameters) -> np.ndarray:
+        """Return what the method makes of all of the data, expected counts at each cell's own depth."""
+        try:
+            out = self.on(values)(best)
+            return out if isinstance(values, np.ndarray) else OwnDepth(out, values).counts()
+        except (Exception, SystemExit) as error:
+            raise ValueError(
+                f"{describe(best) or self.name} was chosen, and failed on all of the data: {in_words(error)}. Without "
+                "refit=True the choice is kept."
+            ) from error
+
+
+def _caveats(table: pd.DataFrame, candidates: Sequence[Parameters], blind: Sequence[int]) -> Iterator[str]:
+    """Yield what a user should know before trusting the choice."""
     failed = table.index[table["failure"] != ""]
     if len(failed):
         what = "; ".join(f"{describe(candidates[i])}: {table['failure'][i]}" for i in failed[:3])
-        warnings.warn(
-            f"{len(failed)} of {len(table)} candidates failed and were left out: {what}", UserWarning, stacklevel=3
-        )
-    blind = [i for i in range(len(table)) if compared.blind(i)]
+        yield f"{len(failed)} of {len(table)} candidates failed and were left out: {what}"
     if blind:
-        warnings.warn(
+        yield (
             f"{describe(candidates[blind[0]])} predicts even the molecules that it was given worse than one mean "
             "profile: check that cells and genes are returned in the order given, and on the scale given (a denoiser "
-            "of logarithms needs transform='log1p').",
-            UserWarning,
-            stacklevel=3,
+            "of logarithms needs transform='log1p')."
         )
     elif "gain" in table and table["gain"].max() <= 0:
-        warnings.warn(
-            "no candidate predicts hidden molecules better than one mean profile: none of them is worth using.",
-            UserWarning,
-            stacklevel=3,
-        )
-    ends = _ends_of_grid(table, candidates)
-    if ends:
-        warnings.warn(
-            f"the loss is least at the largest value tried, {ends}: let the grid go further.",
-            UserWarning,
-            stacklevel=3,
-        )
+        yield "no candidate predicts hidden molecules better than one mean profile: none of them is worth using."
+    if ends := _ends_of_grid(candidates[int(np.argmax(table["chosen"]))], candidates):
+        yield f"the loss is least at the largest value tried, {ends}: let the grid go further."
 
 
-def _ends_of_grid(table: pd.DataFrame, candidates: Sequence[Parameters]) -> str:
+def _ends_of_grid(best: Parameters, candidates: Sequence[Parameters]) -> str:
     """Return the numbers chosen that are the largest of three or more tried, e.g. ``"t=8"``."""
-    best = candidates[int(np.argmax(table["chosen"]))]
     ends = {}
     for name, value in best.items():
         tried = {other[name] for other in candidates if _is_number(other.get(name))}
@@ -262,7 +360,7 @@ def _ends_of_grid(table: pd.DataFrame, candidates: Sequence[Parameters]) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and value == value  # NaN is not
+    return isinstance(value, Real) and not isnan(value)
 
 
 def _plain(value: Any) -> Any:

@@ -1,11 +1,15 @@
-"""Run every candidate on every fold of every split, on as many cores as asked, and pool what they lost."""
+"""The table of everything that is compared: settings of a method, methods, or a user's grid, by their held-out loss.
+
+A row is one candidate. Its loss is pooled over the folds of all splits, and its standard error is that of its
+difference to the least loss, paired by cell. Nothing here knows what a denoiser is.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -13,90 +17,237 @@ import numpy as np
 import pandas as pd
 
 from ._checks import progress_bar
-from ._jobs import in_jobs
+from ._jobs import Prefer, in_jobs
 from ._loss import Score
-from .methods._function import ArrayDenoiser, Denoiser, Parameters, describe, in_words
-from .partitions import Loss
 
+Parameters = Mapping[str, Any]
+Predictor = Callable[[Any], Callable[[Parameters], Any]]
 Rule = Literal["least", "one_standard_error"]
 COLUMNS = ("loss", "error", "gain", "seconds", "failure", "chosen")
-"""Of the table, after the parameters; a parameter of such a name has `param_` before it."""
+"""Columns of the table after those of the parameters; a parameter of such a name has `param_` before it."""
 
 _LARGEST = 1e100  # a loss whose square is still a number
-
-
-def compare(
-    denoiser: Denoiser | ArrayDenoiser,
-    candidates: Sequence[Parameters],
-    splits: Sequence[Sequence[Any]],
-    loss: Loss,
-    n_jobs: int,
-    prefer: Literal["processes", "threads"],
-) -> Comparison:
-    """Return what each candidate lost in each fold of each split."""
-    groups = denoiser.groups(candidates)
-    tasks = [
-        _Task({i: candidates[i] for i in group}, fold, (split, number))
-        for split, folds in enumerate(splits)
-        for number, fold in enumerate(folds)
-        for group in groups
-    ]
-    comparison = Comparison(candidates, len(splits))
-    with progress_bar("calibrate", len(tasks)) as bar:
-        while tasks:
-            again: list[_Task] = []
-            with closing(in_jobs(partial(_evaluate, denoiser, loss), tasks, n_jobs, prefer)) as done:
-                for task, outcomes in done:
-                    if not isinstance(outcomes, Exception):
-                        comparison.add(outcomes)
-                    elif len(task.candidates) == 1:
-                        (candidate,) = task.candidates
-                        comparison.add([_Outcome(candidate, *task.where, failure=in_words(outcomes))])
-                    else:  # which of them it was shows when each runs alone
-                        again += [replace(task, candidates={i: each}) for i, each in task.candidates.items()]
-                    bar.update()
-            tasks = again
-    return comparison
-
-
-@dataclass(frozen=True, eq=False)
-class _Task:
-    """Candidates, by their number, that one fit serves; a fold, its split and its number there."""
-
-    candidates: Mapping[int, Parameters]
-    fold: Any
-    where: tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class _Outcome:
     """What one candidate did in one fold."""
 
-    candidate: int
+    score: Score | None
+    seconds: float
+    failure: str
+    blind: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """A candidate, and what it did in each fold, by (split, fold)."""
+
+    parameters: Parameters
+    outcomes: dict[tuple[int, int], _Outcome] = field(default_factory=dict)
+
+    @property
+    def ordered(self) -> list[tuple[int, _Outcome]]:
+        """Splits and outcomes, in the order of (split, fold): jobs may have ended in any other."""
+        return [(where[0], self.outcomes[where]) for where in sorted(self.outcomes)]
+
+    @property
+    def failure(self) -> str:
+        """What went wrong first, or nothing."""
+        return next((outcome.failure for _, outcome in self.ordered if outcome.failure), "")
+
+    def score(self, split: int | None = None) -> Score | None:
+        """Return the loss over the folds of a split, or of all; None where it failed or was not measured."""
+        outcomes = [outcome for number, outcome in self.ordered if split in (None, number)]
+        known = [outcome.score for outcome in outcomes if outcome.score is not None]
+        return None if self.failure or not known or len(known) < len(outcomes) else sum(known[1:], known[0])
+
+
+class Comparison:
+    """Losses of candidates in the folds of one or several splits, and the choice between them.
+
+    Rows stand in the order in which their candidates first appeared, which matters to "one_standard_error" and to
+    ties: the first wins, so the simplest candidate comes first.
+
+    Parameters
+    ----------
+    candidates
+        Parameters of the first rows, where their order is to be another than that of `add`.
+    """
+
+    def __init__(self, candidates: Iterable[Parameters] = ()) -> None:
+        self._rows = [_Row(parameters) for parameters in candidates]
+
+    def parameters(self, row: int) -> Parameters:
+        """Return the parameters of a row."""
+        return self._rows[row].parameters
+
+    def add(
+        self,
+        parameters: Parameters,
+        score: Score | None,
+        *,
+        row: int | None = None,
+        split: int = 0,
+        fold: int = 0,
+        seconds: float = 0.0,
+        failure: str = "",
+        blind: bool = False,
+    ) -> int:
+        """Take what a candidate lost in one fold, and return its row.
+
+        Parameters
+        ----------
+        parameters, row
+            What distinguishes the candidate; parameters equal to earlier ones belong to the same row. `row` says
+            which row it is, where parameters repeat or cannot be compared.
+        score
+            Its loss, on the same cells as every other; `-gain` where it is a gain. None where it failed.
+        split, fold
+            Where the loss was measured. Measured again there, the later loss counts.
+        seconds, failure, blind
+            How long it took; what went wrong, in a line; whether it predicts even what it has seen worse than the
+            mean profile.
+        """
+        if row is None:
+            row = next((i for i, known in enumerate(self._rows) if known.parameters == parameters), len(self._rows))
+        if row == len(self._rows):
+            self._rows.append(_Row(parameters))
+        self._rows[row].outcomes[split, fold] = _Outcome(score, seconds, failure, blind)
+        return row
+
+    def blind(self) -> list[int]:
+        """Return the rows that predict even what they have seen worse than the mean profile."""
+        return [i for i, row in enumerate(self._rows) if any(outcome.blind for outcome in row.outcomes.values())]
+
+    def scores(self) -> list[Score | None]:
+        """Return the loss of each row over all folds; None where it failed, or was not measured in all of them."""
+        folds = {where for row in self._rows for where in row.outcomes}
+        return [row.score() if row.outcomes.keys() == folds else None for row in self._rows]
+
+    def split_losses(self) -> np.ndarray:
+        """Return the loss of each row in each split, shape (rows, splits); NaN where there is none."""
+        n_splits = 1 + max((split for row in self._rows for split, _ in row.outcomes), default=-1)
+        scores = [[row.score(split) for split in range(n_splits)] for row in self._rows]
+        return np.array([[score.mean if score and score.n_cells else np.nan for score in each] for each in scores])
+
+    def best(self, rule: Rule = "least", tolerance: float = 0.0) -> int:
+        """Return the row that is chosen.
+
+        Parameters
+        ----------
+        rule
+            `"least"`: the row of least loss. `"one_standard_error"`: the first whose loss is above it by no more than
+            one standard error of their difference, or than the tolerance.
+        tolerance
+            Share of the least loss, of whatever sign, that counts as no difference to `"one_standard_error"`.
+        """
+        losses, errors = self._losses()
+        least = np.nanmin(losses)
+        allowed = 0.0 if rule == "least" else np.maximum(errors, tolerance * abs(least))
+        return int(np.argmax(losses <= least + allowed))
+
+    def table(self, rule: Rule = "least", tolerance: float = 0.0, *, gain: bool = False) -> pd.DataFrame:
+        """Return the parameters of each row and the columns of `COLUMNS`, see `best`; `gain` (-loss) where asked."""
+        losses, errors = self._losses()
+        values = pd.DataFrame([row.parameters for row in self._rows], dtype=object)
+        # None is a value, and pandas would take it for a number that is missing.
+        table = values.apply(lambda column: column if any(v is None for v in column) else column.infer_objects())
+        table = table.rename(columns={name: f"param_{name}" for name in COLUMNS})
+        table["loss"], table["error"] = losses, errors
+        if gain:
+            table["gain"] = -losses
+        table["seconds"] = [sum(outcome.seconds for _, outcome in row.ordered) for row in self._rows]
+        table["failure"] = [row.failure for row in self._rows]
+        table["chosen"] = np.arange(len(table)) == self.best(rule, tolerance)
+        return table
+
+    def _losses(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return each row's loss, and the standard error of its difference to the least; NaN where it failed."""
+        scores = self.scores()
+        done = [score for score in scores if score is not None]
+        if not done:
+            first = self._rows[0] if self._rows else _Row({})
+            raise ValueError(f"every candidate failed; the first, {describe(first.parameters)}: {first.failure}")
+        least = min(done, key=lambda score: score.mean)
+        found = [(np.nan,) * 2 if each is None else (each.mean, each.error_of_difference(least)) for each in scores]
+        losses, errors = np.array(found).T
+        return losses, errors
+
+
+def compare(
+    candidates: Sequence[Parameters],
+    splits: Sequence[Sequence[Any]],
+    loss: Any,
+    *,
+    predictor: Predictor,
+    groups: Sequence[Sequence[int]],
+    n_jobs: int,
+    prefer: Prefer,
+) -> Comparison:
+    """Return what each candidate lost in each fold of each split, several at a time, see `in_jobs`.
+
+    Parameters
+    ----------
+    splits
+        The folds of each: objects with `seen`, `score(prediction, loss)` and `is_blind(prediction)`.
+    predictor
+        Takes what a fold shows, and returns what predicts for each candidate's parameters.
+    groups
+        Candidates, by number, that run in one task because one fit serves them.
+    """
+    tasks = [
+        _Task({i: candidates[i] for i in group}, fold, split, number)
+        for split, folds in enumerate(splits)
+        for number, fold in enumerate(folds)
+        for group in groups
+    ]
+    comparison = Comparison(candidates)
+    with progress_bar("calibrate", len(tasks)) as bar:
+        while tasks:
+            again: list[_Task] = []
+            with closing(in_jobs(partial(_evaluate, predictor, loss), tasks, n_jobs, prefer)) as done:
+                for task, outcomes in done:
+                    bar.update()
+                    if not isinstance(outcomes, Exception):
+                        found = dict(zip(task.candidates, outcomes, strict=True))
+                    elif len(task.candidates) == 1:
+                        found = {row: {"score": None, "failure": in_words(outcomes)} for row in task.candidates}
+                    else:  # which of them it was shows when each runs alone
+                        found = {}
+                        again += [replace(task, candidates={i: each}) for i, each in task.candidates.items()]
+                    for row, outcome in found.items():
+                        comparison.add(candidates[row], row=row, split=task.split, fold=task.number, **outcome)
+            tasks = again
+    return comparison
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """Candidates, by their row, that one fit serves; a fold, its split and its number there."""
+
+    candidates: Mapping[int, Parameters]
+    fold: Any
     split: int
-    fold: int
-    score: Score | None = None
-    seconds: float = 0.0
-    failure: str = ""
-    blind: bool = False  # predicts what it has seen worse than the mean profile
+    number: int
 
 
-def _evaluate(denoiser: Denoiser | ArrayDenoiser, loss: Loss, task: _Task) -> list[_Outcome]:
-    """Return what the candidates of a task do. Whatever one of them does, the others go on, until an interrupt."""
+def _evaluate(predictor: Predictor, loss: Any, task: _Task) -> list[dict[str, Any]]:
+    """Return what `Comparison.add` takes of each candidate; whatever one does, the others go on, until an interrupt."""
     outcomes = []
-    predict = denoiser.on(task.fold.seen)
-    for candidate, parameters in task.candidates.items():
-        score, blind, failure = None, False, ""
+    predict = predictor(task.fold.seen)
+    for parameters in task.candidates.values():
+        outcome: dict[str, Any] = {"score": None}
         start = time.perf_counter()
         try:
-            rows = predict(parameters)
-            score = _checked(task.fold.score(rows, loss))
-            blind = bool(task.fold.is_blind(rows))
+            prediction = predict(parameters)
+            outcome["score"] = _checked(task.fold.score(prediction, loss))
+            outcome["blind"] = bool(task.fold.is_blind(prediction))
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # also SystemExit
-            failure = in_words(error)
-        outcomes.append(_Outcome(candidate, *task.where, score, time.perf_counter() - start, failure, blind))
+            outcome["failure"] = in_words(error)
+        outcomes.append({**outcome, "seconds": time.perf_counter() - start})
     return outcomes
 
 
@@ -112,72 +263,31 @@ def _checked(score: Any) -> Score:
     return score
 
 
-class Comparison:
-    """What candidates did in every fold of every split, and the table of it."""
-
-    def __init__(self, candidates: Sequence[Parameters], n_splits: int) -> None:
-        self.candidates = candidates
-        self.outcomes: list[list[list[_Outcome]]] = [[[] for _ in range(n_splits)] for _ in candidates]
-
-    def add(self, outcomes: Iterable[_Outcome]) -> None:
-        """Take what a task returned."""
-        for outcome in outcomes:
-            self.outcomes[outcome.candidate][outcome.split].append(outcome)
-
-    def _all(self, candidate: int) -> Iterator[_Outcome]:
-        for of_split in self.outcomes[candidate]:
-            yield from of_split
-
-    def failure(self, candidate: int) -> str:
-        """Return what went wrong, or nothing."""
-        return next((outcome.failure for outcome in self._all(candidate) if outcome.failure), "")
-
-    def blind(self, candidate: int) -> bool:
-        """Whether the candidate predicts what it has seen worse than the mean profile."""
-        return any(outcome.blind for outcome in self._all(candidate))
-
-    def score(self, candidate: int) -> Score | None:
-        """Return the loss over all folds; None for a candidate that failed."""
-        return None if self.failure(candidate) else _pooled(self._all(candidate))
-
-    def split_losses(self) -> np.ndarray:
-        """Return the loss of each candidate in each split, NaN where it failed."""
-        return np.array(
-            [
-                [np.nan if self.failure(i) else _pooled(of_split).mean for of_split in of_candidate]
-                for i, of_candidate in enumerate(self.outcomes)
-            ]
-        )
-
-    def table(self, rule: Rule, loss: Loss) -> pd.DataFrame:
-        """Return the table of `Calibration`."""
-        scores = [self.score(i) for i in range(len(self.candidates))]
-        done = [score for score in scores if score is not None]
-        if not done:
-            raise ValueError(f"every candidate failed; the first, {describe(self.candidates[0])}: {self.failure(0)}")
-        if not all(_pooled(of_split).weights.sum() > 0 for of_split in self.outcomes[scores.index(done[0])]):
-            raise ValueError("nothing that was hidden can be scored: the data have too few molecules to hide some.")
-        least = min(done, key=lambda score: score.mean)
-        losses = np.array([np.nan if score is None else score.mean for score in scores])
-        errors = np.array([np.nan if score is None else score.error_of_difference(least) for score in scores])
-        good = losses <= least.mean + (errors if rule == "one_standard_error" else 0)
-        values = pd.DataFrame(self.candidates, dtype=object)
-        # None is a value, and pandas would take it for a number that is missing.
-        table = values.apply(lambda column: column if any(v is None for v in column) else column.infer_objects())
-        table = table.rename(columns={name: f"param_{name}" for name in COLUMNS})
-        table["loss"], table["error"] = losses, errors
-        if loss == "poisson":
-            table["gain"] = -losses
-        table["seconds"] = [sum(outcome.seconds for outcome in self._all(i)) for i in range(len(table))]
-        table["failure"] = [self.failure(i) for i in range(len(table))]
-        table["chosen"] = np.arange(len(table)) == int(np.argmax(good))
-        return table
+def describe(parameters: Parameters) -> str:
+    """Return e.g. ``"t=3, knn=5"``."""
+    values = {name: value.item() if isinstance(value, np.generic) else value for name, value in parameters.items()}
+    return ", ".join(f"{_first_line(name, 80)}={short(value)}" for name, value in values.items())
 
 
-def _pooled(outcomes: Iterable[_Outcome]) -> Score:
-    """Return the sum of scores, in the order of splits and folds: jobs may have ended in any other."""
-    ordered = sorted(outcomes, key=lambda outcome: (outcome.split, outcome.fold))
-    first, *others = (outcome.score for outcome in ordered if outcome.score is not None)
-    for other in others:
-        first += other
-    return first
+def in_words(error: BaseException) -> str:
+    """Return an error's name and the first line of its message, as a table and a file can hold it."""
+    try:
+        message = _first_line(str(error).strip(), 300)
+    except Exception:  # it is no message's fault that there is an error
+        message = ""
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def short(value: Any) -> str:
+    """Return how a value is written, cut to a part of a line."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = object.__repr__(value)
+    return _first_line(" ".join(text[:200].split()), 80)
+
+
+def _first_line(text: str, length: int) -> str:
+    """Return the first line of a text, printable and cut to a length."""
+    line = next(iter(text[: length + 1].splitlines()), "")
+    return "".join(letter if letter.isprintable() else " " for letter in line[:length]) + "..." * (len(line) > length)

@@ -18,7 +18,11 @@ from joblib import cpu_count
 from joblib.externals.loky import BrokenProcessPool, ProcessPoolExecutor
 from joblib.externals.loky.backend.reduction import dumps
 
-_THREADS = (
+Prefer = Literal["processes", "threads"]
+Item = TypeVar("Item")
+Out = TypeVar("Out")
+
+_THREADS = (  # what tells libraries, and this package, how many threads of a process are theirs
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -26,10 +30,6 @@ _THREADS = (
     "NUMBA_NUM_THREADS",
     "LOKY_MAX_CPU_COUNT",
 )
-"""What tells libraries, and this package, how many threads of a process are theirs."""
-
-Item = TypeVar("Item")
-Out = TypeVar("Out")
 
 
 def as_n_jobs(n_jobs: int) -> int:
@@ -42,7 +42,7 @@ def as_n_jobs(n_jobs: int) -> int:
 
 
 def in_jobs(
-    work: Callable[[Item], Out], items: Sequence[Item], n_jobs: int, prefer: Literal["processes", "threads"]
+    work: Callable[[Item], Out], items: Sequence[Item], n_jobs: int, prefer: Prefer
 ) -> Generator[tuple[Item, Out | Exception]]:
     """Yield each item with what `work` returned of it, or with what went wrong, as they are done.
 
@@ -53,21 +53,21 @@ def in_jobs(
             yield item, work(item)
         return
     n_jobs = min(n_jobs, len(items))
-    workers = [_Process(max(1, cpu_count() // n_jobs)) if prefer == "processes" else _Here() for _ in range(n_jobs)]
-    idle: SimpleQueue[_Process | _Here] = SimpleQueue()
-    for worker in workers:
-        idle.put(worker)
+    processes = [_Process(max(1, cpu_count() // n_jobs)) for _ in range(n_jobs) if prefer == "processes"]
+    idle: SimpleQueue[_Process] = SimpleQueue()
+    for process in processes:
+        idle.put(process)
 
-    def run(item: Item) -> Out:
-        worker = idle.get()
+    def in_process(item: Item) -> Out:
+        process = idle.get()
         try:
-            return worker.run(work, item)
+            return process.run(work, item)
         finally:
-            idle.put(worker)
+            idle.put(process)
 
     pool = ThreadPoolExecutor(n_jobs)
     try:
-        futures = {pool.submit(run, item): item for item in items}
+        futures = {pool.submit(in_process if processes else work, item): item for item in items}
         for future in as_completed(futures):
             try:
                 out: Out | Exception = future.result()
@@ -76,12 +76,12 @@ def in_jobs(
             yield futures.pop(future), out
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
-        for worker in workers:
-            worker.stop()
+        for process in processes:
+            process.stop()
         raise
     pool.shutdown()
-    for worker in workers:
-        worker.close()
+    for process in processes:
+        process.close()
 
 
 def _call(sent: bytes) -> Any:
@@ -90,27 +90,11 @@ def _call(sent: bytes) -> Any:
     return work(item)
 
 
-class _Here:
-    """The thread that asks."""
-
-    def run(self, work: Callable[[Item], Out], item: Item) -> Out:
-        return work(item)
-
-    def close(self) -> None:
-        """Do nothing: there is nothing to close."""
-
-    def stop(self) -> None:
-        """Do nothing: a thread ends with its task."""
-
-
 class _Process:
-    """A process that is started when it is needed, and anew when a task ended it."""
+    """A process that starts when it is needed, and anew when a task ended it."""
 
     def __init__(self, n_threads: int) -> None:
         self._env = {name: os.environ.get(name, str(n_threads)) for name in _THREADS}
-        self._start()
-
-    def _start(self) -> None:
         self._executor = ProcessPoolExecutor(max_workers=1, env=self._env)
 
     def run(self, work: Callable[[Item], Out], item: Item) -> Out:
@@ -131,7 +115,7 @@ class _Process:
             return self._executor.submit(_call, sent).result()
         except BrokenProcessPool as error:
             self.close()
-            self._start()
+            self._executor = ProcessPoolExecutor(max_workers=1, env=self._env)
             raise ChildProcessError("its process ended, as by a segmentation fault or for want of memory") from error
 
     def close(self) -> None:
@@ -141,6 +125,6 @@ class _Process:
     def stop(self) -> None:
         """End the process, whatever it is doing."""
         # `shutdown(kill_workers=True)` fails in its own thread where a task was just submitted.
-        for process in list((self._executor._processes or {}).values()):
+        for process in list((getattr(self._executor, "_processes", None) or {}).values()):
             process.terminate()
         self._executor.shutdown(wait=False)

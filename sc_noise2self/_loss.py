@@ -1,21 +1,23 @@
 """Losses on molecules that the denoiser has not seen, and their errors.
 
-`cumulative_residuals` gives the squared error of every rank at once; `held_out_gain` is the one currency in which any
-two denoisers compare: nats per held-out molecule above the mean profile. Both are averages over cells, so
-differences between candidates are paired by cell.
+Each loss is written once: those with a name in `LOSSES`, the held-out gain of cells and genes (nats per held-out
+molecule above the mean profile, the one currency in which any two denoisers compare), and the squared error of every
+rank at once. All are averages over cells, so differences between candidates are paired by cell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from functools import partial
+from typing import Literal, Protocol, Self
 
 import numpy as np
 import scipy.sparse as sp
 
 from ._blocks import Partial
 from ._counts import row_sums
+from ._transform import PoissonExpectation
 
 _FEW_CELLS = 10  # with molecules of a gene: fewer tell neither its gain's error nor its sign
 _ROUNDING = 1e-5  # nats: a prediction in single precision that is the mean differs from it by less
@@ -47,8 +49,8 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """Return the ratio."""
-        return float(self.sums.sum() / self.weights.sum())
+        """The ratio; 0, the mean profile's own, where no cell has any weight."""
+        return float(self.sums.sum() / self.weights.sum()) if self.n_cells else 0.0
 
     @property
     def error(self) -> float:
@@ -68,6 +70,10 @@ class Score:
         """Pool two measurements on the same cells, e.g. of both directions of a split."""
         return type(self)(self.sums + other.sums, self.weights + other.weights)
 
+    def __neg__(self) -> Score:
+        """Return the loss that a gain is, or the other way round."""
+        return Score(-self.sums, self.weights)
+
     def _error(self, sums: np.ndarray, mean: float) -> float:
         n = self.n_cells
         if n < 2:
@@ -78,11 +84,6 @@ class Score:
 
 class Gain(Score):
     """Nats (`sums`) per held-out molecule (`weights`) above the mean profile."""
-
-    @property
-    def mean(self) -> float:
-        """Return the ratio; 0, the mean profile's own, where no molecule was held out."""
-        return super().mean if self.n_cells else 0.0
 
     @property
     def is_clear(self) -> bool:
@@ -98,6 +99,48 @@ class Gain(Score):
 def is_clear(gain: float, error: float) -> bool:
     """Whether a gain of this error is more than two of them, and more than rounding, above 0."""
     return gain > max(2 * error, _ROUNDING)
+
+
+def log_ratio(predicted: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Return log(p / g), a little of g mixed into p: nats that one molecule gains over the mean profile."""
+    return np.log((1 - _BLEND) * predicted / mean + _BLEND)
+
+
+def _nats(molecules: np.ndarray, predicted: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return nats and molecules; none of a gene whose mean is 0, since no method could tell such genes apart."""
+    known = mean > 0
+    molecules = np.where(known, molecules, 0).astype(np.float64)
+    return molecules * log_ratio(predicted, np.where(known, mean, 1)), molecules
+
+
+def _poisson(expected: np.ndarray, held_out: sp.csr_matrix, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    x = held_out.tocoo()
+    nats, molecules = _nats(x.data, expected[x.row, x.col], mean[x.row, x.col])
+    gained, weights = (np.bincount(x.row, weights=each, minlength=len(expected)) for each in (nats, molecules))
+    return (1 - _BLEND) * (expected - mean).sum(axis=1) - gained, weights
+
+
+def _squared(
+    transform: Literal["none", "sqrt", "log1p"], expected: np.ndarray, held_out: sp.csr_matrix, mean: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    x = held_out.toarray().astype(np.float64)
+    if transform != "none":
+        x, expected = (np.sqrt if transform == "sqrt" else np.log1p)(x), PoissonExpectation(transform)(expected)
+    return np.square(x - expected).sum(axis=1), np.full(len(x), float(x.shape[1]))
+
+
+NamedLoss = Callable[[np.ndarray, sp.csr_matrix, np.ndarray], tuple[np.ndarray, np.ndarray]]
+LOSSES: dict[str, NamedLoss] = {
+    "poisson": _poisson,
+    "mse": partial(_squared, "none"),
+    "mse_sqrt": partial(_squared, "sqrt"),
+    "mse_log1p": partial(_squared, "log1p"),
+}
+"""Losses by name. Each takes expected counts, dense, held-out counts, CSR, and expected counts of the mean profile,
+dense, all of shape (cells, genes), and returns what each cell adds to the `sums` and `weights` of a `Score`."""
+
+Loss = str | Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""A name of `LOSSES`, or a function of (expected counts, held-out counts), dense, that returns each cell's loss."""
 
 
 def held_out_probabilities(profiles: Profiles, held_out: sp.csr_matrix) -> np.ndarray:
@@ -130,17 +173,11 @@ def held_out_gain(probabilities: np.ndarray, held_out: sp.csr_matrix, mean_profi
         CSR counts that the prediction has not seen.
     mean_profile
         The mean profile of the part that was seen, summing to 1, shape (genes,). Molecules of genes that it has none
-        of are left out: no method could tell them apart.
+        of are left out.
     """
-    g = mean_profile[held_out.indices]
-    molecules = np.where(g > 0, held_out.data, 0).astype(np.float64)
-    g = np.where(g > 0, g, 1)
-    nats = molecules * np.log((1 - _BLEND) * probabilities / g + _BLEND)
+    nats, molecules = _nats(held_out.data, probabilities, mean_profile[held_out.indices])
     cells = np.repeat(np.arange(held_out.shape[0]), np.diff(held_out.indptr))
-    return Gain(
-        np.bincount(cells, weights=nats, minlength=held_out.shape[0]),
-        np.bincount(cells, weights=molecules, minlength=held_out.shape[0]),
-    )
+    return Gain(*(np.bincount(cells, weights=each, minlength=held_out.shape[0]) for each in (nats, molecules)))
 
 
 class GeneGains:
@@ -187,13 +224,12 @@ class GeneGains:
             predicted = np.column_stack([np.where(total > 0, sizes[rows, i], 0) for i, total in enumerate(totals)])
             nats = predicted @ np.array(self._mean_profiles, np.float32)
             likelier = []
-            for i, ((_, p), x, g) in enumerate(zip(blocks, known, self._mean_profiles, strict=True)):
-                p *= (1 / np.where(totals[i] > 0, totals[i], 1))[:, None]
+            for i, ((_, block), x, g) in enumerate(zip(blocks, known, self._mean_profiles, strict=True)):
+                p = np.multiply(block, (1 / np.where(totals[i] > 0, totals[i], 1))[:, None], out=block)
                 entry = x[rows].tocoo()
-                ratio = p[entry.row, entry.col] / g[entry.col]
-                likelier.append((entry, entry.data * np.log((1 - _BLEND) * ratio + _BLEND)))
-                p *= predicted[:, [i]]
-                nats -= p
+                likelihood = log_ratio(p[entry.row, entry.col].astype(np.float64), g[entry.col])
+                likelier.append((entry, entry.data * likelihood))
+                nats -= np.multiply(p, predicted[:, [i]], out=p)
             for entry, gained in likelier:
                 nats[entry.row, entry.col] += gained
                 nats_of_cells[rows] += np.bincount(entry.row, weights=gained, minlength=len(nats))

@@ -40,3 +40,8 @@ def as_generator(random_state: RandomState) -> np.random.Generator:
 def as_key(rng: np.random.Generator) -> int:
     """Return a key, drawn from the generator, that stands for all random numbers of one split."""
     return int(rng.integers(1 << 64, dtype=np.uint64))
+
+
+def random_groups(n: int, n_groups: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the random group of each of n cells or genes, as even as can be, shape (n,)."""
+    return rng.permutation(n) % n_groups

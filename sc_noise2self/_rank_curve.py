@@ -38,7 +38,7 @@ import scipy.sparse as sp
 from ._blocks import Block, Chunks, Partial
 from ._counts import column_sums, row_sums
 from ._loss import cumulative_residuals, paired_errors
-from ._random import as_key
+from ._random import as_key, random_groups
 from ._split import halves
 from ._transform import Transform, TransformName
 from .methods._svd import N_PASSES, right_singular_vectors, start_block, without_mean
@@ -246,9 +246,9 @@ class _HiddenGenes:
 
     def __init__(self, protocol: Protocol, shape: tuple[int, int], rng: np.random.Generator) -> None:
         self.transforms: Sequence[Transform] = ()
-        genes = rng.permutation(shape[1]) % 2 == 0
+        genes = random_groups(shape[1], 2, rng) == 0
         self._hidden = genes, ~genes
-        self._group = rng.permutation(shape[0]) % _CELL_GROUPS
+        self._group = random_groups(shape[0], _CELL_GROUPS, rng)
         self.n_seen: Sequence[int] = [int((~hidden).sum()) for hidden in self._hidden for _ in range(_CELL_GROUPS)]
 
     def sizes(self, block: Block) -> list[np.ndarray]:

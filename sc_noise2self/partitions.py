@@ -16,27 +16,23 @@ Any object with a method `folds(data, rng)` that returns a list of `Fold` is a p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
 from ._counts import column_sums, row_sums
-from ._loss import Score
+from ._loss import LOSSES, Gain, Loss, Profiles, Score, held_out_gain, held_out_probabilities
+from ._random import random_groups
 from ._split import split_matrix
-from ._transform import PoissonExpectation
-
-LossName = Literal["poisson", "mse", "mse_sqrt", "mse_log1p"]
-Loss = LossName | Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 _BLOCK = 1 << 20  # dense entries at a time
 _CHECKED_CELLS = 500  # on which a denoiser must predict what it has seen
 _ROUNDING = 1e-3  # nats, which the mean profile itself may be from the mean profile of some cells
 _FOLDS = "return a list of sc_noise2self.partitions.Fold"
-_BLEND = 0.005  # share of the mean profile in a prediction, so that one exact zero costs 5.3 nats, not infinity
 
 
 class Rows(Protocol):
@@ -45,6 +41,16 @@ class Rows(Protocol):
     def __getitem__(self, cells: np.ndarray) -> np.ndarray:
         """Return some rows, dense."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class LazyRows:
+    """Rows that a function of their numbers computes when they are asked for."""
+
+    rows: Callable[[np.ndarray], np.ndarray]
+
+    def __getitem__(self, cells: np.ndarray) -> np.ndarray:
+        return self.rows(cells)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +71,8 @@ class Fold:
     groups, hidden
         Group of each cell, shape (cells,), and which genes are hidden in each group, boolean of shape (groups, genes).
         None where molecules of all genes are held out.
+    cells
+        Number of each cell among all cells, shape (cells,); None where these are all.
     """
 
     seen: sp.csr_matrix
@@ -73,16 +81,31 @@ class Fold:
     share: np.ndarray
     groups: np.ndarray | None = None
     hidden: np.ndarray | None = None
+    cells: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         n_cells, n_genes = shape = self.seen.shape
-        for name, value, wanted in (
-            ("held_out", self.held_out, shape),
-            ("size", self.size, (n_cells,)),
-            ("share", self.share, (n_genes,)),
-        ):
-            if value.shape != wanted:
-                raise ValueError(f"{name} of a Fold has shape {value.shape}: seen has {shape}, so it needs {wanted}.")
+        wanted = {"held_out": shape, "size": (n_cells,), "share": (n_genes,)}
+        if self.cells is not None:
+            wanted["cells"] = (n_cells,)
+        for name, needed in wanted.items():
+            found = getattr(self, name).shape
+            if found != needed:
+                raise ValueError(f"{name} of a Fold has shape {found}: seen has {shape}, so it needs {needed}.")
+
+    def of_cells(self, rows: np.ndarray) -> Fold:
+        """Return the fold of some of its cells, given by their rows; the mean profile stays that of all."""
+        parts = {name: getattr(self, name)[rows] for name in ("seen", "held_out", "size")}
+        groups = None if self.groups is None else self.groups[rows]
+        return replace(self, **parts, groups=groups, cells=rows if self.cells is None else self.cells[rows])
+
+    def probabilities(self, profiles: Profiles) -> np.ndarray:
+        """Return the probability that profiles predicted from `seen` give each stored entry of `held_out`, (nnz,)."""
+        return held_out_probabilities(profiles, self.held_out)
+
+    def gain(self, profiles: Profiles) -> Gain:
+        """Return the held-out gain of profiles predicted from `seen`; where molecules are split, minus the loss."""
+        return held_out_gain(self.probabilities(profiles), self.held_out, self.share)
 
     def score(self, predicted: Rows, loss: Loss) -> Score:
         """Return the loss of a prediction, by cell.
@@ -110,16 +133,21 @@ class Fold:
             with np.errstate(over="ignore", invalid="ignore"):  # a loss that is no number is a failure of its own
                 expected *= np.where(known, self.size[cells] / np.where(known, total, 1), 1)[:, None]
             held_out = self.held_out[cells] if genes is None else self.held_out[cells][:, genes]
-            block_sums, block_weights = _block_loss(expected, held_out, mean, loss)
-            sums[cells] += block_sums
-            weights[cells] += block_weights
+            if callable(loss):
+                sums[cells] += _of_each(loss(expected, held_out.toarray()), len(cells), "cell")
+                weights[cells] += 1
+            else:
+                of_sums, of_weights = LOSSES[loss](expected, held_out, mean)
+                sums[cells] += of_sums
+                weights[cells] += of_weights
         return Score(sums, weights)
 
     def is_blind(self, predicted: Rows) -> bool:
         """Whether a prediction is worse than the mean profile on the very molecules that it was made from."""
         cells = np.arange(0, len(self.size), max(1, len(self.size) // _CHECKED_CELLS))
         seen = self.seen[cells]
-        score = Fold(seen, seen, row_sums(seen), self.share).score(_Some(predicted, cells), "poisson")
+        some = LazyRows(lambda rows: predicted[cells[rows]])
+        score = Fold(seen, seen, row_sums(seen), self.share).score(some, "poisson")
         return bool(score.weights.any()) and score.mean > 2 * score.error + _ROUNDING
 
     def _blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
@@ -132,6 +160,11 @@ class Fold:
         for cells, genes in parts:
             for start in range(0, len(cells), step):
                 yield cells[start : start + step], genes
+
+
+def fold_of(seen: sp.csr_matrix, held_out: sp.csr_matrix, cells: np.ndarray | None = None) -> Fold:
+    """Return the fold in which molecules of any gene are held out, as in a half of a split; raise if none is seen."""
+    return Fold(seen, held_out, row_sums(held_out), _profile(column_sums(seen)), cells=cells)
 
 
 class Partition(Protocol):
@@ -169,11 +202,11 @@ class Molecules:
         """See `Partition`; `data` are counts, CSR of shape (cells, genes)."""
         if self.fraction is not None:
             seen, held_out = split_matrix(data, self.fraction, random_state=rng)
-            return [_fold(seen, held_out)]
+            return [fold_of(seen, held_out)]
         parts = split_matrix(data, folds=self.n_folds, random_state=rng)
         if self.n_folds == 2:
-            return [_fold(*parts), _fold(*parts[::-1])]
-        return [_fold((data - part).tocsr(), part) for part in parts]
+            return [fold_of(*parts), fold_of(*parts[::-1])]
+        return [fold_of((data - part).tocsr(), part) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -210,15 +243,12 @@ class Genes:
             for row, genes in zip(sets, self.sets.values(), strict=True):
                 row[_positions(genes, n_genes)] = True
         else:
-            sets = _random_groups("genes", n_genes, self.sets, rng) == np.arange(self.sets)[:, None]
+            sets = _groups_of("genes", n_genes, self.sets, rng) == np.arange(self.sets)[:, None]
         n_groups = max(self.n_folds, len(sets))
-        groups = _random_groups("cells", n_cells, n_groups, rng)
-        none = np.zeros((n_groups - len(sets), n_genes), bool)
-        turns = np.vstack([sets, none])
-        return [
-            _hide(data, groups, np.roll(turns, shift, axis=0), own)
-            for shift, own in enumerate(_one_each(n_groups, rng))
-        ]
+        groups = _groups_of("cells", n_cells, n_groups, rng)
+        turns = np.vstack([sets, np.zeros((n_groups - len(sets), n_genes), bool)])
+        turned = [np.roll(turns, shift, axis=0) for shift in range(n_groups)]
+        return [_hide(data, groups, *each) for each in zip(turned, _one_each(n_groups, rng), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -244,15 +274,11 @@ class Blocks:
 
     def folds(self, data: sp.csr_matrix, rng: np.random.Generator) -> list[Fold]:
         """See `Partition`; `data` are counts, CSR of shape (cells, genes)."""
-        groups = _random_groups("cells", data.shape[0], self.cells, rng)
-        sets = _random_groups("genes", data.shape[1], self.genes, rng)
-        folds = []
-        for number, own in enumerate(_one_each(self.cells * self.genes, rng)):
-            group, which = divmod(number, self.genes)
-            hidden = np.zeros((self.cells, data.shape[1]), bool)
-            hidden[group] = sets == which
-            folds.append(_hide(data, groups, hidden, own))
-        return folds
+        groups = _groups_of("cells", data.shape[0], self.cells, rng)
+        sets = _groups_of("genes", data.shape[1], self.genes, rng)
+        own = np.arange(self.cells)[:, None]
+        blocks = [(own == group) & (sets == genes) for group in range(self.cells) for genes in range(self.genes)]
+        return [_hide(data, groups, *each) for each in zip(blocks, _one_each(len(blocks), rng), strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,17 +334,6 @@ class Masks:
 
 
 @dataclass(frozen=True, eq=False)
-class _Some:
-    """Some of the rows."""
-
-    rows: Rows
-    cells: np.ndarray
-
-    def __getitem__(self, cells: np.ndarray) -> np.ndarray:
-        return self.rows[self.cells[cells]]
-
-
-@dataclass(frozen=True, eq=False)
 class _MaskedFold:
     """An array of which the entries in a mask are hidden."""
 
@@ -350,10 +365,6 @@ def _positions(genes: Sequence[int] | np.ndarray, n_genes: int) -> np.ndarray:
             f"Genes was given positions {index.min()} to {index.max()}: there are {n_genes} genes, from 0."
         )
     return index
-
-
-def _fold(seen: sp.csr_matrix, held_out: sp.csr_matrix) -> Fold:
-    return Fold(seen, held_out, row_sums(held_out), _profile(column_sums(seen)))
 
 
 def _profile(totals: np.ndarray) -> np.ndarray:
@@ -402,27 +413,6 @@ def _hide(counts: sp.csr_matrix, groups: np.ndarray, hidden: np.ndarray, rng: np
     return Fold(sum(fill, visible).tocsr(), held_out, size, share, groups, hidden)
 
 
-def _block_loss(
-    expected: np.ndarray, held_out: sp.csr_matrix, mean: np.ndarray, loss: Loss
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return sums and weights of each cell of a block."""
-    if callable(loss):
-        return _of_each(loss(expected, held_out.toarray()), len(expected), "cell"), np.ones(len(expected))
-    if loss == "poisson":
-        x = held_out.tocoo()
-        m, m0 = expected[x.row, x.col], mean[x.row, x.col]
-        known = m0 > 0  # molecules of a gene that was not seen: no method could tell them apart
-        ratio = np.where(known, (1 - _BLEND) * m / np.where(known, m0, 1) + _BLEND, 1)
-        nats = np.bincount(x.row, weights=x.data * np.log(ratio), minlength=len(expected))
-        molecules = np.bincount(x.row, weights=x.data * known, minlength=len(expected))
-        return (1 - _BLEND) * (expected - mean).sum(axis=1) - nats, molecules
-    x = held_out.toarray().astype(np.float64)
-    if loss != "mse":
-        name: Literal["sqrt", "log1p"] = "sqrt" if loss == "mse_sqrt" else "log1p"
-        x, expected = (np.sqrt if name == "sqrt" else np.log1p)(x), PoissonExpectation(name)(expected)
-    return np.square(x - expected).sum(axis=1), np.full(len(x), float(x.shape[1]))
-
-
 def _of_each(losses: Any, n: int, what: str) -> np.ndarray:
     losses = as_numbers(losses, "the loss returned").astype(np.float64)
     if losses.shape != (n,):
@@ -431,15 +421,7 @@ def _of_each(losses: Any, n: int, what: str) -> np.ndarray:
 
 
 def as_numbers(values: Any, whose: str) -> np.ndarray:
-    """Return values as a plain array, whatever kind of array they came in.
-
-    Raises
-    ------
-    ValueError
-        If some are masked.
-    TypeError
-        If they are no real numbers.
-    """
+    """Return values as a plain array, whatever kind of array they came in; raise if some are no real numbers."""
     if np.ma.is_masked(values):
         raise ValueError(f"{whose} masked values: what is masked is no number, so fill it first, e.g. by .filled(0).")
     out = np.asarray(values)
@@ -449,15 +431,7 @@ def as_numbers(values: Any, whose: str) -> np.ndarray:
 
 
 def as_partition(partition: Any, gene_names: Sequence[str] | None) -> Partition:
-    """Return the partition that a name, a mapping of pathways or an object stands for.
-
-    Raises
-    ------
-    ValueError
-        If a pathway has a gene that is not there, or none.
-    TypeError
-        If it is no partition.
-    """
+    """Return the partition that a name, a mapping of pathways or an object stands for; raise if it is none."""
     named: dict[str, Callable[[], Partition]] = {"molecules": Molecules, "genes": Genes, "blocks": Blocks}
     if isinstance(partition, str):
         if partition not in named:
@@ -476,15 +450,7 @@ def as_partition(partition: Any, gene_names: Sequence[str] | None) -> Partition:
 
 
 def folds_of(partition: Partition, data: Any, rng: np.random.Generator) -> list[Any]:
-    """Return the folds of a partition, which may be somebody else's.
-
-    Raises
-    ------
-    ValueError
-        If there is none.
-    TypeError
-        If they are no folds.
-    """
+    """Return the folds of a partition, which may be somebody else's; raise if they are none."""
     name = type(partition).__name__
     folds = partition.folds(data.copy(), rng)
     if not isinstance(folds, Iterable):
@@ -500,7 +466,7 @@ def folds_of(partition: Partition, data: Any, rng: np.random.Generator) -> list[
 
 def check_loss(loss: Loss | None, partition: Partition) -> Loss:
     """Return the loss, or the partition's usual one for None; raise if there is no such loss for it."""
-    names = ("mse",) if isinstance(partition, Masks) else get_args(LossName)
+    names = ("mse",) if isinstance(partition, Masks) else tuple(LOSSES)
     loss = names[0] if loss is None else loss
     if not callable(loss) and not (isinstance(loss, str) and loss in names):
         raise ValueError(f"loss is {loss!r}: pass one of {', '.join(names)}, or a function.")
@@ -529,11 +495,11 @@ def _pathways(pathways: Mapping[str, Sequence[str]], gene_names: Sequence[str] |
     return out
 
 
-def _random_groups(what: str, n: int, n_groups: int, rng: np.random.Generator) -> np.ndarray:
+def _groups_of(what: str, n: int, n_groups: int, rng: np.random.Generator) -> np.ndarray:
     """Return the group of each of n, as even as can be."""
     if n_groups > n:
         raise ValueError(f"{n} {what} cannot be dealt to {n_groups} groups: ask for fewer.")
-    return rng.permutation(n) % n_groups
+    return random_groups(n, n_groups, rng)
 
 
 def _one_each(n: int, rng: np.random.Generator) -> list[np.random.Generator]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import re
@@ -19,6 +20,10 @@ import scipy.sparse as sp
 from helpers import divergence
 
 import sc_noise2self as n2s
+from sc_noise2self._compare import COLUMNS, Comparison
+from sc_noise2self._loss import Gain, Score
+from sc_noise2self.methods._base import About, Method
+from sc_noise2self.methods._function import Function, OwnDepth
 from sc_noise2self.methods._neighbors import DiffusionDenoiser, KNNDenoiser
 from sc_noise2self.methods._pca import PCADenoiser
 
@@ -853,6 +858,15 @@ def test_the_input_is_bit_identical_afterwards(adata):
     np.testing.assert_array_equal(image, original)
 
 
+def test_an_array_may_have_any_number_of_dimensions():
+    for shape in ((40,), (5, 4, 3)):
+        data = np.random.default_rng(0).normal(size=shape)
+        masks = [np.arange(data.size).reshape(shape) % 2 == i for i in (0, 1)]
+        partition = n2s.partitions.Masks(masks, np.zeros_like)
+        found = n2s.calibrate(data, lambda z, k: z / k, {"k": [1, 2]}, partition=partition, refit=True)
+        np.testing.assert_array_equal(found.denoised, data / found.best["k"])
+
+
 def test_an_image_with_nan_is_refused():
     with pytest.raises(ValueError, match="the data hold NaN or infinite values"):
         n2s.calibrate(np.full((6, 6), np.nan), lambda z: z + 1, {}, partition=checkerboard(6))
@@ -906,3 +920,183 @@ def test_values_of_any_kinds_stay_what_they_are_and_go_to_files(adata, values, t
     adata.write_h5ad(tmp_path / "a.h5ad")
     table = ad.read_h5ad(tmp_path / "a.h5ad").uns["calibrate"]["table"]
     assert [str(kept) for kept in table["k"]] == [str(kept) for kept in found.table["k"]]
+
+
+def losses(*means, n_cells=50, noise=0.0, seed=0):
+    """Scores of these means: cells share what they lose, and differ between scores by the noise."""
+    rng = np.random.default_rng(seed)
+    shared = rng.gamma(2, size=n_cells)
+    out = []
+    for mean in means:
+        sums = shared + noise * rng.normal(size=n_cells)
+        out.append(Score(sums - sums.mean() + mean, np.ones(n_cells)))
+    return out
+
+
+def compared(scores, name="k"):
+    out = Comparison()
+    for i, score in enumerate(scores):
+        out.add({name: i}, score)
+    return out
+
+
+def test_the_least_loss_is_chosen_and_the_first_of_a_tie():
+    assert compared(losses(3.0, 1.0, 2.0)).best() == 1
+    assert compared([losses(2.0)[0], *[losses(1.0)[0]] * 2]).best() == 1
+    assert compared([-Gain(np.array([1.0, 2.0]), np.ones(2)), -Gain(np.array([3.0, 2.0]), np.ones(2))]).best() == 1
+
+
+def test_one_standard_error_takes_the_first_row_within_it_or_within_the_tolerance():
+    scores = losses(1.2, 1.04, 1.0, 1.01, noise=0.2)
+    errors = [score.error_of_difference(scores[2]) for score in scores]
+    assert errors[0] < 0.2
+    first = next(i for i, score in enumerate(scores) if score.mean <= scores[2].mean + errors[i])
+    assert compared(scores).best("one_standard_error") == first > 0
+    assert compared(scores).best("one_standard_error", tolerance=0.25) == 0
+    exact = compared(losses(1.2, 1.04, 1.0, 1.01))  # pairs of cells differ by as much in all: no error
+    assert exact.best("one_standard_error") == 2
+    assert exact.best("one_standard_error", tolerance=0.05) == 1
+    gains = compared(losses(-0.9, -0.97, -1.0))  # the tolerance is a share of a loss below 0 too
+    assert gains.best("one_standard_error", tolerance=0.05) == 1
+    assert exact.best("least", tolerance=10) == 2
+
+
+def test_rows_that_failed_or_were_not_measured_everywhere_are_never_chosen():
+    out = Comparison()
+    out.add({"k": 1}, None, failure="RuntimeError: no")
+    with pytest.raises(ValueError, match="every candidate failed; the first, k=1: RuntimeError: no"):
+        out.best()
+    first, second, third = losses(5.0, 4.0, 1.0)
+    assert [out.add({"k": k}, score) for k, score in ((2, first), (3, second), (4, third))] == [1, 2, 3]
+    for k, score in ((2, first), (3, second)):
+        out.add({"k": k}, score, fold=1)
+    out.add({"k": 1}, losses(0.0)[0], fold=1)
+    assert [score is None for score in out.scores()] == [True, False, False, True]
+    assert out.best() == 2
+    table = out.table(gain=True)
+    assert list(table.columns) == ["k", *COLUMNS]
+    assert list(table["failure"]) == ["RuntimeError: no", "", "", ""]
+    assert list(table["chosen"]) == [False, False, True, False]
+    np.testing.assert_array_equal(np.isnan(table["loss"]), [True, False, False, True])
+    np.testing.assert_array_equal(table["gain"], -table["loss"])
+
+
+def test_a_table_does_not_depend_on_the_order_of_measuring():
+    measured = [
+        ({"k": k, "loss": name}, score, {"split": split, "fold": fold, "seconds": 1.0})
+        for split in range(2)
+        for fold in range(3)
+        for (k, name), score in zip(
+            ((1, "a"), (2, None), (3, "a")), losses(0.1, 0.3, 0.2, noise=1 / 3, seed=3 * split + fold), strict=True
+        )
+    ]
+    candidates = [parameters for parameters, _, _ in measured[:3]]
+    tables, splits = [], []
+    for order in (range(18), reversed(range(18)), np.random.default_rng(0).permutation(18)):
+        out = Comparison(candidates)
+        for i in order:
+            parameters, score, where = measured[i]
+            assert out.add(dict(parameters), score, **where) == candidates.index(parameters)
+        tables.append(out.table("one_standard_error"))
+        splits.append(out.split_losses())
+    for table, of_splits in zip(tables[1:], splits[1:], strict=True):
+        pd.testing.assert_frame_equal(table, tables[0], check_exact=True)
+        np.testing.assert_array_equal(of_splits, splits[0])
+    assert list(tables[0].columns) == ["k", "param_loss", "loss", "error", "seconds", "failure", "chosen"]
+    assert list(tables[0]["seconds"]) == [6.0] * 3
+    np.testing.assert_allclose(tables[0]["loss"], splits[0].mean(axis=1))
+    assert tables[0]["param_loss"][1] is None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shrinkage(Method):
+    """Mix each cell with the mean profile, and with noise of its own."""
+
+    name = "shrinkage"
+    share: float = 0.5
+    noise: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share is {self.share}: pass a number from 0 to 1.")
+
+    def denoise_counts(self, counts, about, rng):
+        assert len(about.cell_names) == counts.shape[0]
+        out = toward_mean(counts, self.share)
+        return OwnDepth(out * np.exp(self.noise * rng.normal(size=out.shape)), counts)
+
+
+def test_a_method_object_is_calibrated_by_its_fields(adata):
+    grid = {"share": [0.2, 0.6, 1.0]}
+    by_function = n2s.calibrate(adata, toward_mean, grid)
+    found = n2s.calibrate(adata, Shrinkage(), grid, refit=True, key_added="method")
+    np.testing.assert_allclose(found.table["loss"], by_function.table["loss"], rtol=1e-5)
+    assert found.best == by_function.best
+    np.testing.assert_allclose(found.denoised, toward_mean(adata.X, **found.best), rtol=1e-4, atol=1e-5)
+    assert adata.uns["method"]["denoiser"] == "shrinkage"
+    two = {"share": [0.2, 0.6]}
+    noisy = [
+        n2s.calibrate(adata.X, Shrinkage(noise=0.1), two, n_jobs=jobs, prefer="threads").table["loss"]
+        for jobs in (1, 2)
+    ]
+    np.testing.assert_array_equal(*noisy)
+    assert (noisy[0] > found.table["loss"][:2]).all()
+
+
+def test_a_function_object_is_calibrated_as_the_function_is(adata):
+    def mixed(counts, share, power):
+        return toward_mean(counts, share) ** power
+
+    grid = {"share": [0.2, 0.6]}
+    expected = n2s.calibrate(adata, lambda counts, share: mixed(counts, share, 1.1), grid, transform="log1p")
+    function = Function(mixed, transform="log1p", parameters={"power": 1.1, "share": 0.9})
+    found = n2s.calibrate(adata, function, grid)
+    np.testing.assert_array_equal(found.table["loss"], expected.table["loss"])
+    assert adata.uns["calibrate"]["params"]["transform"] == "log1p"
+    assert adata.uns["calibrate"]["denoiser"].endswith("mixed")
+    rows = function.rows(adata.X, adata.obs_names, adata.var_names)
+    refitted = n2s.calibrate(adata, function, {}, refit=True).denoised
+    profiles = function.denoise_counts(adata.X, About(adata.obs_names, adata.var_names), np.random.default_rng(0))
+    np.testing.assert_array_equal(profiles.counts(), refitted)
+    np.testing.assert_array_equal(profiles.counts(slice(3, 9), np.arange(5)), refitted[3:9, :5])
+    some = rows[np.arange(3, 9)]
+    assert (some >= 0).all()
+    np.testing.assert_allclose(some / some.sum(axis=1)[:, None], (refitted.T / refitted.sum(axis=1)).T[3:9], rtol=1e-5)
+    assert function == dataclasses.replace(function)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda adata: Function(toward_mean, transform="log"), ValueError, "transform is 'log': pass one of log1p, sq"),
+        (lambda adata: Function(Shrinkage), TypeError, "denoiser is the class Shrinkage: pass an object"),
+        (lambda adata: Function(toward_mean, parameters=3), TypeError, "parameters is 3: pass a dictionary"),
+        (
+            lambda adata: Function(toward_mean, parameters={"shre": 1}).rows(adata.X, adata.obs_names, adata.var_names),
+            ValueError,
+            "toward_mean cannot be called with the parameters shre=1: .*; it takes share",
+        ),
+        (
+            lambda adata: n2s.calibrate(adata, Function(toward_mean), {"share": [0.5]}, transform="log1p"),
+            ValueError,
+            "transform='log1p' was given with the method Function: set it on the method object",
+        ),
+        (
+            lambda adata: n2s.calibrate(adata, Shrinkage(), {"shre": [0.5]}),
+            ValueError,
+            "Shrinkage has no field shre: its fields are share, noise",
+        ),
+        (lambda adata: n2s.calibrate(adata, Shrinkage(), {"share": [0.5, 2]}), ValueError, "share is 2: pass a number"),
+        (lambda adata: n2s.calibrate(adata, Shrinkage, {}), TypeError, r"class Shrinkage: pass an object, e.g. Shr"),
+        (lambda adata: n2s.calibrate(adata, "smooth", {}), ValueError, "'smooth'"),
+        (
+            lambda adata: n2s.calibrate(np.eye(6), Shrinkage(), {}, partition=checkerboard(6)),
+            ValueError,
+            "Masks hides entries of an array: pass one, and a function of it",
+        ),
+    ],
+)
+def test_methods_that_cannot_be_calibrated_are_refused(adata, make, error, message):
+    with pytest.raises(error, match=message):
+        make(adata)
+    assert not adata.uns

@@ -7,9 +7,8 @@ import pytest
 import scipy.sparse as sp
 from helpers import low_rank_profiles, poisson_counts
 
-from sc_noise2self._loss import held_out_gain, held_out_probabilities
 from sc_noise2self._transform import PoissonExpectation
-from sc_noise2self.partitions import Blocks, Genes, Masks, Molecules, as_partition
+from sc_noise2self.partitions import Blocks, Genes, Masks, Molecules, as_partition, fold_of
 
 PATHWAYS = {"a": [0, 1, 2, 3], "b": [3, 4, 5]}
 
@@ -150,9 +149,27 @@ def test_poisson_loss_of_halves_is_the_held_out_gain(x):
         def blocks(self):
             yield slice(0, x.shape[0]), predicted
 
-    gain = held_out_gain(held_out_probabilities(Dense(), fold.held_out), fold.held_out, fold.share)
+    gain = fold.gain(Dense())
     np.testing.assert_allclose(-found.sums, gain.sums, rtol=1e-9, atol=1e-9)
     np.testing.assert_array_equal(found.weights, gain.weights)
+    p = predicted / predicted.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(fold.probabilities(Dense()), p[fold.held_out.nonzero()])
+
+
+def test_a_fold_of_some_cells_scores_them_as_the_whole_does(x):
+    predicted = np.random.default_rng(0).gamma(2, size=x.shape)
+    seen, held_out = Molecules(fraction=0.5).folds(x, np.random.default_rng(0))[0].seen, x
+    halves = fold_of(seen, held_out, cells=np.arange(60) + 100)
+    rows = np.array([3, 50, 7])
+    np.testing.assert_array_equal(halves.of_cells(rows).cells, rows + 100)
+    for fold in (halves, *folds_of(Genes(4), x)[:1]):
+        some = fold.of_cells(rows)
+        whole = fold.score(predicted, "poisson")
+        part = some.score(predicted[rows], "poisson")
+        np.testing.assert_allclose(part.sums, whole.sums[rows])
+        np.testing.assert_allclose(part.weights, whole.weights[rows])
+    with pytest.raises(ValueError, match=r"cells of a Fold has shape \(3,\): seen has \(60, 40\), so it needs \(60,\)"):
+        fold_of(seen, held_out, cells=rows)
 
 
 @pytest.mark.parametrize("partition", [Molecules(), Genes(4), Blocks(2, 2)])

@@ -2,96 +2,66 @@
 
 Three kinds are taken as they are: a function of a matrix, a function of an AnnData object (its first parameter is
 called `adata`, as in scanpy), and an estimator with `fit(counts)` and `predict(counts)`. Parameters that `predict`
-names are given to it, and one fit serves all their values.
+names are given to it, and one fit serves all their values. A function of an array serves other data, such as images.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from itertools import islice, product
-from math import prod
-from typing import Any
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
+from .._checks import check_one_of
+from .._compare import Parameters, describe
 from .._counts import column_sums, row_sums
 from .._transform import Transform, TransformName, rates
-from ..partitions import Rows, as_numbers
-from ._profiles import Profiles
+from ..partitions import LazyRows, Rows, as_numbers
+from ._base import About, Method
+from ._profiles import Index, Profiles
 
 _NEGATIVE = 0.1  # share of all that is negative, above which values are no expected counts
 _LARGEST = 1e30  # value whose sums are still numbers in single precision
-_MOST = 100_000  # candidates
-_GRID = "pass a dict of lists, e.g. {'t': [1, 2, 3]}, or a list of such dicts"
 
-Parameters = dict[str, Any]
+Predictor = Callable[[Parameters], Any]
 
 
-def expand_grid(grid: Mapping[str, Iterable[Any]] | Sequence[Mapping[str, Iterable[Any]]]) -> list[Parameters]:
-    """Return every combination of a grid, in its order, the last parameter running fastest; several grids in turn.
+@dataclass(frozen=True)
+class Function(Method):
+    """Any function or estimator as a denoiser.
+
+    Parameters
+    ----------
+    function
+        `function(counts, **parameters)` returns denoised counts: a function of a CSR matrix; a function of an
+        AnnData object, recognised by its first parameter's name, `adata`, that writes to `X` or returns; or an
+        object with `fit(counts)` and `predict(counts)`, whose parameters are set before it is fitted, or are given
+        to `predict` where it names them. Each cell may be on a scale of its own; negative values count as 0.
+    transform
+        The scale on which a function works. `"log1p"` and `"sqrt"`: it is given cells at the median depth,
+        transformed, and what it returns is taken back. `"none"`: counts.
+    parameters
+        Parameters that are passed to it.
 
     Raises
     ------
-    ValueError, TypeError
-        If the grid is empty or its values are no lists.
-    """
-    if not isinstance(grid, Iterable) or isinstance(grid, str | bytes):
-        raise TypeError(f"grid is {_short(grid)}: {_GRID}.")
-    grids = [_lists(each) for each in ([grid] if isinstance(grid, Mapping) else grid)]
-    if sum(prod(map(len, each.values())) for each in grids) > _MOST:
-        raise ValueError(f"grid has more than {_MOST} candidates: pass fewer values, or fewer parameters at a time.")
-    out = [dict(zip(each, values, strict=True)) for each in grids for values in product(*each.values())]
-    if not out:
-        raise ValueError(f"grid has no candidate: {_GRID}.")
-    return out
-
-
-def _lists(grid: Any) -> dict[str, list[Any]]:
-    """Return the values of each parameter of a grid."""
-    if not isinstance(grid, Mapping):
-        raise TypeError(f"grid holds {_short(grid)}: {_GRID}.")
-    lists = {}
-    for name, values in grid.items():
-        if not isinstance(name, str):
-            raise TypeError(f"grid has {_short(name)} for a parameter's name: {_GRID}.")
-        try:
-            if isinstance(values, str | bytes | Mapping | set | frozenset):
-                raise TypeError("no list, or one without an order")
-            lists[name] = list(islice(values, _MOST + 1))
-        except TypeError:
-            raise TypeError(
-                f"grid has {name!r}: {_short(values)}: pass its values in a list, e.g. [1, 2, 3]."
-            ) from None
-        if not lists[name]:
-            raise ValueError(f"grid has no candidate: {name!r} has no value, so pass at least one.")
-    return lists
-
-
-@dataclass(frozen=True, eq=False)
-class Denoiser:
-    """A denoiser of counts, whatever its kind.
-
-    Attributes
-    ----------
-    function
-        A function or an estimator, as the user gave it.
-    transform
-        The scale that it works on: cells brought to the median depth and `log1p` or `sqrt`, or `none`, the counts.
-    cells, genes
-        Names that an AnnData object is given, and that a table returned must have.
+    TypeError, ValueError
+        If it is no function or estimator, or does not take the transform or a parameter.
     """
 
     function: Any
-    transform: TransformName
-    cells: pd.Index
-    genes: pd.Index
+    _: KW_ONLY
+    transform: TransformName = "none"
+    parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    name: ClassVar[str] = "function"
 
     def __post_init__(self) -> None:
         if isinstance(self.function, type):
@@ -102,268 +72,222 @@ class Denoiser:
                 f"denoiser is of type {type(self.function).__name__}: pass a function of counts, or an object with "
                 "`fit` and `predict`."
             )
+        check_one_of("transform", self.transform, get_args(TransformName))
         if self.is_estimator and self.transform != "none":
             raise ValueError(f"transform={self.transform!r} was given with an estimator: estimators take counts.")
+        if not isinstance(self.parameters, Mapping):
+            raise TypeError(f"parameters is {self.parameters!r}: pass a dictionary, with values by name.")
 
     @property
-    def name(self) -> str:
-        """Of the function or the estimator's class."""
-        return _name(self.function)
+    def label(self) -> str:
+        """Name of the function, or of the estimator's class."""
+        function = getattr(self.function, "func", self.function)  # what a partial holds
+        return getattr(function, "__qualname__", type(function).__name__)
 
     @property
     def is_estimator(self) -> bool:
         """Whether it is fitted and predicts."""
         return hasattr(self.function, "fit") and hasattr(self.function, "predict")
 
-    @property
-    def takes_anndata(self) -> bool:
-        """Whether it is a function of an AnnData object."""
-        try:
-            first = next(iter(inspect.signature(self.function).parameters), "")
-        except (TypeError, ValueError):  # a built-in tells no signature
-            return False
-        return first == "adata"
-
     def groups(self, candidates: Sequence[Parameters]) -> list[list[int]]:
-        """Return the candidates that one fit serves, as lists of their indices.
-
-        Raises
-        ------
-        ValueError
-            If one has a parameter that the denoiser does not take, or lacks one that it needs.
-        """
+        """Return the candidates that one fit serves, by number; raise where a parameter is not taken, or is missing."""
+        every = [{**self.parameters, **candidate} for candidate in candidates]
         if not self.is_estimator:
-            return _each_alone(self.function, self.name, candidates)
+            self._check_signature(every)
+            return [[i] for i in range(len(every))]
         groups: dict[tuple[tuple[str, int], ...], list[int]] = {}
-        for i, parameters in enumerate(candidates):
-            fitted, _ = self._divide(parameters)
+        for i, parameters in enumerate(every):
+            fitted, _ = self.divided(parameters)
             key = tuple((name, id(value)) for name, value in fitted.items())  # values of a grid are the same objects
             groups.setdefault(key, []).append(i)
         return list(groups.values())
 
-    def on(self, counts: sp.csr_matrix) -> Callable[[Parameters], Rows]:
-        """Return what gives the denoised counts of each candidate of a group."""
-        if not self.is_estimator:
-            return partial(self._call, counts)
-        fitted: Any = None
+    def on(self, values: sp.csr_matrix | np.ndarray, about: About) -> Predictor:
+        """Return what gives checked, non-negative rows for each candidate of a group; of an array, a checked array."""
+        if isinstance(values, np.ndarray):
+            return partial(self._of_array, values)
+        return _Fit(self, values, about) if self.is_estimator else partial(self._of_counts, values, about)
 
-        def predict(parameters: Parameters) -> Rows:
-            nonlocal fitted
-            of_fit, of_predict = self._divide(parameters)
-            given = counts.copy()
-            if fitted is None:
-                estimator = copy.deepcopy(self.function)  # what it holds is no other candidate's
-                for name, value in of_fit.items():
-                    setattr(estimator, name, value)
-                found = estimator.fit(given)
-                if not hasattr(found, "predict"):
-                    raise TypeError(f"fit of {self.name} returned {type(found).__name__}: return self.")
-                self._check_unchanged(counts, given)
-                fitted = found
-            predicted = fitted.predict(given, **of_predict)
-            self._check_unchanged(counts, given)
-            return self._rows(predicted, counts.shape)
+    def rows(self, counts: sp.csr_matrix, cell_names: pd.Index, gene_names: pd.Index) -> Rows:
+        """Return expected counts of the cells in rows, non-negative and finite, each cell's on a scale of its own.
 
-        return predict
-
-    def refit(self, counts: sp.csr_matrix, parameters: Parameters) -> np.ndarray:
-        """Return expected counts at each cell's own depth, from all counts, dense float32 of shape (cells, genes).
-
-        A cell of which nothing was predicted gets the mean profile, as where it was scored.
+        Parameters
+        ----------
+        counts
+            CSR of shape (cells, genes).
+        cell_names, gene_names
+            Names that an AnnData object is given, and that a table that is returned must have.
         """
-        rows = self.on(counts)(parameters)
-        out = np.maximum(rows[np.arange(counts.shape[0])], 0).astype(np.float32)
-        total = out.sum(axis=1, dtype=np.float64)
-        out[total == 0] = column_sums(counts)
-        total[total == 0] = counts.sum(dtype=np.float64)
-        out *= (row_sums(counts) / total).astype(np.float32)[:, None]
-        return out
+        self.groups([{}])
+        return self.on(counts, About(cell_names, gene_names))({})
 
-    def _divide(self, parameters: Parameters) -> tuple[Parameters, Parameters]:
+    def denoise_counts(self, counts: sp.csr_matrix, about: About, rng: np.random.Generator) -> Profiles:
+        """See `Method`; its own randomness is its own affair."""
+        return OwnDepth(self.rows(counts, about.cell_names, about.gene_names), counts)
+
+    def _check_signature(self, candidates: Sequence[Parameters]) -> None:
+        try:
+            signature = inspect.signature(self.function, follow_wrapped=False)
+        except (TypeError, ValueError):  # a built-in tells no signature
+            return
+        for parameters in candidates:
+            try:
+                signature.bind(None, **parameters)
+            except TypeError as error:
+                takes = ", ".join(list(signature.parameters)[1:]) or "none"
+                raise ValueError(
+                    f"{self.label} cannot be called with the parameters {describe(parameters) or 'of an empty grid'}: "
+                    f"{error}; it takes {takes}."
+                ) from None
+
+    def divided(self, parameters: Parameters) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the parameters of the estimator, and those of `predict`."""
         of_predict = set(list(inspect.signature(self.function.predict).parameters)[1:])
         own = set(inspect.signature(type(self.function)).parameters)
         if unknown := set(parameters) - of_predict - own:
             known = ", ".join(sorted(own | of_predict))
-            raise ValueError(f"{self.name} has no parameter {', '.join(sorted(unknown))}: it takes {known}.")
+            raise ValueError(f"{self.label} has no parameter {', '.join(sorted(unknown))}: it takes {known}.")
         return (
             {name: value for name, value in parameters.items() if name not in of_predict},
             {name: value for name, value in parameters.items() if name in of_predict},
         )
 
-    def _call(self, counts: sp.csr_matrix, parameters: Parameters) -> Rows:
-        size = row_sums(counts)
+    def _of_counts(self, counts: sp.csr_matrix, about: About, parameters: Parameters) -> Rows:
+        size, given = row_sums(counts), counts.copy()
         transform = None
-        given = counts.copy()
         if self.transform != "none":
             transform = Transform(self.transform, float(np.median(size[size > 0])))
             given = transform.apply(given, size)
-        before = given.copy()
-        if self.takes_anndata:
-            adata = AnnData(given, obs=pd.DataFrame(index=self.cells), var=pd.DataFrame(index=self.genes))
+        before, parameters = given.copy(), {**self.parameters, **parameters}
+        if _takes_anndata(self.function):
+            adata = AnnData(given, obs=pd.DataFrame(index=about.cell_names), var=pd.DataFrame(index=about.gene_names))
             returned = self.function(adata, **parameters)
             out = adata if returned is None else returned
             if returned is None and adata.X is given and _same(before, given):
-                raise ValueError(f"{self.name} left adata.X as it was: write the denoised values to X, or return them.")
+                raise ValueError(
+                    f"{self.label} left adata.X as it was: write the denoised values to X, or return them."
+                )
         else:
             out = self.function(given, **parameters)
             if out is given:
                 raise ValueError(
-                    f"{self.name} returned the matrix that it was given: return denoised values in a new one."
+                    f"{self.label} returned the matrix that it was given: return denoised values in a new one."
                 )
-            self._check_unchanged(before, given)
-        rows = self._rows(out, counts.shape)
+            _check_unchanged(before, given, self.label)
+        rows = checked_rows(out, self.label, about)
         if transform is None:
             return rows
         own_depth = transform.own_depth(size)
-        return _Lazy(lambda cells: rates(transform.name, rows[cells] * own_depth[cells, None]))
+        return LazyRows(lambda cells: rates(transform.name, rows[cells] * own_depth[cells, None]))
 
-    def _check_unchanged(self, before: sp.csr_matrix, after: sp.csr_matrix) -> None:
-        if not _same(before, after):
-            raise ValueError(f"{self.name} changed the matrix that it was given: let it work on a copy, counts.copy().")
-
-    def _rows(self, out: Any, shape: tuple[int, int]) -> Rows:
-        """Return the rows of what a denoiser returned, checked."""
-        if isinstance(out, AnnData):
-            self._check_names(out.obs_names, out.var_names)
-            out = out.X
-        if isinstance(out, pd.DataFrame):
-            self._check_names(out.index, out.columns)
-            out = out.to_numpy()
-        if not (isinstance(out, np.ndarray | Profiles) or sp.issparse(out)):
-            raise TypeError(
-                f"{self.name} returned {type(out).__name__}: return denoised values of shape (cells, genes), an array, "
-                "a sparse matrix, a DataFrame or an AnnData object."
-            )
-        if out.shape != shape:
-            hint = " (they seem transposed)" if out.shape == shape[::-1] else ""
-            raise ValueError(
-                f"{self.name} returned shape {out.shape}{hint}: cells x genes are {shape[0]} x {shape[1]}."
-            )
-        if isinstance(out, Profiles):
-            return _Lazy(out.counts)
-        if sp.issparse(out):
-            out = sp.csr_matrix(out)
-            values = as_numbers(out.data, f"{self.name} returned")
-        else:
-            values = out = as_numbers(out, f"{self.name} returned")
-        _check_finite(values, self.name)
-        negative = -values[values < 0].sum(dtype=np.float64) / max(np.abs(values).sum(dtype=np.float64), 1e-300)
-        if negative > _NEGATIVE:
-            raise ValueError(
-                f"{self.name} returned values of which {negative:.0%} are negative: return expected values of what it "
-                "was given, neither centred nor scaled."
-            )
-        return _Lazy(lambda cells: out[cells].toarray()) if sp.issparse(out) else out
-
-    def _check_names(self, cells: pd.Index, genes: pd.Index) -> None:
-        for what, found, wanted in (("cells", cells, self.cells), ("genes", genes, self.genes)):
-            if isinstance(found, pd.RangeIndex):  # a table without names
-                continue
-            if len(found) == len(wanted) and not np.array_equal(found.astype(str), wanted.astype(str)):
-                raise ValueError(f"{self.name} returned {what} in another order, or others, than it was given.")
-
-
-@dataclass(frozen=True, eq=False)
-class _Lazy:
-    """Rows that are computed when they are asked for."""
-
-    rows: Callable[[np.ndarray], np.ndarray]
-
-    def __getitem__(self, cells: np.ndarray) -> np.ndarray:
-        return self.rows(cells)
-
-
-@dataclass(frozen=True, eq=False)
-class ArrayDenoiser:
-    """A denoiser of arrays, such as images: a function of an array that returns one of the same shape."""
-
-    function: Callable[..., Any]
-
-    def __post_init__(self) -> None:
-        if not callable(self.function):
-            raise TypeError(f"denoiser is of type {type(self.function).__name__}: pass a function of an array.")
-
-    @property
-    def name(self) -> str:
-        """Of the function."""
-        return _name(self.function)
-
-    def groups(self, candidates: Sequence[Parameters]) -> list[list[int]]:
-        """Return the candidates that one fit serves: each is its own."""
-        return _each_alone(self.function, self.name, candidates)
-
-    def on(self, array: np.ndarray) -> Callable[[Parameters], np.ndarray]:
-        """Return what gives the denoised array of each candidate."""
-        return partial(self.refit, array)
-
-    def refit(self, array: np.ndarray, parameters: Parameters) -> np.ndarray:
-        """Return the denoised array.
-
-        Raises
-        ------
-        ValueError
-            If it has another shape, holds NaN, or the function changed what it was given.
-        """
+    def _of_array(self, array: np.ndarray, parameters: Parameters) -> np.ndarray:
         given = array.copy()
-        out = as_numbers(self.function(given, **parameters), f"{self.name} returned")
+        out = as_numbers(self.function(given, **{**self.parameters, **parameters}), f"{self.label} returned")
         if out.shape != array.shape:
-            raise ValueError(f"{self.name} returned shape {out.shape} for shape {array.shape}.")
+            raise ValueError(f"{self.label} returned shape {out.shape} for shape {array.shape}.")
         if not np.array_equal(given, array):
-            raise ValueError(f"{self.name} changed the array that it was given: let it work on a copy.")
-        _check_finite(out, self.name)
+            raise ValueError(f"{self.label} changed the array that it was given: let it work on a copy.")
+        _check_finite(out, self.label)
         return out
 
 
-def describe(parameters: Parameters) -> str:
-    """Return e.g. ``"t=3, knn=5"``."""
-    values = {name: value.item() if isinstance(value, np.generic) else value for name, value in parameters.items()}
-    return ", ".join(f"{''.join(_first_line(name, 80))}={_short(value)}" for name, value in values.items())
+class _Fit:
+    """An estimator that is fitted when the first prediction is asked for, and serves every one of its group."""
+
+    def __init__(self, function: Function, counts: sp.csr_matrix, about: About) -> None:
+        self._function, self._counts, self._about = function, counts, about
+        self._fitted: Any = None
+
+    def __call__(self, parameters: Parameters) -> Rows:
+        """Return the rows predicted with these parameters."""
+        name = self._function.label
+        of_fit, of_predict = self._function.divided({**self._function.parameters, **parameters})
+        given = self._counts.copy()
+        if self._fitted is None:
+            estimator = copy.deepcopy(self._function.function)  # what it holds is no other candidate's
+            for each, value in of_fit.items():
+                setattr(estimator, each, value)
+            fitted = estimator.fit(given)
+            if not hasattr(fitted, "predict"):
+                raise TypeError(f"fit of {name} returned {type(fitted).__name__}: return self.")
+            _check_unchanged(self._counts, given, name)
+            self._fitted = fitted
+        predicted = self._fitted.predict(given, **of_predict)
+        _check_unchanged(self._counts, given, name)
+        return checked_rows(predicted, name, self._about)
 
 
-def in_words(error: BaseException) -> str:
-    """Return an error's name and the first line of its message, as a table and a file can hold it."""
+@dataclass(frozen=True, eq=False)
+class OwnDepth(Profiles):
+    """Expected counts brought to the depth of the counts observed in each cell, CSR of shape (cells, genes).
+
+    A cell of which nothing was predicted has the mean profile.
+    """
+
+    expected: Rows
+    observed: sp.csr_matrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(cells, genes)."""
+        return self.observed.shape
+
+    def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
+        """Return expected counts, dense float32 of shape (cells asked, genes asked)."""
+        cells = np.arange(self.shape[0])[cells]
+        out = self.expected[cells].astype(np.float32)
+        total = out.sum(axis=1, dtype=np.float64)
+        if (total == 0).any():
+            out[total == 0] = column_sums(self.observed)
+            total[total == 0] = self.observed.sum(dtype=np.float64)
+        out *= (row_sums(self.observed[cells]) / total).astype(np.float32)[:, None]
+        return out[:, genes]
+
+
+def checked_rows(out: Any, name: str, about: About) -> Rows:
+    """Return the rows of what a denoiser of this name returned, below 0 as 0; raise if they are no expected counts."""
+    shape = len(about.cell_names), len(about.gene_names)
+    if isinstance(out, AnnData):
+        _check_names(out.obs_names, out.var_names, name, about)
+        out = out.X
+    if isinstance(out, pd.DataFrame):
+        _check_names(out.index, out.columns, name, about)
+        out = out.to_numpy()
+    if not (isinstance(out, np.ndarray | Profiles) or sp.issparse(out)):
+        raise TypeError(
+            f"{name} returned {type(out).__name__}: return denoised values of shape (cells, genes), an array, "
+            "a sparse matrix, a DataFrame or an AnnData object."
+        )
+    if out.shape != shape:
+        hint = " (they seem transposed)" if out.shape == shape[::-1] else ""
+        raise ValueError(f"{name} returned shape {out.shape}{hint}: cells x genes are {shape[0]} x {shape[1]}.")
+    if isinstance(out, Profiles):
+        return LazyRows(out.counts)
+    out = sp.csr_matrix(out) if sp.issparse(out) else as_numbers(out, f"{name} returned")
+    values = as_numbers(out.data, f"{name} returned") if sp.issparse(out) else out
+    _check_finite(values, name)
+    negative = -values[values < 0].sum(dtype=np.float64) / max(np.abs(values).sum(dtype=np.float64), 1e-300)
+    if negative > _NEGATIVE:
+        raise ValueError(
+            f"{name} returned values of which {negative:.0%} are negative: return expected values of what it "
+            "was given, neither centred nor scaled."
+        )
+    return LazyRows(lambda cells: np.maximum(out[cells].toarray() if sp.issparse(out) else out[cells], 0))
+
+
+def _takes_anndata(function: Any) -> bool:
     try:
-        message = str(error).strip()
-    except Exception:  # it is no message's fault that there is an error
-        message = ""
-    return ": ".join([type(error).__name__, *_first_line(message, 300)])
-
-
-def _short(value: Any) -> str:
-    """Return how a value is written, cut to a part of a line."""
-    try:
-        text = repr(value)
-    except Exception:
-        text = object.__repr__(value)
-    return "".join(_first_line(" ".join(text[:200].split()), 80))
-
-
-def _first_line(text: str, length: int) -> list[str]:
-    """Return the first line of a text, printable and cut to a length; nothing of a text that is empty."""
-    lines = text[: length + 1].splitlines()[:1]
-    return [
-        "".join(letter if letter.isprintable() else " " for letter in line[:length]) + "..." * (len(line) > length)
-        for line in lines
-    ]
-
-
-def _each_alone(function: Callable[..., Any], name: str, candidates: Sequence[Parameters]) -> list[list[int]]:
-    """Return each candidate as a group, where the function can be called with it."""
-    try:
-        signature = inspect.signature(function, follow_wrapped=False)
+        return next(iter(inspect.signature(function).parameters), "") == "adata"
     except (TypeError, ValueError):  # a built-in tells no signature
-        return [[i] for i in range(len(candidates))]
-    for parameters in candidates:
-        try:
-            signature.bind(None, **parameters)
-        except TypeError as error:
-            takes = ", ".join(list(signature.parameters)[1:]) or "none"
-            raise ValueError(
-                f"{name} cannot be called with the parameters {describe(parameters) or 'of an empty grid'}: {error}; "
-                f"it takes {takes}."
-            ) from None
-    return [[i] for i in range(len(candidates))]
+        return False
+
+
+def _check_names(cells: pd.Index, genes: pd.Index, name: str, about: About) -> None:
+    for what, found, wanted in (("cells", cells, about.cell_names), ("genes", genes, about.gene_names)):
+        if isinstance(found, pd.RangeIndex):  # a table without names
+            continue
+        if len(found) == len(wanted) and not np.array_equal(found.astype(str), wanted.astype(str)):
+            raise ValueError(f"{name} returned {what} in another order, or others, than it was given.")
 
 
 def _check_finite(values: np.ndarray, name: str) -> None:
@@ -371,10 +295,10 @@ def _check_finite(values: np.ndarray, name: str) -> None:
         raise ValueError(f"{name} returned NaN or infinite values, or values beyond {_LARGEST:g}.")
 
 
+def _check_unchanged(before: sp.csr_matrix, after: sp.csr_matrix, name: str) -> None:
+    if not _same(before, after):
+        raise ValueError(f"{name} changed the matrix that it was given: let it work on a copy, counts.copy().")
+
+
 def _same(first: sp.csr_matrix, second: sp.csr_matrix) -> bool:
     return all(np.array_equal(getattr(first, part), getattr(second, part)) for part in ("data", "indices", "indptr"))
-
-
-def _name(function: Any) -> str:
-    function = getattr(function, "func", function)  # what a partial holds
-    return getattr(function, "__qualname__", type(function).__name__)
