@@ -10,11 +10,12 @@ __all__ = [
     "pl",
     "remove",
     "report",
+    "scales",
     "select_rank",
     "split_molecules",
 ]
 
-from . import datasets, get, partitions, pl
+from . import datasets, get, partitions, pl, scales
 from ._anndata import split_molecules
 from ._calibrate import calibrate
 from ._denoise import denoise

@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from numbers import Number, Real
 from typing import Any, Literal, get_args
 
@@ -25,7 +24,8 @@ from ._compare import Comparison, Rule, compare
 from ._counts import SINGLE, check_counts
 from ._jobs import as_n_jobs
 from ._random import RandomState, as_generator
-from ._slots import check_key, committed, owned
+from ._result import plain_table
+from ._slots import check_key, committed, marked, owned
 from ._transform import TransformName
 from .methods._function import ArrayDenoiser, Denoiser, Parameters, describe, expand_grid, in_words
 from .partitions import Loss, Masks, as_numbers, as_partition, check_loss, folds_of
@@ -182,13 +182,12 @@ def calibrate(
     if adata is not None:
         record = {
             "best": {name: _plain(value) for name, value in best.items()},
-            "table": table.apply(lambda column: column.map(str) if column.dtype == object else column),
+            "table": plain_table(table),
             "split_losses": found.split_losses,
             "denoiser": called.name,
             "partition": repr(partition),
             "loss": loss if isinstance(loss, str) else getattr(loss, "__qualname__", repr(loss)),
             "rule": rule,
-            "version": version("sc-noise2self"),
             "params": {
                 **({} if layer is None else {"layer": layer}),
                 "transform": transform,
@@ -198,7 +197,7 @@ def calibrate(
             },
         }
         layers = {key_added: denoised} if refit or ("layers", key_added) in owned(adata, key_added) else {}
-        with committed(adata, {"uns": {key_added: record}, "layers": layers}):
+        with committed(adata, {"uns": {key_added: marked("calibrate", record)}, "layers": layers}):
             pass
     logg.info(
         f"    {describe(best)}: loss {table['loss'][table['chosen']].iloc[0]:.4f}",

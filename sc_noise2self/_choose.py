@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
 from ._blocks import Chunks, Partial, Survey
 from ._counts import column_sums, row_sums
 from ._loss import Gain, GeneGains, held_out_gain, held_out_probabilities
 from ._random import as_key
+from ._result import Member as MemberResult
 from ._split import halves as even_split
 from .methods._base import Half, MeanMember, Member, Sample, totals_of_halves
 from .methods._mixing import dispersion_curves, dispersions
@@ -78,6 +80,32 @@ class Selection:
     def refit(self, survey: Survey, rng: np.random.Generator) -> tuple[LowRankProfiles, ...]:
         """Return the profiles of each choice, fitted to all molecules."""
         return tuple(choice.member.refit(survey, choice.setting, rng) for choice in self.choices)
+
+    @property
+    def candidates(self) -> pd.DataFrame:
+        """What was compared: `label`, `gain`, `error` of its difference to the best, `chosen`."""
+        best, chosen = max(self.gains.values(), key=lambda gain: gain.mean), {choice.label for choice in self.choices}
+        return pd.DataFrame(
+            {
+                "label": list(self.gains),
+                "gain": [gain.mean for gain in self.gains.values()],
+                "error": [gain.error_of_difference(best) for gain in self.gains.values()],
+                "chosen": [label in chosen for label in self.gains],
+            }
+        )
+
+
+def members_of(choices: Sequence[Choice], fitted: Sequence[LowRankProfiles]) -> list[MemberResult]:
+    """Return the choices as they are written."""
+    out = []
+    for choice, profiles in zip(choices, fitted, strict=True):
+        member, learned = choice.member, dict(choice.member.record(choice.setting))
+        rank = int(learned.pop("rank"))  # type: ignore[call-overload]
+        described = member.described(choice.setting, rank)
+        out.append(
+            MemberResult(member.name, member.title, described, choice.setting, rank, choice.weight, profiles, learned)
+        )
+    return out
 
 
 def combine(profiles: Sequence[Profiles], weights: Sequence[float]) -> Profiles:

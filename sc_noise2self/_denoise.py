@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -30,20 +31,20 @@ from ._checks import (
     read_names,
     seed_of,
 )
-from ._choose import Selection, combine, n_steps, select
-from ._factors import GeneFactors
+from ._choose import Selection, combine, members_of, n_steps, select
 from ._memory import check_fits_memory
 from ._random import RandomState, as_generator
-from ._scale import Scale, check_scale, sample_depth, to_scale
-from ._slots import changes_of, check_key, committed, compared, summary
+from ._result import Result, write
+from ._slots import check_key
 from ._threads import one_blas_thread
 from ._transform import TransformName
 from ._warnings import caveat, written_down
-from .get import lazy_of, require_dask
+from .get import lazy_layer, require_dask
 from .methods._autoencoder import FURTHER, WIDTHS, LossName, require_torch
 from .methods._base import AutoencoderMember, MeanMember, Member, PCAMember
 from .methods._neighbor_member import GRIDS, Kind, NeighborsMember
 from .methods._profiles import MixedProfiles
+from .scales import Scale, as_scale
 
 Method = Literal["pca", "autoencoder", "diffusion", "knn", "ensemble"]
 MemberName = Literal["pca", "autoencoder", "diffusion", "knn"]
@@ -58,8 +59,7 @@ def denoise(
     layer: str | None = None,
     key_added: str = "denoised",
     write_layer: bool = True,
-    scale: Scale = "counts",
-    scale_depth: float | None = None,
+    scale: str | Scale = "counts",
     mix: bool = False,
     transform: TransformName | Literal["auto"] = "auto",
     n_components: int | None = None,
@@ -107,9 +107,8 @@ def denoise(
     scale
         Of the layer: `"counts"`, expected counts at each cell's own depth; `"rates"`, rows that sum to 1;
         `"log1p_cp10k"`, log1p of 10 000 x the rate; `"expected_log1p_cp10k"`, what log1p(CP10k) of a fresh sample
-        of `scale_depth` molecules averages, which lies below the former.
-    scale_depth
-        Molecules of that sample. None takes the median of the cells.
+        of the cells' median depth averages, which lies below the former; or an object of `sc_noise2self.scales`, such
+        as `ExpectedLog1pCP10k(depth=1000)`.
     mix
         Mix each cell's own counts back in, gene by gene, as much as the denoiser leaves unexplained (Noise2Self,
         section 4.2). Copies of one molecule (UMI errors, PCR) look like unexplained expression too, and predict
@@ -266,7 +265,7 @@ def denoise(
             raise ValueError(
                 "gene names are not unique, and a model knows genes by name: adata.var_names_make_unique()."
             )
-    check_scale(scale, scale_depth)
+    scale = as_scale(scale)
     rng = as_generator(random_state)
     check_positive("n_splits", n_splits)
     check_positive("n_seeds", n_seeds)
@@ -331,8 +330,8 @@ def denoise(
         if selection.phi is not None:
             profiles = MixedProfiles.with_totals(profiles, counted.chunks.in_memory(), selection.phi)
         size = counted.size
-        scale_depth = sample_depth(scale, scale_depth, size)
-        dense = to_scale(profiles.counts(), size, scale, scale_depth) if write_layer and in_memory else None
+        scale = scale.settled(size)
+        dense = scale.apply(profiles.counts(), size) if write_layer and in_memory else None
         mixed = profiles.share_of_count() if isinstance(profiles, MixedProfiles) else None
         bar.update()
 
@@ -344,7 +343,6 @@ def denoise(
         "mask_var": mask_var if isinstance(mask_var, str) else ("none" if mask_var is None else "array"),
         "random_state": seed_of(random_state),
         **({"transform": transform} if "pca" in used else {}),
-        **({} if scale_depth is None else {"scale_depth": float(scale_depth)}),
     }
     if neighbors is not None:
         params["neighbors"] = {name: np.array(values) for name, values in neighbors.items()}
@@ -355,27 +353,34 @@ def denoise(
             for name, value in (("width", width if width is None else np.array(width)), ("batch_key", batch_key))
             if value is not None
         }
-    record = summary(method, params, scale, fitted, selection.choices, selection.gain, warned) | compared(selection)
-    weights = [choice.weight for choice in selection.choices]
-    of_genes = GeneFactors.of(fitted, weights, selection.phi, scale, scale_depth)
-    more: dict[str, dict[str, Any]] = {}
-    if isinstance(profiles, MixedProfiles):
-        more = {
-            "obs": {f"{key_added}_cell_scale": profiles.cell_scale},
-            "var": {f"{key_added}_phi": profiles.phi, f"{key_added}_mixed": mixed},
-        }
-    changes = changes_of(key_added, record, of_genes, fitted, size, counted.totals, selection.gene_gains, dense, more)
+    result = Result(
+        method,
+        params,
+        scale,
+        members_of(selection.choices, fitted),
+        selection.gain,
+        selection.gene_gains,
+        size,
+        counted.totals,
+        warned,
+        candidates=selection.candidates,
+        unmixed_gain=None if selection.phi is None else selection.unmixed_gain,
+        phi=selection.phi,
+        cell_scale=profiles.cell_scale if isinstance(profiles, MixedProfiles) else None,
+        mixed=mixed,
+        beats_mean=selection.beats_mean,
+        layer=dense,
+    )
     if write_layer and not in_memory:
-        scores, scales = (changes["obsm"][name] for name in (key_added, f"{key_added}_scale"))
-        changes["layers"][key_added] = lazy_of(of_genes, scores, scales, size, scale, scale_depth)
+        result = replace(result, layer=lazy_layer(result))
     target = adata.copy() if copy else adata
-    with committed(target, changes):
+    with write(target, key_added, result):
         if save_model is not None and networks[0].fitted is not None and selection.beats_mean:
             networks[0].fitted.feature_names_in_ = np.array(adata.var_names, dtype=str)
             networks[0].fitted.batch_names_ = np.array([] if batches is None else batches.cat.categories, dtype=str)
             networks[0].fitted.save(save_model)
     logg.info(
-        f"    {_described(selection, record['members']['rank'])}: {selection.gain}",
+        f"    {_described(selection, [member.rank for member in result.members])}: {selection.gain}",
         time=start,
         deep=f"added\n    {key_added!r}, the denoised counts (adata.layers) and their factors (adata.obsm, .varm)\n"
         f"    {key_added!r}, what was compared and chosen (adata.uns)",

@@ -23,7 +23,7 @@ from ._checks import (
 )
 from ._random import RandomState, as_generator
 from ._rank_curve import Protocol, RankCurve, learned_shape, n_passes, rank_curve
-from ._slots import check_key, committed
+from ._slots import check_key, committed, marked
 from ._transform import TransformName
 
 _MAX_RANK = 50
@@ -70,9 +70,8 @@ def select_rank(
     -------
     The rank. `.uns[key_added]` holds `rank`, `split_rank` (of least loss, at half depth), `within_one_error` (ranks as
     good there within one paired standard error, all of them where one cell was scored, which tells no error; `rank`
-    need not be among them), the curve (`ranks`, `loss`, `error`,
-    `splits`, and `full_depth_loss` where it is corrected; squared error per entry on the transformed scale), and
-    `params`.
+    need not be among them), `table` (`rank`, `loss`, `error`, `full_depth_loss` where it is corrected, `chosen`;
+    squared error per entry on the transformed scale), `splits` (the loss of each split and direction), and `params`.
 
     Raises
     ------
@@ -125,11 +124,8 @@ def select_rank(
         "rank": curve.rank,
         "split_rank": curve.split_rank,
         "within_one_error": within,
-        "ranks": curve.ranks,
-        "loss": curve.loss,
-        "error": curve.error,
+        "table": curve.table,
         "splits": curve.splits,
-        **({} if curve.full_depth_loss is None else {"full_depth_loss": curve.full_depth_loss}),
         "params": {
             "protocol": protocol,
             **({} if layer is None else {"layer": layer}),
@@ -141,7 +137,7 @@ def select_rank(
             "random_state": seed_of(random_state),
         },
     }
-    with committed(adata, {"uns": {key_added: record}}):
+    with committed(adata, {"uns": {key_added: marked("select_rank", record)}}):
         pass
     logg.info(
         f"    rank {curve.rank} (least loss on a half at {curve.split_rank}, as good within one error: "

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
 from ._blocks import Block, Chunks, Partial
@@ -75,6 +76,15 @@ class RankCurve:
     full_depth_loss: np.ndarray | None
     transform: TransformName
     center: bool
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row for each rank: `rank`, `loss`, `error`, `full_depth_loss` where the loss is corrected, `chosen`."""
+        table = pd.DataFrame({"rank": self.ranks, "loss": self.loss, "error": self.error})
+        if self.full_depth_loss is not None:
+            table["full_depth_loss"] = self.full_depth_loss
+        table["chosen"] = self.ranks == self.rank
+        return table
 
     @property
     def split_rank(self) -> int:

@@ -14,18 +14,18 @@ from scanpy import logging as logg
 
 from ._anndata import read_batches, read_csr
 from ._checks import check_flag, seed_of
-from ._choose import Choice, check_enough
+from ._choose import Choice, check_enough, members_of
 from ._counts import column_sums, row_sums
-from ._factors import GeneFactors
 from ._loss import Gain, GeneGains
 from ._random import RandomState, as_generator
-from ._scale import Scale, check_scale, sample_depth, to_scale
-from ._slots import changes_of, check_key, committed, summary
+from ._result import Result, write
+from ._slots import check_key
 from ._split import split_matrix
 from ._warnings import caveat, written_down
 from .methods._autoencoder import Autoencoder, require_torch
 from .methods._base import AutoencoderMember
 from .methods._profiles import LowRankProfiles
+from .scales import Scale, as_scale
 
 
 def denoise_with(
@@ -35,8 +35,7 @@ def denoise_with(
     layer: str | None = None,
     key_added: str = "denoised",
     write_layer: bool = True,
-    scale: Scale = "counts",
-    scale_depth: float | None = None,
+    scale: str | Scale = "counts",
     batch_key: str | None = None,
     device: str = "auto",
     copy: bool = False,
@@ -46,7 +45,7 @@ def denoise_with(
 
     Parameters
     ----------
-    adata, layer, key_added, write_layer, scale, scale_depth, device, copy
+    adata, layer, key_added, write_layer, scale, device, copy
         As in `denoise`. Genes are matched by `var_names`, in any order.
     model
         File that `denoise(..., save_model=)` wrote. It is read as data alone: a file from elsewhere can run no code.
@@ -82,7 +81,7 @@ def denoise_with(
     require_torch()
     for name, flag in (("write_layer", write_layer), ("copy", copy)):
         check_flag(name, flag)
-    check_scale(scale, scale_depth)
+    scale = as_scale(scale)
     rng = as_generator(random_state)
     warned: list[str] = []
     with written_down(warned):
@@ -110,8 +109,8 @@ def denoise_with(
     of_genes = {name: getattr(profiles, name)[own_order] for name in ("loadings", "gene_scale", "gene_share")}
     profiles = replace(profiles, **of_genes)
     size = row_sums(counts)
-    scale_depth = sample_depth(scale, scale_depth, size)
-    dense = to_scale(profiles.counts(), size, scale, scale_depth) if write_layer else None
+    scale = scale.settled(size)
+    dense = scale.apply(profiles.counts(), size) if write_layer else None
 
     params = {
         **({} if layer is None else {"layer": layer}),
@@ -120,24 +119,24 @@ def denoise_with(
         "device": device,
         "random_state": seed_of(random_state),
         **({} if batch_key is None else {"batch_key": batch_key}),
-        **({} if scale_depth is None else {"scale_depth": float(scale_depth)}),
     }
     choice = Choice(AutoencoderMember(fitted=fitted), f"width {fitted.width_}", 1.0)
-    record = summary("autoencoder", params, scale, [profiles], [choice], gain, warned)
-    factors = GeneFactors.of([profiles], [1.0], scale, scale_depth)
     gain_of_genes, error_of_genes = gene_gains
-    changes = changes_of(
-        key_added,
-        record,
-        factors,
-        [profiles],
+    result = Result(
+        "autoencoder",
+        params,
+        scale,
+        members_of([choice], [profiles]),
+        gain,
+        (gain_of_genes[own_order], error_of_genes[own_order]),
         size,
         column_sums(counts)[own_order],
-        (gain_of_genes[own_order], error_of_genes[own_order]),
-        dense,
+        warned,
+        beats_mean=gain.is_clear,
+        layer=dense,
     )
     target = adata.copy() if copy else adata
-    with committed(target, changes):
+    with write(target, key_added, result):
         pass
     logg.info(f"    {gain.mean:.4f} +- {gain.error:.4f} nats per held-out molecule", time=start)
     return target if copy else None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
 from .._blocks import Block, Chunks, InMemory, Partial, Survey
@@ -93,6 +94,15 @@ class Member(Protocol):
         ...
 
     @property
+    def title(self) -> str:
+        """For the title of a plot."""
+        ...
+
+    def described(self, setting: str, rank: int) -> str:
+        """Return what it is and how it was set, for the report."""
+        ...
+
+    @property
     def settings(self) -> tuple[str, ...]:
         """The ways to set it; members are compared at the first before they are tuned."""
         ...
@@ -154,10 +164,15 @@ class MeanMember:
     """Every cell has the mean profile: what any denoiser must beat."""
 
     name: str = "mean"
+    title: str = "mean profile"
     settings: tuple[str, ...] = ("as it is",)
     enough_cells: int | None = 1
     predicts_others: bool = True
     _totals: list[np.ndarray] = field(default_factory=list)
+
+    def described(self, setting: str, rank: int) -> str:
+        """See `Member`."""
+        return "the mean profile"
 
     def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:
         """See `Member`; there is nothing to settle."""
@@ -210,6 +225,15 @@ class PCAMember:
     def name(self) -> str:
         """E.g. ``"pca log1p"``."""
         return f"pca {self.transform}"
+
+    @property
+    def title(self) -> str:
+        """See `Member`."""
+        return f"PCA of {'square roots' if self.transform == 'sqrt' else self.transform.replace('none', 'counts')}"
+
+    def described(self, setting: str, rank: int) -> str:
+        """See `Member`."""
+        return f"{self.title} ({rank} components worth more than noise, {setting})"
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -366,6 +390,15 @@ class AutoencoderMember:
         return "autoencoder" if self.number == 1 else f"autoencoder {self.number}"
 
     @property
+    def title(self) -> str:
+        """See `Member`."""
+        return self.name
+
+    def described(self, setting: str, rank: int) -> str:
+        """See `Member`."""
+        return f"an autoencoder ({setting})"
+
+    @property
     def settings(self) -> tuple[str, ...]:
         """The width chosen."""
         return (f"width {self.fitted.width_}",) if self.fitted else ()
@@ -420,9 +453,15 @@ class AutoencoderMember:
         history = self.fitted.histories_[self.fitted.tried_.index(self.fitted.width_)]
         return {
             "rank": self.fitted.width_,
-            "widths": np.array(self.choice.tried_),
-            "gains": np.array([gain.mean for gain in gains]),
-            "errors": np.array([gain.error_of_difference(best) for gain in gains]),
+            "table": pd.DataFrame(
+                {
+                    "width": self.choice.tried_,
+                    "loss": [-gain.mean for gain in gains],
+                    "error": [gain.error_of_difference(best) for gain in gains],
+                    "gain": [gain.mean for gain in gains],
+                    "chosen": [width == self.fitted.width_ for width in self.choice.tried_],
+                }
+            ),
             "epoch_losses": np.array(history.losses),
             "checked_epochs": np.array(history.checked),
             "checked_gains": np.array(history.gains),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
 from .._blocks import Chunks, Survey
@@ -63,6 +64,16 @@ class NeighborsMember:
     def name(self) -> str:
         """See `Member`."""
         return self.kind
+
+    @property
+    def title(self) -> str:
+        """See `Member`."""
+        return self.kind
+
+    def described(self, setting: str, rank: int) -> str:
+        """See `Member`."""
+        what = {"diffusion": "a diffusion among neighbouring cells", "knn": "the mean of neighbouring cells"}
+        return f"{what[self.kind]} ({setting})"
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -128,14 +139,13 @@ class NeighborsMember:
 
     def record(self, setting: str) -> dict[str, object]:
         """See `Member`."""
-        best = self._tried[self._chosen]
-        columns = np.array(list(self._tried)).T
-        return {
-            "rank": self._chosen[0],
-            **dict(zip(("n_pcs", "n_neighbors", "t"), columns, strict=True)),
-            "gains": np.array([gain.mean for gain in self._tried.values()]),
-            "errors": np.array([gain.error_of_difference(best) for gain in self._tried.values()]),
-        }
+        best, gains = self._tried[self._chosen], self._tried.values()
+        table = pd.DataFrame(list(self._tried), columns=["n_pcs", "n_neighbors", "t"])
+        table["loss"] = [-gain.mean for gain in gains]
+        table["error"] = [gain.error_of_difference(best) for gain in gains]
+        table["gain"] = [gain.mean for gain in gains]
+        table["chosen"] = [tried == self._chosen for tried in self._tried]
+        return {"rank": self._chosen[0], "table": table}
 
     def _grid(self, n_cells: int) -> dict[str, list[int]]:
         """Return what there is to choose from, the usual values as far as there are cells and components for them."""

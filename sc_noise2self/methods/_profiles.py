@@ -280,7 +280,7 @@ class MixedProfiles(Profiles):
     profiles
         The denoiser's expected counts m.
     observed
-        The counts x, CSR of shape (cells, genes).
+        The counts x, CSR of shape (cells, genes), or where they are, of which the cells and genes asked are read.
     phi
         Squared coefficient of variation of each gene's rate around m, shape (genes,).
     cell_scale
@@ -288,7 +288,7 @@ class MixedProfiles(Profiles):
     """
 
     profiles: Profiles
-    observed: sp.csr_matrix
+    observed: sp.csr_matrix | Chunks
     phi: np.ndarray
     cell_scale: np.ndarray
 
@@ -311,10 +311,10 @@ class MixedProfiles(Profiles):
         out = self.profiles.counts(cells, genes)
         phi = self.phi[genes].astype(np.float32)
         out /= 1 + phi * out
-        observed = sp.csr_matrix(self.observed[cells])
-        if not isinstance(genes, slice) or genes != slice(None):
-            observed = observed[:, genes]
-        observed = observed.tocoo()
+        if isinstance(self.observed, Chunks):
+            observed = self.observed.part(cells, genes).tocoo()
+        else:
+            observed = sp.coo_matrix(self.observed[cells][:, genes])
         out[observed.row, observed.col] *= 1 + phi[observed.col] * observed.data
         out *= self.cell_scale[cells][:, None]
         return out
