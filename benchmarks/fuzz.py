@@ -103,7 +103,6 @@ def _optional(kind: Kind) -> Kind:
 
 _FLAG = Kind((False, True), lambda v: isinstance(v, bool | np.bool_) or (isinstance(v, Integral) and v in (0, 1)))
 _SHARE = Kind((0.1, 0.5, 0.9), lambda v: isinstance(v, Real) and not isinstance(v, bool) and 0 < v < 1)
-_DEPTH = Kind((100, 1e4), lambda v: isinstance(v, Real) and not isinstance(v, bool) and 0 < v < np.inf)
 _NAME = Kind(("denoised", "other", "é key"), lambda v: isinstance(v, str) and v not in ("", ".", "..") and "/" not in v)
 _SEED = _whole(0, 1, 12345, least=0)
 _SCALE = _one_of("counts", "rates", "log1p_cp10k", "expected_log1p_cp10k")
@@ -111,7 +110,6 @@ _SCALE = _one_of("counts", "rates", "log1p_cp10k", "expected_log1p_cp10k")
 _ENSEMBLES = (("pca",), ("pca", "diffusion"), ("knn",), ("diffusion", "knn"))
 _DENOISE = {
     "scale": _SCALE,
-    "scale_depth": _optional(_DEPTH),
     "mix": _FLAG,
     "write_layer": _FLAG,
     "key_added": _NAME,
@@ -385,7 +383,7 @@ def read(call: Call) -> None:
         ("denoised", "adata", "lazy", "report", "markers", "embedding", "gain", "spectrum", "loss", "caption")
     )
     call.made |= {"what": what, "genes": genes}
-    of_get = {"scale": _SCALE, "scale_depth": _optional(_DEPTH), "key": _one_of("denoised")}
+    of_get = {"scale": _SCALE, "key": _one_of("denoised")}
     quiet = {"show": False}
     with _unchanged(adata, but=("uns",)):
         if what == "denoised":

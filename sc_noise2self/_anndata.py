@@ -256,8 +256,7 @@ def _warn_if_empty(size: np.ndarray) -> None:
     empty = int((size == 0).sum())
     if empty:
         warn(
-            f"{empty} cell(s) hold no molecule and stay zero: remove them with "
-            "sc.pp.filter_cells(adata, min_counts=1)."
+            f"{empty} cell(s) hold no molecule and stay zero: remove them with sc.pp.filter_cells(adata, min_counts=1)."
         )
 
 

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -110,6 +111,25 @@ class Chunks(ABC):
 
         return self.run(chosen).rows[0]
 
+    def part(self, cells: slice | np.ndarray, genes: slice | np.ndarray = slice(None)) -> sp.csr_matrix:
+        """Return the counts of some cells and genes by position, CSR float32, in the order asked, repeats too.
+
+        Blocks without any of the cells are not read, and no more is held than what is asked and a block a thread.
+        """
+        rows, back = np.unique(np.arange(self.shape[0])[cells], return_inverse=True)
+        columns = np.arange(self.shape[1])[genes]
+
+        def chosen(block: Block) -> sp.csr_matrix:
+            return block.counts[_within(block, rows)][:, columns]
+
+        parts = [each for each in self._of_blocks(chosen, rows) if each.shape[0]]
+        found = _stacked(parts) if parts else sp.csr_matrix((0, len(columns)), dtype=np.float32)
+        return found if np.array_equal(back, np.arange(found.shape[0])) else found[back]
+
+    @abstractmethod
+    def _of_blocks(self, work: Callable[[Block], Any], cells: np.ndarray) -> Iterable[Any]:
+        """Return in order what is made of blocks that have all of the cells, which are in rising order."""
+
     def shuffled(self, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, sp.csr_matrix]]:
         """Yield (cells, their counts) until all have been seen, each time those of a few random stretches."""
         stretches = rng.permutation(-(-self.shape[0] // _STRETCH))
@@ -134,12 +154,6 @@ class Chunks(ABC):
     def in_memory(self) -> sp.csr_matrix:
         """Return all counts, CSR float32."""
         return self.take(np.arange(self.shape[0]))
-
-    def __getitem__(self, cells: np.ndarray | slice) -> sp.csr_matrix:
-        """Return the counts of some cells, in any order, CSR float32."""
-        numbers = np.arange(self.shape[0])[cells]
-        rising, back = np.unique(numbers, return_inverse=True)
-        return self.take(rising)[back] if len(rising) < len(numbers) or (np.diff(numbers) < 0).any() else self.take(rising)
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +188,7 @@ class Counts:
     def of(cls, counts: sp.csr_matrix, used: np.ndarray | None = None) -> Counts:
         """Return counts of cells and genes without names."""
         names = [pd.RangeIndex(n).astype(str) for n in counts.shape]
-        return cls(InMemory(counts), row_sums(counts), column_sums(counts), *names, used)
+        return cls(InMemory(counts), row_sums(counts), column_sums(counts), names[0], names[1], used)
 
     @property
     def n_used(self) -> int:
@@ -212,6 +226,12 @@ class _Local(Chunks):
         wanted = ((start, rows) for start, rows in self._items(cells))
         return _stacked([(block := block_of(*item)).counts[_within(block, cells)] for item in wanted])
 
+    def _of_blocks(self, work: Callable[[Block], Any], cells: np.ndarray) -> Iterable[Any]:
+        bounds = np.searchsorted(cells, range(0, self.shape[0] + self._rows, self._rows))
+        spans = [cells[first:last] for first, last in pairwise(bounds) if first < last]
+        slices = ((int(own[0]), self._slice(int(own[0]), int(own[-1]) + 1)) for own in spans)
+        return in_threads(lambda item: work(block_of(*item)), slices)
+
     def _items(self, cells: np.ndarray | None = None) -> Iterator[tuple[int, Any]]:
         for start in range(0, self.shape[0], self._rows):
             stop = min(start + self._rows, self.shape[0])
@@ -235,6 +255,10 @@ class InMemory(_Local):
             return _canonical(self._counts)
         return _canonical(self._counts[cells])
 
+    def part(self, cells: slice | np.ndarray, genes: slice | np.ndarray = slice(None)) -> sp.csr_matrix:
+        """See `Chunks`."""
+        return _canonical(self._counts[cells][:, genes])
+
 
 class OfGenes(Chunks):
     """Some genes of other counts."""
@@ -248,6 +272,13 @@ class OfGenes(Chunks):
         """See `Chunks`."""
         genes = self._genes
         return self._chunks.run(lambda block: work(Block(block.counts[:, genes], block.start)), to_block)
+
+    def part(self, cells: slice | np.ndarray, genes: slice | np.ndarray = slice(None)) -> sp.csr_matrix:
+        """See `Chunks`."""
+        return self._chunks.part(cells, self._genes[genes])
+
+    def _of_blocks(self, work: Callable[[Block], Any], cells: np.ndarray) -> Iterable[Any]:
+        raise NotImplementedError  # `part` needs none
 
     def _slice(self, start: int, stop: int) -> Any:
         return self._chunks._slice(start, stop)[:, self._genes]
@@ -306,6 +337,15 @@ class OnDask(Chunks):
             )
             for i, width in enumerate(widths)
         ]
+
+    def _of_blocks(self, work: Callable[[Block], Any], cells: np.ndarray) -> Iterable[Any]:
+        import dask
+
+        ends = np.searchsorted(cells, np.cumsum(self._array.chunks[0]))
+        parts = self._parts(lambda block: Partial(rows=[work(block)]))
+        wanted = [part for part, first, last in zip(parts, [0, *ends[:-1]], ends, strict=True) if first < last]
+        with one_blas_thread():
+            return [found.rows[0] for found in dask.compute(*wanted)]
 
     def _slice(self, start: int, stop: int) -> Any:
         return _checked(self._array[start:stop].compute(), (stop - start, self.shape[1]))

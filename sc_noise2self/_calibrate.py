@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from importlib.metadata import version
 from itertools import islice, product
 from math import isnan, prod
 from numbers import Number, Real
@@ -23,15 +22,19 @@ from anndata import AnnData
 from scanpy import logging as logg
 
 from ._anndata import read_csr
-from ._checks import check_flag, check_one_of, check_positive, describe_counts, seed_of
+from ._blocks import Counts
+from ._checks import as_positive, check_flag, check_one_of, describe_counts, seed_of
+from ._choose import denoised
 from ._compare import Parameters, Rule, compare, describe, in_words, short
 from ._counts import SINGLE, check_counts
 from ._jobs import Prefer, as_n_jobs
 from ._loss import Loss
 from ._random import RandomState, as_generator
-from ._slots import check_key, committed, owned
+from ._result import plain_table
+from ._slots import check_key, committed, marked, owned
 from ._transform import TransformName
-from .methods._base import About, Method, as_methods
+from .methods import as_methods
+from .methods._base import Method
 from .methods._function import Function, OwnDepth, checked_rows
 from .partitions import Masks, Rows, as_numbers, as_partition, check_loss, folds_of
 
@@ -143,15 +146,14 @@ def calibrate(
     Examples
     --------
     >>> import sc_noise2self as n2s
-    >>> from sc_noise2self.methods._neighbors import DiffusionDenoiser
     >>> adata = n2s.datasets.pbmc68k_reduced()
-    >>> n2s.calibrate(adata, DiffusionDenoiser(), {"t": range(5)}).best
+    >>> n2s.calibrate(adata, n2s.Diffusion(n_pcs=30, n_neighbors=15), {"t": range(5)}).best
     {'t': 2}
     """
     check_one_of("rule", rule, get_args(Rule))
     check_one_of("prefer", prefer, get_args(Prefer))
     check_flag("refit", refit)
-    check_positive("n_splits", n_splits)
+    as_positive("n_splits", n_splits)
     n_jobs = as_n_jobs(n_jobs)
     candidates = expand_grid(grid)
     rng = as_generator(random_state)
@@ -172,7 +174,7 @@ def calibrate(
         values = sp.csr_matrix(check_counts(data, largest=SINGLE), dtype=np.float32)
 
     splits = [folds_of(partition, values, rng) for _ in range(n_splits)]
-    runner = _Runner(method, _about(adata, values), int(rng.integers(1 << 63)))
+    runner = _Runner(method, _as_counts(adata, values), int(rng.integers(1 << 63)))
     compared = compare(candidates, splits, loss, predictor=runner.on, groups=groups, n_jobs=n_jobs, prefer=prefer)
     table, split_losses = compared.table(rule, gain=loss == "poisson"), compared.split_losses()
     row = compared.best(rule)
@@ -185,13 +187,12 @@ def calibrate(
     if adata is not None:
         record = {
             "best": {name: _plain(value) for name, value in best.items()},
-            "table": table.apply(lambda column: column.map(str) if column.dtype == object else column),
+            "table": plain_table(table),
             "split_losses": split_losses,
             "denoiser": runner.name,
             "partition": repr(partition),
             "loss": loss if isinstance(loss, str) else getattr(loss, "__qualname__", repr(loss)),
             "rule": rule,
-            "version": version("sc-noise2self"),
             "params": {
                 **({} if layer is None else {"layer": layer}),
                 "transform": method.transform if isinstance(method, Function) else transform,
@@ -201,7 +202,7 @@ def calibrate(
             },
         }
         layers = {key_added: found.denoised} if refit or ("layers", key_added) in owned(adata, key_added) else {}
-        with committed(adata, {"uns": {key_added: record}, "layers": layers}):
+        with committed(adata, {"uns": {key_added: marked("calibrate", record)}, "layers": layers}):
             pass
     logg.info(
         f"    {describe(best)}: loss {table['loss'][row]:.4f}",
@@ -255,7 +256,7 @@ def _as_method(denoiser: Any, transform: TransformName) -> Method:
     if transform != "none":
         what = denoiser if isinstance(denoiser, str) else type(denoiser).__name__
         raise ValueError(f"transform={transform!r} was given with the method {what}: set it on the method object.")
-    methods = as_methods(denoiser) if isinstance(denoiser, str) else (denoiser,)
+    _, methods = as_methods(denoiser)
     if len(methods) != 1:
         raise ValueError(f"denoiser is {denoiser!r}, which is {len(methods)} methods: calibrate one at a time.")
     return methods[0]
@@ -273,12 +274,12 @@ def _read_array(data: Any, method: Method) -> np.ndarray:
     return as_numbers(data, "the data hold")
 
 
-def _about(adata: AnnData | None, values: Any) -> About:
+def _as_counts(adata: AnnData | None, values: Any) -> Counts | None:
     """Return what methods are told besides counts; a matrix has numbers for names, and an array needs none."""
-    if adata is not None:
-        return About(adata.obs_names, adata.var_names)
-    n_cells, n_genes = (0, 0) if isinstance(values, np.ndarray) else values.shape
-    return About(pd.RangeIndex(n_cells).astype(str), pd.RangeIndex(n_genes).astype(str))
+    if isinstance(values, np.ndarray):
+        return None
+    counts = Counts.of(values)
+    return counts if adata is None else replace(counts, cell_names=adata.obs_names, gene_names=adata.var_names)
 
 
 def _groups(method: Any, candidates: Sequence[Parameters]) -> list[list[int]]:
@@ -302,7 +303,7 @@ class _Runner:
     """
 
     method: Any
-    about: About
+    counts: Counts | None
     seed: int
 
     @property
@@ -312,12 +313,14 @@ class _Runner:
 
     def on(self, seen: Any) -> Callable[[Parameters], Any]:
         """Return what predicts from what is seen, for the parameters of each candidate."""
-        return self.method.on(seen, self.about) if isinstance(self.method, Function) else partial(self._rows, seen)
+        return self.method.on(seen, self.counts) if isinstance(self.method, Function) else partial(self._rows, seen)
 
     def _rows(self, seen: sp.csr_matrix, parameters: Parameters) -> Rows:
-        method = replace(self.method, **parameters)
-        profiles = method.denoise_counts(seen.copy(), self.about, np.random.default_rng(self.seed))
-        return checked_rows(profiles, type(method).__name__, self.about)
+        assert self.counts is not None  # methods denoise counts
+        counts = self.counts.part(seen.copy(), np.arange(seen.shape[0]))
+        method = replace(self.method, **parameters).checked(counts)
+        profiles = denoised([method], counts, np.random.default_rng(self.seed))
+        return checked_rows(profiles, type(method).__name__, counts)
 
     def refitted(self, values: Any, best: Parameters) -> np.ndarray:
         """Return what the method makes of all of the data, expected counts at each cell's own depth."""

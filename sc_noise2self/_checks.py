@@ -67,7 +67,9 @@ def check_number(name: str, value: Any, least: float, most: float, *, open_below
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not least <= value < most or (open_below and value == least):
         above = f"above {least:g}" if open_below else f"{least:g} or more"
-        raise ValueError(f"{name} is {value!r}: pass a number {above}{'' if most == np.inf else f' and below {most:g}'}.")
+        raise ValueError(
+            f"{name} is {value!r}: pass a number {above}{'' if most == np.inf else f' and below {most:g}'}."
+        )
 
 
 def check_flag(name: str, value: object) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-from ._blocks import Chunks, Counts, Partial
+from ._blocks import Counts, Partial
 from ._compare import Comparison
 from ._counts import row_sums
 from ._loss import Gain, GeneGains
@@ -24,7 +24,7 @@ from ._random import as_key
 from ._split import halves as even_split
 from .methods._base import Learner, MeanLearner, Method, Sample
 from .methods._components import folds_of
-from .methods._mixing import dispersion_curves, dispersions, scales_of_cells
+from .methods._mixing import dispersion_curves, dispersions
 from .methods._profiles import MixedProfiles, Profiles, combine, ratio
 from .partitions import Fold, fold_of
 
@@ -141,7 +141,7 @@ def select(
 
 
 def denoised(methods: Sequence[Method], counts: Counts, rng: np.random.Generator) -> Profiles:
-    """Return the profiles that the best of what methods offer gives to counts: chosen on halves of them, then refitted."""
+    """Return the profiles that the best of what methods offer gives: chosen on halves of the counts, then refitted."""
     selection = select(methods, counts, rng, average=len(methods) > 1, mix=False)
     return combine(selection.refit(counts, rng), selection.weights)
 
@@ -225,6 +225,8 @@ def _some(rng: np.random.Generator, n_cells: int, n_wanted: int) -> np.ndarray:
 def _halves(counts: sp.csr_matrix, keys: Sequence[int], cells: np.ndarray) -> list[Fold]:
     """Return both directions of each split."""
     pairs = [even_split(counts, key, cells) for key in keys]
+    for pair in pairs:
+        check_enough(pair)
     return [fold_of(seen, held_out, cells) for one, two in pairs for seen, held_out in ((one, two), (two, one))]
 
 
@@ -267,16 +269,17 @@ class _Scores:
 
     def add(self, choice: Choice) -> None:
         """Predict and score a candidate."""
-        found = []
-        for i, fold in enumerate(self._folds):
-            found.append(fold.probabilities(choice.learner.predict(i, choice.setting, fold.seen, fold.cells)))
-            gain = fold.gain_of(found[-1])
-            self.comparison.add({"label": choice.label}, -gain, fold=i)
-        self._probabilities[choice.label] = found
+        found = [
+            fold.probabilities(choice.learner.predict(i, choice.setting, fold.seen, fold.cells))
+            for i, fold in enumerate(self._folds)
+        ]
+        first, *others = (fold.gain_of(each) for fold, each in zip(self._folds, found, strict=True))
+        self._probabilities[choice.label], self._gains[choice.label] = found, sum(others, first)
+        self.comparison.add({"label": choice.label}, -self._gains[choice.label])
 
     def mean(self, choice: Choice) -> float:
         """Return the gain of a candidate that was added."""
-        return -self.comparison.score({"label": choice.label}).mean
+        return self._gains[choice.label].mean
 
     def weighted(self, best: list[Choice]) -> tuple[Choice, ...]:
         """Return the choices with their weights in the mean, those of next to none left out."""
@@ -355,11 +358,3 @@ class _Measurement:
 
         (sums,), (nats, molecules) = self._sample.run(of_cells)
         return Gain(nats, molecules), self._gains.of_genes(sums)
-
-
-def mixed_in(
-    chunks: Chunks, profiles: Profiles, phi: np.ndarray
-) -> tuple[MixedProfiles, np.ndarray]:
-    """Return profiles with each cell's own counts mixed in, and the mean weight of these counts, shape (genes,)."""
-    cell_scale, weight = scales_of_cells(chunks, profiles, phi)
-    return MixedProfiles(profiles, chunks, phi, cell_scale), weight

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from ._checks import progress_bar
 from ._jobs import Prefer, in_jobs
 from ._loss import Score
+from ._progress import progress_bar
 
 Parameters = Mapping[str, Any]
 Predictor = Callable[[Any], Callable[[Parameters], Any]]
@@ -78,6 +78,10 @@ class Comparison:
     def __init__(self, candidates: Iterable[Parameters] = ()) -> None:
         self._rows = [_Row(parameters) for parameters in candidates]
 
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._rows)
+
     def parameters(self, row: int) -> Parameters:
         """Return the parameters of a row."""
         return self._rows[row].parameters
@@ -131,7 +135,7 @@ class Comparison:
         scores = [[row.score(split) for split in range(n_splits)] for row in self._rows]
         return np.array([[score.mean if score and score.n_cells else np.nan for score in each] for each in scores])
 
-    def best(self, rule: Rule = "least", tolerance: float = 0.0) -> int:
+    def best(self, rule: Rule = "least", tolerance: float = 0.0, *, last: bool = False) -> int:
         """Return the row that is chosen.
 
         Parameters
@@ -141,13 +145,18 @@ class Comparison:
             one standard error of their difference, or than the tolerance.
         tolerance
             Share of the least loss, of whatever sign, that counts as no difference to `"one_standard_error"`.
+        last
+            Take the last that is as good instead of the first, where the simplest come last.
         """
         losses, errors = self._losses()
         least = np.nanmin(losses)
         allowed = 0.0 if rule == "least" else np.maximum(errors, tolerance * abs(least))
-        return int(np.argmax(losses <= least + allowed))
+        good = np.flatnonzero(losses <= least + allowed)
+        return int(good[-1 if last else 0])
 
-    def table(self, rule: Rule = "least", tolerance: float = 0.0, *, gain: bool = False) -> pd.DataFrame:
+    def table(
+        self, rule: Rule = "least", tolerance: float = 0.0, *, last: bool = False, gain: bool = False
+    ) -> pd.DataFrame:
         """Return the parameters of each row and the columns of `COLUMNS`, see `best`; `gain` (-loss) where asked."""
         losses, errors = self._losses()
         values = pd.DataFrame([row.parameters for row in self._rows], dtype=object)
@@ -159,7 +168,7 @@ class Comparison:
             table["gain"] = -losses
         table["seconds"] = [sum(outcome.seconds for _, outcome in row.ordered) for row in self._rows]
         table["failure"] = [row.failure for row in self._rows]
-        table["chosen"] = np.arange(len(table)) == self.best(rule, tolerance)
+        table["chosen"] = np.arange(len(table)) == self.best(rule, tolerance, last=last)
         return table
 
     def _losses(self) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from ._checks import as_positive, check_flag, check_name, describe_counts, descr
 from ._choose import Choice, Selection, select
 from ._memory import check_fits_memory
 from ._random import RandomState, as_generator
+from ._replace import check_target
 from ._result import Member, Result, write
 from ._slots import check_key
 from ._threads import one_blas_thread
@@ -152,9 +154,9 @@ def denoise(
     Noise2Self (Batson & Royer 2019), sections 3.1 and 3.2. Denoised values are not data: tests, correlations and
     differential expression computed on them are circular (Andrews & Hemberg 2018). The gain is measured on halves;
     the result, fitted to all molecules, does better. Of more than 5 000 cells, so many, drawn at random, are enough to
-    compare settings of PCA on (20 000 of neighbours, 50 000 of networks); what is chosen learns from all. Candidates are
-    compared on 2e7 dense entries (1 000 cells of 20 000 genes), the gain of the choice and of its genes is measured on
-    all cells, or on a random sample of 4e8 (20 000 cells); by neighbours on those among which they were compared.
+    compare settings of PCA on (20 000 of neighbours, 50 000 of networks); what is chosen learns from all. Candidates
+    are compared on 2e7 dense entries (1 000 cells of 20 000 genes), the gain of the choice and of its genes is measured
+    on all cells, or on a random sample of 4e8 (20 000 cells); by neighbours on those among which they were compared.
     Nothing of size cells x genes is made but the layer.
 
     Examples
@@ -220,8 +222,8 @@ def _check_room(adata: AnnData, methods: Sequence[Method], counts: Counts, write
         return
     if whole := [method.name for method in methods if method.needs_memory]:
         raise ValueError(
-            f"{whole[0]!r} needs all counts in memory, and these are not: load them, adata = adata.to_memory(), or take "
-            "a method that reads them in pieces, such as 'pca'."
+            f"{whole[0]!r} needs all counts in memory, and these are not: load them, adata = adata.to_memory(), or "
+            "take a method that reads them in pieces, such as 'pca'."
         )
     if copy and adata.isbacked:
         raise ValueError("copy=True was given with a backed object: leave it out, the file itself is not written to.")
@@ -239,7 +241,9 @@ def _check_model_file(path: str | os.PathLike[str] | None, methods: Sequence[Met
         raise ValueError("gene names are not unique, and a model knows genes by name: adata.var_names_make_unique().")
     if len({method.columns for method in methods if method.columns}) > 1:
         raise ValueError("save_model was given with methods of several batch_key: a model has one.")
-    _model.check_path(path)
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"save_model is {path!r}: pass the path of a file.")
+    check_target(Path(path), overwrite=False)
 
 
 def _warn_of_mean(selection: Selection, save_model: object) -> None:
@@ -263,35 +267,34 @@ def _result(
     write_layer: bool,
 ) -> Result:
     """Return all that is to be written, with the layer where one is wanted."""
-    mixed: dict[str, Any] = {}
+    weights, size, mixed = selection.weights, counts.size, {}
     if selection.phi is not None:
         fitted = [in_memory(profiles) for profiles in fitted]
-    profiles = combine(fitted, selection.weights)
-    if selection.phi is not None:
-        cell_scale, weight = scales_of_cells(counts.chunks, profiles, selection.phi)
+        cell_scale, weight = scales_of_cells(counts.chunks, combine(fitted, weights), selection.phi)
         mixed = {"phi": selection.phi, "cell_scale": cell_scale, "mixed": weight}
-        profiles = MixedProfiles(profiles, counts.chunks, selection.phi, cell_scale)
-    scale = scale.settled(counts.size)
-    layer = None
-    if write_layer:
-        in_blocks = not isinstance(counts.chunks, InMemory)
-        layer = lazy_layer(profiles, counts.size, scale) if in_blocks else scale.apply(profiles.counts(), counts.size)
-    return Result(
+    result = Result(
         method,
         params,
-        scale,
+        scale.settled(size),
         [_member(choice, each) for choice, each in zip(selection.choices, fitted, strict=True)],
         selection.gain,
         selection.gene_gains,
-        counts.size,
+        size,
         counts.totals,
         list(warned),
         candidates=_candidates(selection),
         unmixed_gain=None if selection.phi is None else selection.unmixed_gain,
         beats_mean=selection.beats_mean,
-        layer=layer,
         **mixed,
     )
+    if not write_layer:
+        return result
+    if not isinstance(counts.chunks, InMemory):
+        return replace(result, layer=lazy_layer(result, counts.chunks))
+    profiles = combine(fitted, weights)
+    if selection.phi is not None:
+        profiles = MixedProfiles(profiles, counts.chunks, selection.phi, mixed["cell_scale"])
+    return replace(result, layer=result.scale.apply(profiles.counts(), size))
 
 
 def _member(choice: Choice, profiles: Profiles) -> Member:

@@ -28,12 +28,12 @@ from ._checks import check_flag, check_name
 from ._denoise import denoise
 from ._estimates import estimate
 from ._memory import check_fits_disk
+from ._read import profiles, sizes
 from ._replace import check_target, replaced
 from ._report import report
-from ._result import profiles, sizes
-from ._scale import sample_depth, to_scale
 from ._slots import check_key_name, kind_of
 from ._threads import in_threads
+from .scales import Scale, as_scale
 
 _FORMATS = (".h5ad", ".zarr")
 _SLOTS = ("obs", "var", "obsm", "varm", "uns")  # that a result is written to, besides its layer
@@ -329,21 +329,13 @@ def _write_result(
     if key in out["layers"]:
         del out["layers"][key]  # of an earlier result
     if write_layer:
-        to = {n: options[n] for n in ("scale", "scale_depth") if n in options}
-        _write_layer(out["layers"], adata, key, check, **to)
+        _write_layer(out["layers"], adata, key, check, as_scale(options.get("scale", "counts")))
 
 
-def _write_layer(
-    out: Any,
-    adata: AnnData,
-    key: str,
-    check: Callable[[], None],
-    scale: Any = "counts",
-    scale_depth: float | None = None,
-) -> None:
+def _write_layer(out: Any, adata: AnnData, key: str, check: Callable[[], None], scale: Scale) -> None:
     """Write the dense layer, a chunk at a time."""
     rebuilt, size = profiles(adata, key), sizes(adata, key)
-    depth = sample_depth(scale, scale_depth, size)
+    scale = scale.settled(size)
     n_rows, n_columns = _even(adata.n_obs, _ROWS), _even(adata.n_vars, _COLUMNS)
     made = _create(out, key, adata.shape, np.dtype(np.float32), (n_rows, n_columns))
     made.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
@@ -354,7 +346,7 @@ def _write_layer(
     ]
 
     def values(part: tuple[slice, slice]) -> np.ndarray:
-        return to_scale(rebuilt.counts(*part), size[part[0]], scale, depth)
+        return scale.apply(rebuilt.counts(*part), size[part[0]])
 
     for part, block in zip(parts, in_threads(values, parts), strict=True):
         made[part] = block

@@ -168,7 +168,7 @@ _PCA = Schema(
     },
 )
 
-_LINKS: dict[str, Link] = {
+LINKS: dict[str, Link] = {
     "multinomial": "exp",
     "poisson": "exp",
     "negative_binomial": "exp",
@@ -207,28 +207,11 @@ _BOUNDS = {"scores.share": (0, 1), "scores.depth": (_TINY, np.inf), "scores.scal
 def _autoencoder_problem(values: Mapping[str, Any], n_batches: int) -> str:
     if values["n_batches"] not in (0, n_batches):
         return f"it names {n_batches} batches and has {values['n_batches']}"
-    if values["link"] != _LINKS[values["loss"]]:
-        return f"its link {values['link']!r} is not that of its loss, {values['loss']!r}"
     return ""
 
 
 _AUTOENCODER = Schema(
-    {
-        "widths": lambda value: isinstance(value, list) and bool(value) and all(map(is_count, value)),
-        "loss": one_of(_LINKS),
-        "n_components": is_count,
-        "n_batches": is_whole,
-        "n_hidden": or_none(is_count),
-        "dropout": lambda value: is_number(value, 0) and value < 1,
-        "learning_rate": is_positive,
-        "invariance": lambda value: is_number(value, 0),
-        "prior_scale": is_positive,
-        "n_epochs": or_none(is_count),
-        "batch_size": or_none(is_count),
-        "width": is_count,
-        "link": one_of(get_args(Link)),
-        "depth": is_positive,
-    },
+    {"loss": one_of(LINKS), "width": is_count, "n_batches": is_whole, "depth": is_positive},
     _OF_GENES
     | {name: Shape(sizes, *_BOUNDS.get(name, _NONE), dtypes=("float32",)) for name, sizes in _NETWORK.items()},
     _autoencoder_problem,

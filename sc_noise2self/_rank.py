@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import get_args
 
@@ -10,21 +9,21 @@ import numpy as np
 from anndata import AnnData
 from scanpy import logging as logg
 
-from ._anndata import survey
+from ._anndata import as_counts
 from ._checks import (
+    as_positive,
     bounded,
     check_flag,
     check_one_of,
-    check_positive,
     describe_counts,
-    progress_bar,
-    read_mask,
+    describe_mask,
     seed_of,
 )
 from ._random import RandomState, as_generator
-from ._rank_curve import Protocol, RankCurve, learned_shape, n_passes, rank_curve
-from ._slots import check_key, committed
+from ._rank_curve import Protocol, RankCurve, learned_shape, rank_curve
+from ._slots import check_key, committed, marked
 from ._transform import TransformName
+from ._warnings import warn
 
 _MAX_RANK = 50
 
@@ -70,9 +69,8 @@ def select_rank(
     -------
     The rank. `.uns[key_added]` holds `rank`, `split_rank` (of least loss, at half depth), `within_one_error` (ranks as
     good there within one paired standard error, all of them where one cell was scored, which tells no error; `rank`
-    need not be among them), the curve (`ranks`, `loss`, `error`,
-    `splits`, and `full_depth_loss` where it is corrected; squared error per entry on the transformed scale), and
-    `params`.
+    need not be among them), `table` (`rank`, `loss`, `error`, `full_depth_loss` where it is corrected, `chosen`;
+    squared error per entry on the transformed scale), `splits` (the loss of each split and direction), and `params`.
 
     Raises
     ------
@@ -95,41 +93,26 @@ def select_rank(
     >>> rank = n2s.select_rank(adata)
     """
     rng = as_generator(random_state)
-    check_positive("n_splits", n_splits)
+    as_positive("n_splits", n_splits)
     check_one_of("protocol", protocol, get_args(Protocol))
     if transform is not None:
         check_one_of("transform", transform, get_args(TransformName))
     if center is not None:
         check_flag("center", center)
-    chunks = survey(adata, layer).chunks
+    counts = as_counts(adata, layer, mask_var)
     check_key(adata, key_added, layer, "select_rank")
-    genes = read_mask(adata, mask_var)
-    if genes is not None:
-        chunks = chunks.of_genes(genes)
+    chunks = counts.chunks if counts.used is None else counts.chunks.of_genes(counts.used)
     max_rank = bounded("max_rank", max_rank, _MAX_RANK, *learned_shape(protocol, *chunks.shape))
     start = logg.info(f"selecting the rank of {describe_counts(adata, layer)}")
-    with progress_bar("select_rank", n_passes(protocol, center)) as bar:
-        curve = rank_curve(
-            chunks,
-            max_rank,
-            rng,
-            protocol=protocol,
-            transform=transform,
-            center=center,
-            n_splits=n_splits,
-            on_pass=bar.update,
-        )
+    curve = rank_curve(chunks, max_rank, rng, protocol=protocol, transform=transform, center=center, n_splits=n_splits)
     _warn_of_rank(curve)
     within = curve.within_one_error
     record = {
         "rank": curve.rank,
         "split_rank": curve.split_rank,
         "within_one_error": within,
-        "ranks": curve.ranks,
-        "loss": curve.loss,
-        "error": curve.error,
+        "table": curve.table,
         "splits": curve.splits,
-        **({} if curve.full_depth_loss is None else {"full_depth_loss": curve.full_depth_loss}),
         "params": {
             "protocol": protocol,
             **({} if layer is None else {"layer": layer}),
@@ -137,11 +120,11 @@ def select_rank(
             "center": curve.center,
             "max_rank": max_rank,
             "n_splits": n_splits,
-            "mask_var": mask_var if isinstance(mask_var, str) else ("none" if mask_var is None else "array"),
+            "mask_var": describe_mask(mask_var),
             "random_state": seed_of(random_state),
         },
     }
-    with committed(adata, {"uns": {key_added: record}}):
+    with committed(adata, {"uns": {key_added: marked("select_rank", record)}}):
         pass
     logg.info(
         f"    rank {curve.rank} (least loss on a half at {curve.split_rank}, as good within one error: "
@@ -154,15 +137,9 @@ def select_rank(
 
 def _warn_of_rank(curve: RankCurve) -> None:
     if not curve.beats_none:
-        warnings.warn(
+        warn(
             "no rank predicts held-out molecules better than rank 0 by more than the error: the counts show no "
-            "structure that principal components could use.",
-            UserWarning,
-            stacklevel=3,
+            "structure that principal components could use."
         )
     elif curve.at_edge:
-        warnings.warn(
-            f"the loss still falls at the largest rank tried, {curve.ranks[-1]}: pass a larger max_rank.",
-            UserWarning,
-            stacklevel=3,
-        )
+        warn(f"the loss still falls at the largest rank tried, {curve.ranks[-1]}: pass a larger max_rank.")

@@ -20,7 +20,7 @@ all molecules the noise is p times as large (p = 1/2 for halves), so the loss wo
 p) I + (1 + p) D) / 2: the loss at full depth is that mean of the two curves. For ``"mcv"`` this is the rule to keep
 a component whose weight 1 / (1 + p (1/c - 1)) exceeds 1/2, with c its least-squares weight.
 
-Passes. The counts are read `n_passes` times, a block of cells at a time: for the sizes of cells, the means of genes,
+Passes. The counts are read some eight times, a block of cells at a time: for the sizes of cells, the means of genes,
 the components (`sc_noise2self.methods._svd`), the regression, and the losses. All splits and directions share them,
 and each block is split anew every time, so that no half is ever held.
 """
@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
 from ._blocks import Block, Chunks, Partial
@@ -41,7 +42,7 @@ from ._loss import cumulative_residuals, paired_errors
 from ._random import as_key, random_groups
 from ._split import halves
 from ._transform import Transform, TransformName
-from .methods._svd import N_PASSES, right_singular_vectors, start_block, without_mean
+from .methods._svd import components_of, start_block
 
 Protocol = Literal["loo", "noise2self", "mcv", "bcv"]
 _CELL_GROUPS = 4  # of "bcv"
@@ -75,6 +76,15 @@ class RankCurve:
     full_depth_loss: np.ndarray | None
     transform: TransformName
     center: bool
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row for each rank: `rank`, `loss`, `error`, `full_depth_loss` where the loss is corrected, `chosen`."""
+        table = pd.DataFrame({"rank": self.ranks, "loss": self.loss, "error": self.error})
+        if self.full_depth_loss is not None:
+            table["full_depth_loss"] = self.full_depth_loss
+        table["chosen"] = self.ranks == self.rank
+        return table
 
     @property
     def split_rank(self) -> int:
@@ -113,7 +123,6 @@ def rank_curve(
     transform: TransformName | None = None,
     center: bool | None = None,
     n_splits: int = 1,
-    on_pass: Callable[[], object] = lambda: None,
 ) -> RankCurve:
     """Return the self-supervised loss of every rank from 0 to `max_rank`.
 
@@ -127,8 +136,6 @@ def rank_curve(
         See the module; None takes the protocol's own: log1p and centred for ``"loo"``, sqrt and uncentred else.
     n_splits
         Independent splits averaged; each is used in both directions but by ``"noise2self"``.
-    on_pass
-        Called after each of `n_passes(protocol, center)` passes.
     """
     transform = transform or ("log1p" if protocol == "loo" else "sqrt")
     center = protocol == "loo" if center is None else center
@@ -139,7 +146,6 @@ def rank_curve(
         return Partial(rows=[size for each in hidden for size in each.sizes(block)])
 
     found = chunks.run(sizes).rows
-    on_pass()
     for i, each in enumerate(hidden):
         of_halves = found[2 * i : 2 * i + 2]
         if not all(size.any() for size in of_halves):
@@ -154,16 +160,9 @@ def rank_curve(
         return [piece for each in hidden for piece in each.pieces(block)]
 
     n_seen = [n_genes for each in hidden for n_genes in each.n_seen]
-    models = fit(chunks, pieces, n_seen, max_rank, protocol, center, rng, on_pass)
+    models = fit(chunks, pieces, n_seen, max_rank, protocol, center, rng)
     out = _scored(chunks, pieces, models, transform, max_rank)
-    on_pass()
     return out
-
-
-def n_passes(protocol: Protocol, center: bool | None = None) -> int:
-    """Return how often the counts are read."""
-    center = protocol == "loo" if center is None else center
-    return 2 + N_PASSES + int(center) + int(protocol != "mcv")
 
 
 def learned_shape(protocol: Protocol, n_cells: int, n_genes: int) -> tuple[int, int]:
@@ -323,7 +322,6 @@ def fit(
     protocol: Protocol,
     center: bool,
     rng: np.random.Generator,
-    on_pass: Callable[[], object] = lambda: None,
 ) -> list[Model]:
     """Return the model of each prediction, all learned in the same passes.
 
@@ -338,22 +336,12 @@ def fit(
     mean_rows = means
     if center:
         means, mean_rows = _means(chunks, pieces)
-        on_pass()
 
-    def gram(blocks: Sequence[np.ndarray]) -> list[np.ndarray]:
-        def of_block(block: Block) -> Partial:
-            seen = [_only(piece.seen, piece.learned) for piece in pieces(block)]
-            return Partial([z.T @ (z @ vectors) for z, vectors in zip(seen, blocks, strict=True)])
-
-        found = chunks.run(of_block).sums
-        on_pass()
-        return [
-            without_mean(product, vectors, mean).astype(vectors.dtype)
-            for product, vectors, mean in zip(found, blocks, mean_rows, strict=True)
-        ]
+    def seen(block: Block) -> list[sp.csr_matrix]:
+        return [_only(piece.seen, piece.learned) for piece in pieces(block)]
 
     starts = [start_block(n_genes, max_rank, rng) for n_genes in n_seen]
-    components = [v for _, v in right_singular_vectors(gram, starts, max_rank)]
+    components = [v for _, v in components_of(chunks, seen, starts, max_rank, mean_rows=mean_rows)]
     if protocol == "mcv":
         return [_truncation(v, mean) for v, mean in zip(components, means, strict=True)]
 
@@ -365,7 +353,6 @@ def fit(
         return Partial(sums)
 
     sums = chunks.run(of_regression).sums
-    on_pass()
     transforms = [_orthonormalising(squares) for squares in sums[::2]]
     return [
         Model(protocol, v, t, (products @ t).T, center)

@@ -7,11 +7,7 @@ from typing import Any
 
 from anndata import AnnData
 
-from ._loss import is_clear
-from ._result import clear_gains, record
-from ._scale import MEANING
-
-_TRANSFORM = {"pca log1p": "log1p", "pca sqrt": "square roots", "pca none": "counts"}
+from ._read import clear_gains, record
 
 
 def report(adata: AnnData, *, key: str = "denoised") -> str:
@@ -59,41 +55,21 @@ def report(adata: AnnData, *, key: str = "denoised") -> str:
 
 def _what_was_done(written: Mapping[str, Any]) -> str:
     params, members = written["params"], written["members"]
-    parts = [
-        _member(str(name), int(rank), str(setting), None if len(members["name"]) == 1 else float(weight))
-        for name, rank, setting, weight in zip(
-            members["name"], members["rank"], members["setting"], members["weight"], strict=True
-        )
-    ]
+    parts = [str(described) for described in members["described"]]
+    if len(parts) > 1:
+        parts = [f"{weight:.0%} {part}" for weight, part in zip(members["weight"], parts, strict=True)]
     source = f"the counts in layer {params['layer']!r}" if "layer" in params else "the counts in X"
     how = f"{_listed(parts)} of {source}"
     if "model" in params:
         how = f"A model fitted to other cells, {parts[0]}, applied to {source}"
     mixed = ", with each cell's own count of a gene mixed back in" if params["mix"] else ""
-    tried = len(written["candidates"]["label"]) if "candidates" in written else 0
+    tried = len(written["candidates"]) if "candidates" in written else 0
     chosen = f", the best of {tried} candidates by molecules held out" if tried > 1 and len(parts) == 1 else ""
-    if _is_mean(written):
+    if tried and not written["beats_mean"]:
         beats = f"none of {tried} candidates beats" if tried > 1 else "the one candidate does not beat"
         chosen = f", which {beats} by molecules held out"
     version = f"sc_noise2self {written['version']}, seed {params['random_state']}"
-    return f"{how[0].upper()}{how[1:]}{mixed}{chosen} ({version}). Values are {MEANING[written['scale']]}."
-
-
-def _member(name: str, rank: int, setting: str, weight: float | None) -> str:
-    share = "" if weight is None else f"{weight:.0%} "
-    if name == "mean":
-        return f"{share}the mean profile"
-    if name in _TRANSFORM:
-        return f"{share}PCA of {_TRANSFORM[name]} ({rank} components worth more than noise, {setting})"
-    if name.startswith("autoencoder"):
-        return f"{share}an autoencoder ({setting})"
-    what = {"diffusion": "a diffusion among neighbouring cells", "knn": "the mean of neighbouring cells"}[name]
-    return f"{share}{what} ({setting})"
-
-
-def _is_mean(written: Mapping[str, Any]) -> bool:
-    """Whether nothing beat the mean profile, so that it was written."""
-    return [str(name) for name in written["members"]["name"]] == ["mean"]
+    return f"{how[0].upper()}{how[1:]}{mixed}{chosen} ({version}). Values are {written['scale_meaning']}."
 
 
 def _what_it_gained(written: Mapping[str, Any], n_here: int) -> str:
@@ -104,10 +80,10 @@ def _what_it_gained(written: Mapping[str, Any], n_here: int) -> str:
     measured = f"measured on {written['gain_molecules']:,} held-out molecules of {cells}"
     gained = f"{gain:.3f} +- {error:.3f} nats per molecule better than one mean profile does, {measured}"
     no_better = "Molecules held out were predicted no better than by one mean profile"
-    if _is_mean(written) and "unmixed_gain" in written:
+    if not written["beats_mean"] and "unmixed_gain" in written:
         unmixed = f"{no_better} ({written['unmixed_gain']:.4f} nats)"
         return f"{unmixed}; with mixing, half of the molecules predicts the other half by {gained}."
-    if _is_mean(written) or ("model" in written["params"] and not is_clear(gain, error)):
+    if not written["beats_mean"]:
         return f"{no_better} ({gain:.4f} +- {error:.4f} nats, {measured})."
     if "model" in written["params"]:
         return f"From half of these cells' molecules it predicts the other half by {gained}."

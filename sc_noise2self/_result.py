@@ -1,305 +1,295 @@
-"""What `denoise` wrote, read back as profiles and values by position."""
+"""What a denoiser hands over to be written (`Result`), and how it stands in AnnData; `_read` reads it back.
+
+The weighted mean of members goes to `.obsm` and `.varm` as their factors side by side, where all of them have factors;
+else the layer is all there is. What people and plots ask for goes to `.uns`, as strings, numbers, arrays and tables
+that `h5ad` and `zarr` keep. No reader parses text or knows the name of a method.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
-from typing import Any, Literal
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 from anndata import AnnData
 
-from ._anndata import checked_block, chunks_of
-from ._blocks import Block, Partial
-from ._counts import NotACount, column_sums, row_sums
-from ._factors import GeneFactors, as_array, is_stamped
-from ._scale import Scale, sample_depth, to_scale
-from ._slots import check_not_transposed, in_memory, kind_of, named, owned, results_in
-from .methods._profiles import Index, MixedProfiles, Profiles
-
-Source = Literal["factors", "layer"]
-
-# Of a record, and of its parameters; what else it holds is for one method or another.
-_NEEDED = {
-    *("method", "version", "params", "scale", "members", "warnings"),
-    *("gain", "gain_error", "gain_molecules", "gain_cells", "fingerprint", "n_cells", "n_genes"),
-}
-_NEEDED_PARAMS = {"mix", "random_state"}
+from ._loss import Gain
+from ._slots import LEAST_STAMP, committed, is_stamped, marked, stamped
+from ._transform import Link
+from .methods._profiles import LowRankProfiles, Profiles, combine
+from .scales import Scale
 
 
-def record(adata: AnnData, key: str) -> Mapping[str, Any]:
-    """Return what `sc_noise2self.denoise` wrote to `.uns[key]`, if cells and genes belong to the same result.
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One of the denoisers that the result is the weighted mean of.
 
-    Whatever reads a result begins here.
-
-    Raises
-    ------
-    KeyError
-        If it wrote nothing there, or the record is gone.
-    ValueError
-        If the record, the cells and the genes are not of one result.
+    Attributes
+    ----------
+    name
+        Unique in the result: a key, e.g. ``"pca log1p"``.
+    title
+        For the title of a plot, e.g. ``"PCA of log1p"``.
+    described
+        For the report, e.g. ``"PCA of log1p (20 components worth more than noise, shrinkage 2)"``.
+    setting
+        How it was set, for people alone.
+    rank
+        How many dimensions it tells from noise.
+    weight
+        In the mean.
+    profiles
+        Expected counts of all cells.
+    learned
+        Numbers, strings and arrays worth keeping. Plots ask for `singular_values`, the `noise_edge` and the `weights`
+        of components (`pl.spectrum`, `pl.markers`), and for a `table` of what was compared (`pl.loss`): columns of
+        parameters, then `loss` (minus the gain), `error` of its difference to the least, `gain`, `chosen`.
     """
-    check_not_transposed(adata, key)
-    again = f"call sc_noise2self.remove(adata, {key!r}) and denoise again"
-    kind = kind_of(adata, key)
-    if kind != "denoise":
-        left = [(slot, name) for slot, name in owned(adata, key) if slot != "uns"]
-        if kind is not None and set(left) <= {("layers", key)}:
-            where = f"adata.layers[{key!r}]" if left else f"adata.uns[{key!r}]"
-            raise KeyError(
-                f"{key!r} is a result of {kind}, not of denoise: read {where}, or plot it with sc_noise2self.pl.loss."
-            )
-        if left:
-            raise KeyError(
-                f"the record of result {key!r} is gone from adata.uns, as after anndata.concat or where something else "
-                f"was written there, while {named(left)} left: join parts of one result with anndata.concat(..., "
-                f"merge='same', uns_merge='same'), which keeps it; otherwise {again}."
-            )
-        raise KeyError(
-            f"there is no result {key!r}: run sc_noise2self.denoise(adata, key_added={key!r}), or pass another key: "
-            f"the results in adata are {results_in(adata, 'denoise')}."
-        )
-    found = in_memory(adata.uns[key])
-    several = (
-        f"as after anndata.concat of objects that were denoised one by one. To denoise them together, {again}; to read "
-        "results of one object each, do so before they are joined."
+
+    name: str
+    title: str
+    described: str
+    setting: str
+    rank: int
+    weight: float
+    profiles: Profiles
+    learned: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """All that is written of a run of `denoise` or `denoise_with`.
+
+    Attributes
+    ----------
+    method, params
+        As asked for; `params` has `mix` and `random_state`, and `layer` where the counts are in one.
+    scale
+        Of the layer, settled.
+    members
+        Their weights sum to 1.
+    gain, gene_gains
+        Nats per held-out molecule above the mean profile: of all, and of each gene with its error, shape (genes,) each.
+    size, totals
+        Molecules of each cell and of each gene, by which the counts are known again.
+    warnings
+        What the user was warned of.
+    candidates
+        Everything that was compared between methods, a row each: `label`, `gain`, `error` of its difference to the
+        best, `chosen`.
+    unmixed_gain, phi, cell_scale, mixed
+        Where counts are mixed in: the gain without them; see `MixedProfiles`; the mean weight of a cell's own count.
+    beats_mean
+        Whether molecules held out are predicted better than by one mean profile, so that this is not what is written.
+    layer
+        The denoised layer, dense or lazy; None for none.
+    """
+
+    method: str
+    params: Mapping[str, Any]
+    scale: Scale
+    members: Sequence[Member]
+    gain: Gain
+    gene_gains: tuple[np.ndarray, np.ndarray]
+    size: np.ndarray
+    totals: np.ndarray
+    warnings: Sequence[str]
+    candidates: pd.DataFrame | None = None
+    unmixed_gain: Gain | None = None
+    phi: np.ndarray | None = None
+    cell_scale: np.ndarray | None = None
+    mixed: np.ndarray | None = None
+    beats_mean: bool = True
+    layer: Any = None
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether every member has."""
+        return all(isinstance(member.profiles, LowRankProfiles) for member in self.members)
+
+
+def write(adata: AnnData, key: str, result: Result) -> AbstractContextManager[None]:
+    """Return a context in which a result stands in `adata`, the earlier one under `key` removed.
+
+    All of it is built here, set when the context is entered, and set back if what follows in it fails.
+    """
+    factors = GeneFactors.of(result)
+    gain, error = result.gene_gains
+    scores, scales = factors.of_cells(result)
+    return committed(
+        adata,
+        {
+            "layers": {key: result.layer},
+            "obsm": {key: scores, f"{key}_scale": scales},
+            "varm": {key: factors.loadings, f"{key}_scale": factors.scales},
+            "obs": {f"{key}_size": result.size, f"{key}_cell_scale": result.cell_scale},
+            "var": {
+                f"{key}_gain": gain,
+                f"{key}_gain_error": error,
+                f"{key}_total": result.totals,
+                f"{key}_phi": result.phi,
+                f"{key}_mixed": result.mixed,
+            },
+            "uns": {key: marked("denoise", _record(result, factors))},
+        },
     )
-    missing = sorted((_NEEDED - set(found)) | (_NEEDED_PARAMS - set(found["params"])))
-    if "fingerprint" in missing:
-        raise ValueError(
-            f"result {key!r} was put together from several: its record in adata.uns holds only what they share, "
-            f"{several}"
-        )
-    if missing:
-        raise ValueError(f"the record of result {key!r} in adata.uns has lost {', '.join(missing)}: {again}.")
-    for slot, what in (("varm", "genes"), ("obsm", "cells")):
-        scales = getattr(adata, slot).get(f"{key}_scale")
-        if scales is not None and not is_stamped(scales, int(found["fingerprint"])):
-            raise ValueError(
-                f"result {key!r} was put together from several: its {what} (adata.{slot}) do not belong to the record "
-                f"in adata.uns, {several}"
-            )
-    return found
 
 
-def sizes(adata: AnnData, key: str) -> np.ndarray:
-    """Return the molecules of each cell as `denoise` saw them, shape (cells,)."""
-    record(adata, key)
-    if f"{key}_size" not in adata.obs:
-        raise KeyError(f"adata.obs[{f'{key}_size'!r}], the molecules of each cell, is gone: run denoise again.")
-    return adata.obs[f"{key}_size"].to_numpy()
+def _record(result: Result, factors: GeneFactors) -> dict[str, Any]:
+    members, gain = result.members, result.gain
+    return {
+        "method": result.method,
+        "params": dict(result.params),
+        "scale": result.scale.name,
+        "scale_params": result.scale.params,
+        "scale_meaning": result.scale.meaning,
+        "members": {
+            **{
+                name: np.array([getattr(m, name) for m in members])
+                for name in ("name", "title", "described", "setting")
+            },
+            "rank": np.array([int(member.rank) for member in members]),
+            "weight": np.array([float(member.weight) for member in members]),
+            "link": np.array(factors.links),
+            "n_factors": np.array(factors.n_factors),
+        },
+        "learned": {
+            member.name: {
+                name: plain_table(value) if isinstance(value, pd.DataFrame) else value
+                for name, value in member.learned.items()
+            }
+            for member in members
+        },
+        **({} if result.candidates is None else {"candidates": plain_table(result.candidates)}),
+        "beats_mean": bool(result.beats_mean),
+        "gain": gain.mean,
+        "gain_error": gain.error,
+        "gain_molecules": int(gain.weights.sum()),
+        "gain_cells": gain.n_cells,
+        **({} if result.unmixed_gain is None else {"unmixed_gain": result.unmixed_gain.mean}),
+        "has_factors": result.has_factors,
+        "fingerprint": factors.fingerprint,
+        "n_cells": len(result.size),
+        "n_genes": len(result.totals),
+        "warnings": np.array(result.warnings, dtype=str),
+    }
 
 
-def gene_factors(adata: AnnData, key: str) -> GeneFactors:
-    """Return what a result knows of genes; it holds nothing else of `adata`."""
-    written = record(adata, key)
-    names = [key, f"{key}_scale"]
-    if any(name not in slot for slot in (adata.obsm, adata.varm) for name in names):
-        raise KeyError(f"the factors of {key!r} are gone from adata.obsm or adata.varm: pass source='layer'.")
-    return GeneFactors.read(written, *(np.asarray(as_array(adata.varm[name])) for name in names))
+def plain_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table as files keep it: whatever is no number or truth value as text."""
+    return table.apply(lambda column: column.map(str) if column.dtype == object else column)
 
 
-def profiles(adata: AnnData, key: str = "denoised", layer: str | None = None) -> Profiles:
-    """Return the profiles that `sc_noise2self.denoise` wrote in factors under `key`.
+@dataclass(frozen=True, eq=False)
+class GeneFactors:
+    """What a result knows of genes: the model, without the cells.
 
-    Parameters
+    Attributes
     ----------
-    layer
-        As in `observed`, for counts that were mixed in.
-
-    Raises
-    ------
-    KeyError
-        If there is no such result.
-    ValueError
-        If it was put together from several, or if counts were mixed in and are no longer where they were.
+    links, weights, n_factors
+        Of each member.
+    loadings
+        Those of all members side by side, float32 of shape (genes, factors); None where some member has none.
+    scales
+        The scale of genes of each member, the mean profile, and the fingerprint, shape (genes, members + 2); without
+        factors the fingerprint alone.
+    fingerprint
+        A whole number that two models share once in eight million.
     """
-    scores, scales = (np.asarray(as_array(adata.obsm.get(name))) for name in (key, f"{key}_scale"))
-    combined = gene_factors(adata, key).profiles(scores, scales, sizes(adata, key))
-    if not record(adata, key)["params"]["mix"]:
-        return combined
-    mixed = [f"{key}_phi", f"{key}_cell_scale"]
-    if mixed[0] not in adata.var or mixed[1] not in adata.obs:
-        raise KeyError(f"the weights of the counts that were mixed into {key!r} are gone: pass source='layer'.")
-    phi, cell_scale = adata.var[mixed[0]].to_numpy(), adata.obs[mixed[1]].to_numpy()
-    return MixedProfiles(combined, observed(adata, key, layer=layer, to_mix=True), phi, cell_scale)
 
+    links: tuple[Link, ...]
+    weights: tuple[float, ...]
+    n_factors: tuple[int, ...]
+    loadings: np.ndarray | None
+    scales: np.ndarray
+    fingerprint: int
 
-def values_of(
-    adata: AnnData,
-    key: str,
-    rows: Index,
-    columns: Index,
-    scale: Scale,
-    scale_depth: float | None = None,
-    source: Source = "factors",
-    layer: str | None = None,
-) -> np.ndarray:
-    """Return denoised values by position, float32 of shape (cells asked, genes asked); see `denoised`."""
-    size = sizes(adata, key)
-    depth = sample_depth(scale, scale_depth, size)
-    if source == "factors":
-        return to_scale(profiles(adata, key, layer).counts(rows, columns), size[rows], scale, depth)
-    if key not in adata.layers:
-        raise KeyError(f"there is no layer {key!r}: pass source='factors'.")
-    written, params = adata.uns[key]["scale"], adata.uns[key]["params"]
-    values = np.array(adata.layers[key][rows][:, columns], dtype=np.float32)
-    if written == "counts":
-        return to_scale(values, size[rows], scale, depth)
-    if written != scale or (depth is not None and depth != params["scale_depth"]):
-        raise ValueError(f"the layer {key!r} is on the scale {written!r}: pass that scale, or source='factors'.")
-    return values
-
-
-def observed(
-    adata: AnnData, key: str, columns: np.ndarray | None = None, layer: str | None = None, *, to_mix: bool = False
-) -> sp.csr_matrix:
-    """Return the counts that were denoised, in one pass over them that makes sure that they still are those.
-
-    Parameters
-    ----------
-    columns
-        Positions of the genes asked, None for all.
-    layer
-        Where the counts are now; None for where they were.
-    to_mix
-        Whether they are mixed in rather than shown, for the messages.
-
-    Returns
-    -------
-    CSR float32 of shape (cells, genes asked).
-
-    Raises
-    ------
-    KeyError
-        If the layer is not there.
-    ValueError
-        If it holds other numbers than were denoised.
-    """
-    written, size = record(adata, key), sizes(adata, key)
-    guess = " (normalised since?)" if layer is None else ""
-    layer = written["params"].get("layer") if layer is None else layer
-    name = "adata.X" if layer is None else f"layer {layer!r}"
-    matrix = adata.X if layer is None else adata.layers.get(layer)
-    if matrix is None:
-        layers = [each for each in adata.layers if each is not None]
-        raise KeyError(
-            f"{name} with the counts that were denoised to {key!r} is gone: pass layer= to a plot"
-            f"{_or_layer(to_mix)}; adata.layers has {layers}."
-        )
-
-    def of_block(block: Block) -> Partial:
-        asked = block.counts if columns is None else block.counts[:, columns]
-        return Partial((column_sums(block.counts),), (row_sums(block.counts), asked))
-
-    try:
-        (totals,), (found, counts) = chunks_of(matrix, name).run(of_block, checked_block)
-        same = _are_those_of(adata, key, written, size, found, totals)
-    except NotACount:
-        same = False
-    if not same:
-        holds = next((each for each in adata.layers if each != layer and _holds(adata, key, written, size, each)), None)
-        if holds is not None:
-            now = f"pass layer={holds!r} to the plot" if not to_mix else _put_back(layer, holds)
+    @classmethod
+    def of(cls, result: Result) -> GeneFactors:
+        """Return those of a result."""
+        fitted = _factored(result)
+        links = tuple(profiles.link for profiles in fitted)
+        weights = tuple(float(member.weight) for member in result.members)
+        n_factors = tuple(profiles.loadings.shape[1] for profiles in fitted)
+        if fitted:
+            loadings = np.hstack([profiles.loadings for profiles in fitted])
+            scales = np.column_stack([*(profiles.gene_scale for profiles in fitted), fitted[0].gene_share])
+            told_by = [loadings, scales]
         else:
-            now = (
-                'keep them, adata.layers["counts"] = adata.X.copy() before normalising and denoise(adata, '
-                'layer="counts"), and where they are in a layer now, pass layer= to the plot'
-            )
-        raise ValueError(
-            f"{name} does not hold the counts that were denoised to {key!r} any more{guess}: {now}{_or_layer(to_mix)}."
+            links, n_factors = ("none",) * len(weights), (0,) * len(weights)  # type: ignore[assignment]  # a link too
+            loadings, scales = None, np.empty((len(result.totals), 0), np.float32)
+            told_by = [np.stack([result.totals, *result.gene_gains], axis=1)]
+        told_by += [] if result.phi is None else [result.phi[:, None]]
+        fingerprint = _fingerprint(np.hstack(told_by), (links, weights, n_factors, repr(result.scale)))
+        return cls(links, weights, n_factors, loadings, stamped(scales, fingerprint), fingerprint)
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any], loadings: np.ndarray, scales: np.ndarray) -> GeneFactors:
+        """Return the factors of genes as they were written."""
+        members = record["members"]
+        return cls(
+            tuple(str(link) for link in members["link"]),  # type: ignore[misc]  # links, as written
+            tuple(float(weight) for weight in members["weight"]),
+            tuple(int(n) for n in members["n_factors"]),
+            loadings,
+            scales,
+            int(record["fingerprint"]),
         )
-    return counts
+
+    def of_cells(self, result: Result) -> tuple[Any, Any]:
+        """Return the scores of cells, shape (cells, factors), and their scales: two of each member and the fingerprint.
+
+        Either is a Dask array where the factors of cells are; without factors there are no scores.
+        """
+        fitted = _factored(result)
+        if not fitted:
+            return None, stamped(np.empty((len(result.size), 0), np.float32), self.fingerprint)
+        scales = [column for profiles in fitted for column in (profiles.cell_scale, profiles.row_scale)]
+        return np.hstack([profiles.scores for profiles in fitted]), stamped(np.stack(scales, axis=1), self.fingerprint)
+
+    def profiles(self, scores: np.ndarray, scales: np.ndarray, size: np.ndarray) -> Profiles:
+        """Return the profiles of cells from their scores, scales and sizes.
+
+        Raises
+        ------
+        ValueError
+            If cells belong to another model.
+        """
+        if self.loadings is None or not is_stamped(scales, self.fingerprint):
+            raise ValueError("the cells belong to another result than the loadings.")
+        ends = [int(end) for end in np.cumsum(self.n_factors)]
+        fitted = [
+            LowRankProfiles(
+                self.scales[:, i],
+                scales[:, 2 * i],
+                scales[:, 2 * i + 1],
+                self.scales[:, -2],
+                size.astype(np.float32),
+                link,
+                scores[:, start:end],
+                self.loadings[:, start:end],
+            )
+            for i, (link, start, end) in enumerate(zip(self.links, [0, *ends[:-1]], ends, strict=True))
+        ]
+        return combine(fitted, self.weights)
 
 
-def _are_those_of(
-    adata: AnnData, key: str, written: Mapping[str, Any], size: np.ndarray, found: np.ndarray, totals: np.ndarray
-) -> bool:
-    """Whether molecules of cells and of genes are those that were denoised, as far as the cells and genes left tell."""
-    all_genes = adata.n_vars == int(written["n_genes"])
-    if not ((found == size) if all_genes else (found <= size)).all():
-        return False
-    return not _has_all_cells(adata, key, written) or bool((totals == in_memory(adata.var[f"{key}_total"])).all())
+def _factored(result: Result) -> list[LowRankProfiles]:
+    """Return the profiles of members; none where a member has no factors."""
+    fitted = [member.profiles for member in result.members if isinstance(member.profiles, LowRankProfiles)]
+    return fitted if len(fitted) == len(result.members) else []
 
 
-def _has_all_cells(adata: AnnData, key: str, written: Mapping[str, Any]) -> bool:
-    """Whether cells are those that were denoised, so that genes have their totals; a bootstrap repeats some."""
-    return adata.n_obs == int(written["n_cells"]) and adata.obs_names.is_unique and f"{key}_total" in adata.var
+def _fingerprint(of_genes: np.ndarray, others: object) -> int:
+    """Return a hash that does not depend on the order of genes, which a concatenation may change."""
+    rows = np.ascontiguousarray(of_genes, dtype=np.float32)
+    total = sum(int.from_bytes(_digest(row.tobytes()), "little") for row in rows)
+    return LEAST_STAMP + int.from_bytes(_digest(repr((total, others)).encode()), "little") % LEAST_STAMP
 
 
-def _holds(adata: AnnData, key: str, written: Mapping[str, Any], size: np.ndarray, layer: str | None) -> bool:
-    """Whether a layer in memory clearly holds the counts that were denoised."""
-    matrix = None if layer is None else adata.layers[layer]
-    tells = adata.n_vars == int(written["n_genes"]) or _has_all_cells(adata, key, written)
-    if not tells or not (sp.issparse(matrix) or isinstance(matrix, np.ndarray)):
-        return False
-
-    def sums(block: Block) -> Partial:
-        return Partial((column_sums(block.counts),), (row_sums(block.counts),))
-
-    try:
-        (totals,), (found,) = chunks_of(matrix, f"layer {layer!r}").run(sums, checked_block)
-    except (NotACount, TypeError, ValueError):
-        return False
-    return _are_those_of(adata, key, written, size, found, totals)
-
-
-def _put_back(layer: str | None, holds: str) -> str:
-    slot = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
-    return f"put them back, {slot} = adata.layers[{holds!r}].copy(), or pass layer={holds!r} to a plot"
-
-
-def _or_layer(to_mix: bool) -> str:
-    """Return the other way out where counts are mixed in, for a message; a plot of them has none."""
-    return "; sc_noise2self.get reads a denoised layer with source='layer'" if to_mix else ""
-
-
-def gains_of_genes(adata: AnnData, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the gain of each gene, its error, and the molecules of the gene, shape (genes,) each."""
-    record(adata, key)
-    columns = [f"{key}_gain", f"{key}_gain_error", f"{key}_total"]
-    if not set(columns) <= set(adata.var):
-        raise KeyError(f"the gains of genes of {key!r} are gone from adata.var: run denoise again.")
-    gain, error, molecules = in_memory(adata.var[columns]).to_numpy().T
-    return gain, error, molecules
-
-
-def clear_gains(adata: AnnData, key: str) -> dict[str, np.ndarray]:
-    """Return which genes gained and which lost by more than two standard errors, boolean of shape (genes,).
-
-    `"gained"`, `"lost"`, and `"unclear"`: no difference to the mean profile was seen, or too few molecules to see one.
-    Genes without molecules are in none.
-    """
-    gain, error, _ = gains_of_genes(adata, key)
-    gained, lost = gain > 2 * error, gain < -2 * error
-    return {"gained": gained, "unclear": ~(gained | lost) & ~np.isnan(gain), "lost": lost}
-
-
-def positions(names: pd.Index, wanted: str | Sequence[str] | None, what: str) -> np.ndarray:
-    """Return where these names of genes or cells stand; None for all.
-
-    Raises
-    ------
-    KeyError
-        If one is not there, or names are not unique.
-    """
-    if wanted is None:
-        return np.arange(len(names))
-    wanted = [wanted] if isinstance(wanted, str) else list(wanted)
-    if not names.is_unique:
-        axis = "var" if what == "gene" else "obs"
-        raise KeyError(f"{what} names are not unique: call adata.{axis}_names_make_unique().")
-    positions = names.get_indexer(wanted)
-    missing = [name for name, position in zip(wanted, positions, strict=True) if position < 0]
-    if missing:
-        raise KeyError(f"{what}(s) not in adata: {', '.join(map(repr, missing[:5]))}{_near(names, str(missing[0]))}.")
-    return positions
-
-
-def _near(names: pd.Index, name: str) -> str:
-    """Return names that look like one that is not there, for a message."""
-    known = {str(each).lower(): str(each) for each in names}
-    near = [known[each] for each in get_close_matches(name.lower(), known, n=3, cutoff=0.8)]
-    return f"; near {name!r} are {', '.join(map(repr, near))}" if near else ""
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=8).digest()

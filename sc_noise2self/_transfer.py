@@ -142,7 +142,9 @@ def denoise_with(
 
 def _with_genes(profiles: LowRankProfiles, order: np.ndarray) -> LowRankProfiles:
     """Return profiles with their genes in another order."""
-    return replace(profiles, **{name: getattr(profiles, name)[order] for name in ("loadings", "gene_scale", "gene_share")})
+    return replace(
+        profiles, **{name: getattr(profiles, name)[order] for name in ("loadings", "gene_scale", "gene_share")}
+    )
 
 
 def _gains(

@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from ._blocks import Chunks
 from ._checks import check_one_of
-from ._factors import GeneFactors, as_array
-from ._result import Source, gene_factors, positions, profiles, record, sizes, values_of
-from ._scale import Scale, check_scale, sample_depth, to_scale
-from ._slots import in_memory
-from .methods._profiles import Profiles
+from ._read import Source, gene_factors, positions, profiles, record, sizes, values_of
+from ._result import GeneFactors, Result
+from ._slots import as_array, in_memory
+from .methods._profiles import MixedProfiles, Profiles
+from .scales import Scale, as_scale
 
 if TYPE_CHECKING:
     import dask.array
@@ -30,9 +31,8 @@ def denoised(
     *,
     cells: Sequence[str] | None = None,
     key: str = "denoised",
-    scale: Scale = "counts",
-    scale_depth: float | None = None,
-    source: Source = "factors",
+    scale: str | Scale = "counts",
+    source: Source | None = None,
 ) -> pd.DataFrame:
     """Return denoised values of some genes and cells.
 
@@ -44,11 +44,12 @@ def denoised(
         Names; None takes every gene, every cell.
     key
         The `key_added` of `denoise`.
-    scale, scale_depth
+    scale
         As in `denoise`, whatever the scale of the layer.
     source
-        `"factors"` rebuilds the values; no layer is needed or made. `"layer"` reads them from `.layers[key]`, for a
-        result whose factors, or whose counts that were mixed in, are gone.
+        `"factors"` rebuilds the values; no layer is needed or made, and counts that were mixed in are read where they
+        are. `"layer"` reads `.layers[key]`, for a result whose factors, or whose counts that were mixed in, are gone.
+        None takes factors, or the layer where a method gives values and no factors.
 
     Returns
     -------
@@ -59,8 +60,8 @@ def denoised(
     KeyError
         If there is no such result, or a gene or a cell is not in `adata`.
     ValueError
-        If counts were mixed in and are no longer where they were, or if the layer was written on another scale than
-        `"counts"` and than the one asked for.
+        If counts were mixed in and are no longer where they were, if the layer was written on another scale than
+        `"counts"` and than the one asked for, or if factors are asked for where there are none.
 
     Examples
     --------
@@ -70,12 +71,11 @@ def denoised(
     >>> n2s.get.denoised(adata, ["CD79A", "NKG7"]).shape
     (700, 2)
     """
-    check_scale(scale, scale_depth)
-    check_one_of("source", source, get_args(Source))
-    genes = [genes] if isinstance(genes, str) else genes
-    columns = positions(adata.var_names, genes, "gene")
-    rows = positions(adata.obs_names, cells, "cell")
-    values = values_of(adata, key, rows, columns, scale, scale_depth, source)
+    own_scale = as_scale(scale)
+    if source is not None:
+        check_one_of("source", source, get_args(Source))
+    columns, rows = positions(adata.var_names, genes, "gene"), positions(adata.obs_names, cells, "cell")
+    values = values_of(adata, key, rows, columns, own_scale, source)
     return pd.DataFrame(values, index=adata.obs_names[rows], columns=list(adata.var_names[columns]))
 
 
@@ -85,15 +85,14 @@ def adata(
     *,
     cells: Sequence[str] | None = None,
     key: str = "denoised",
-    scale: Scale = "counts",
-    scale_depth: float | None = None,
-    source: Source = "factors",
+    scale: str | Scale = "counts",
+    source: Source | None = None,
 ) -> AnnData:
     """Return denoised values of some genes and cells as an AnnData object of its own, for any function of scanpy.
 
     Parameters
     ----------
-    adata, genes, cells, key, scale, scale_depth, source
+    adata, genes, cells, key, scale, source
         As in `denoised`.
 
     Returns
@@ -114,7 +113,7 @@ def adata(
     >>> n2s.get.adata(adata, ["CD79A", "NKG7"], scale="log1p_cp10k").shape
     (700, 2)
     """
-    values = denoised(adata, genes, cells=cells, key=key, scale=scale, scale_depth=scale_depth, source=source)
+    values = denoised(adata, genes, cells=cells, key=key, scale=scale, source=source)
     rows, columns = positions(adata.obs_names, cells, "cell"), positions(adata.var_names, genes, "gene")
     obs, var = in_memory(adata.obs).iloc[rows].copy(), in_memory(adata.var).iloc[columns].copy()
     obs.index, var.index = obs.index.astype(str), var.index.astype(str)  # anndata takes no other
@@ -122,13 +121,7 @@ def adata(
     return AnnData(values.to_numpy(), obs=obs, var=var, obsm=obsm, uns=deepcopy(dict(adata.uns)))
 
 
-def lazy(
-    adata: AnnData,
-    *,
-    key: str = "denoised",
-    scale: Scale = "counts",
-    scale_depth: float | None = None,
-) -> dask.array.Array:
+def lazy(adata: AnnData, *, key: str = "denoised", scale: str | Scale = "counts") -> dask.array.Array:
     """Return the denoised matrix as a dask array that is computed from factors where it is read.
 
     As a layer it serves scanpy's own plots on a matrix that would not fit in memory: a plot of two genes computes
@@ -136,19 +129,20 @@ def lazy(
 
     Parameters
     ----------
-    adata, key, scale, scale_depth
+    adata, key, scale
         As in `denoised`.
 
     Returns
     -------
-    Cells x genes, float32, in chunks of a few cells and genes. It keeps the factors of `adata` as they are now.
+    Cells x genes, float32, in chunks of a few cells and genes. It keeps the factors of `adata` as they are now; counts
+    that were mixed in are read where they are.
 
     Raises
     ------
     ImportError
         Without dask: `pip install "sc-noise2self[lazy]"`.
     KeyError, ValueError
-        As `denoised`.
+        As `denoised`, and if there are no factors.
 
     Examples
     --------
@@ -159,36 +153,42 @@ def lazy(
     >>> axes = sc.pl.dotplot(adata, ["CD79A", "NKG7"], "bulk_labels", layer="denoised", show=False)
     """
     require_dask()
-    check_scale(scale, scale_depth)
-    size = sizes(adata, key)
-    depth = sample_depth(scale, scale_depth, size)
+    own_scale, size = as_scale(scale), sizes(adata, key)
+    own_scale = own_scale.settled(size)
     if record(adata, key)["params"]["mix"]:
-        return _lazy(profiles(adata, key), size, scale, depth)
+        return _lazy(profiles(adata, key), size, own_scale)
+    factors = gene_factors(adata, key)
     scores, scales = (as_array(adata.obsm[name]) for name in (key, f"{key}_scale"))
-    return lazy_of(gene_factors(adata, key), scores, scales, size, scale, depth)
+    return _lazy_of(factors, scores, scales, size, own_scale)
 
 
-def lazy_of(
-    of_genes: GeneFactors, scores: Any, scales: Any, size: np.ndarray, scale: Scale, depth: float | None
-) -> dask.array.Array:
-    """Return the denoised matrix as a dask array from factors, which may be dask arrays themselves; see `lazy`."""
+def lazy_layer(result: Result, observed: Chunks | None = None) -> dask.array.Array:
+    """Return the layer of a result as `lazy` does; `observed` is where the counts are that were mixed in."""
+    factors, size = GeneFactors.of(result), result.size
+    scores, scales = factors.of_cells(result)
+    if result.phi is None or result.cell_scale is None or observed is None:
+        return _lazy_of(factors, scores, scales, size, result.scale)
+    combined = factors.profiles(np.asarray(scores), np.asarray(scales), size)
+    return _lazy(MixedProfiles(combined, observed, result.phi, result.cell_scale), size, result.scale)
+
+
+def _lazy_of(factors: GeneFactors, scores: Any, scales: Any, size: np.ndarray, scale: Scale) -> dask.array.Array:
+    """Return the denoised matrix from factors, which may be dask arrays themselves."""
     da = require_dask()
     if not isinstance(scores, da.Array):
-        return _lazy(of_genes.profiles(scores, scales, size), size, scale, depth)
+        return _lazy(factors.profiles(scores, scales, size), size, scale)
 
     def of_block(scores: np.ndarray, scales: np.ndarray, size: np.ndarray) -> np.ndarray:
-        size = size[:, 0]
-        return to_scale(of_genes.profiles(scores, scales, size).counts(), size, scale, depth)
+        return scale.apply(factors.profiles(scores, scales, size[:, 0]).counts(), size[:, 0])
 
     scores, scales = scores.rechunk({1: -1}), scales.rechunk({1: -1})
     column = da.from_array(size[:, None], chunks=(scores.chunks[0], 1))
-    n_genes = (len(of_genes.loadings),)
-    return da.map_blocks(of_block, scores, scales, column, chunks=(scores.chunks[0], n_genes), dtype=np.float32)
+    chunks = (scores.chunks[0], (len(factors.scales),))
+    return da.map_blocks(of_block, scores, scales, column, chunks=chunks, dtype=np.float32)
 
 
-def _lazy(profiles: Profiles, size: np.ndarray, scale: Scale, depth: float | None) -> dask.array.Array:
-    rebuilt = _Rebuilt(profiles, size, scale, depth)
-    meta = np.empty((0, 0), np.float32)
+def _lazy(profiles: Profiles, size: np.ndarray, scale: Scale) -> dask.array.Array:
+    rebuilt, meta = _Rebuilt(profiles, size, scale), np.empty((0, 0), np.float32)
     return require_dask().from_array(rebuilt, chunks=_CHUNKS, name=False, asarray=False, meta=meta)
 
 
@@ -213,12 +213,9 @@ class _Rebuilt:
     dtype = np.dtype(np.float32)
     ndim = 2
 
-    def __init__(self, profiles: Profiles, size: np.ndarray, scale: Scale, depth: float | None) -> None:
+    def __init__(self, profiles: Profiles, size: np.ndarray, scale: Scale) -> None:
         self.shape = profiles.shape
-        self._profiles = profiles
-        self._size = size
-        self._scale: Scale = scale
-        self._depth = depth
+        self._profiles, self._size, self._scale = profiles, size, scale
 
     def __getitem__(self, index: tuple[Any, Any]) -> np.ndarray:
         """Return what NumPy does for an index of cells and one of genes, of which one may be an array."""
@@ -226,5 +223,5 @@ class _Rebuilt:
         if all(each.ndim for each in found) and not any(isinstance(each, slice) for each in index):
             raise IndexError("two arrays were given: index cells first, then genes.")
         rows, columns = (i if isinstance(i, slice) else np.atleast_1d(at) for i, at in zip(index, found, strict=True))
-        values = to_scale(self._profiles.counts(rows, columns), self._size[rows], self._scale, self._depth)
+        values = self._scale.apply(self._profiles.counts(rows, columns), self._size[rows])
         return values.reshape(found[0].shape + found[1].shape)

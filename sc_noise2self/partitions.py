@@ -16,7 +16,7 @@ Any object with a method `folds(data, rng)` that returns a list of `Fold` is a p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Protocol
 
@@ -81,31 +81,35 @@ class Fold:
     share: np.ndarray
     groups: np.ndarray | None = None
     hidden: np.ndarray | None = None
-    cells: np.ndarray | None = None
+    cells: np.ndarray = None  # type: ignore[assignment]  # set below where it is not given
 
     def __post_init__(self) -> None:
         n_cells, n_genes = shape = self.seen.shape
-        wanted = {"held_out": shape, "size": (n_cells,), "share": (n_genes,)}
-        if self.cells is not None:
-            wanted["cells"] = (n_cells,)
+        if self.cells is None:
+            object.__setattr__(self, "cells", np.arange(n_cells))
+        wanted = {"held_out": shape, "size": (n_cells,), "share": (n_genes,), "cells": (n_cells,)}
         for name, needed in wanted.items():
             found = getattr(self, name).shape
             if found != needed:
                 raise ValueError(f"{name} of a Fold has shape {found}: seen has {shape}, so it needs {needed}.")
 
     def of_cells(self, rows: np.ndarray) -> Fold:
-        """Return the fold of some of its cells, given by their rows; the mean profile stays that of all."""
-        parts = {name: getattr(self, name)[rows] for name in ("seen", "held_out", "size")}
+        """Return the fold of some of its cells, by position; the mean profile stays that of all."""
         groups = None if self.groups is None else self.groups[rows]
-        return replace(self, **parts, groups=groups, cells=rows if self.cells is None else self.cells[rows])
+        parts = (self.seen[rows], self.held_out[rows], self.size[rows])
+        return Fold(*parts, self.share, groups, self.hidden, self.cells[rows])
 
     def probabilities(self, profiles: Profiles) -> np.ndarray:
-        """Return the probability that profiles predicted from `seen` give each stored entry of `held_out`, (nnz,)."""
+        """Return the probability that a prediction gave to each stored entry of `held_out`, shape (nnz,)."""
         return held_out_probabilities(profiles, self.held_out)
 
+    def gain_of(self, probabilities: np.ndarray) -> Gain:
+        """Return the held-out gain of a prediction from its probabilities."""
+        return held_out_gain(probabilities, self.held_out, self.share)
+
     def gain(self, profiles: Profiles) -> Gain:
-        """Return the held-out gain of profiles predicted from `seen`; where molecules are split, minus the loss."""
-        return held_out_gain(self.probabilities(profiles), self.held_out, self.share)
+        """Return the held-out gain of a prediction; molecules of all genes are held out."""
+        return self.gain_of(self.probabilities(profiles))
 
     def score(self, predicted: Rows, loss: Loss) -> Score:
         """Return the loss of a prediction, by cell.
@@ -162,9 +166,18 @@ class Fold:
                 yield cells[start : start + step], genes
 
 
-def fold_of(seen: sp.csr_matrix, held_out: sp.csr_matrix, cells: np.ndarray | None = None) -> Fold:
-    """Return the fold in which molecules of any gene are held out, as in a half of a split; raise if none is seen."""
-    return Fold(seen, held_out, row_sums(held_out), _profile(column_sums(seen)), cells=cells)
+def fold_of(
+    seen: sp.csr_matrix,
+    held_out: sp.csr_matrix,
+    cells: np.ndarray | None = None,
+    share: np.ndarray | None = None,
+) -> Fold:
+    """Return the fold in which molecules of any gene are held out, as in a half of a split; raise if none is seen.
+
+    `share` is the mean profile where these are some cells of more; None for that of what is seen.
+    """
+    share = _profile(column_sums(seen)) if share is None else share
+    return Fold(seen, held_out, row_sums(held_out), share, cells=cells)  # type: ignore[arg-type]
 
 
 class Partition(Protocol):

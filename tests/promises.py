@@ -122,8 +122,7 @@ class Result:
     @property
     def on_scale(self) -> dict[str, Any]:
         """What gives the layer's own scale to functions of `get`."""
-        depth = self.record["params"].get("scale_depth")
-        return {"key": self.key, "scale": self.scale, **({} if depth is None else {"scale_depth": float(depth)})}
+        return {"key": self.key, "scale": n2s.scales.SCALES[self.scale](**self.record.get("scale_params", {}))}
 
     @property
     def layer(self) -> np.ndarray:

@@ -120,7 +120,7 @@ def results(adata, **options):
     rank = n2s.select_rank(adata, max_rank=12)
     n2s.denoise(adata, write_layer=False, **options)
     factors = [np.asarray(adata.obsm[key]) for key in ("denoised", "denoised_scale")]
-    return rank, adata.uns["select_rank"]["loss"], adata.uns["denoised"]["gain"], *factors
+    return rank, adata.uns["select_rank"]["table"]["loss"], adata.uns["denoised"]["gain"], *factors
 
 
 @pytest.mark.parametrize("source", [".h5ad", ".zarr", "dask 50", "dask 33", "dask whole", "read_lazy"])

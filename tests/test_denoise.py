@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from helpers import layer_names
 
 import sc_noise2self as n2s
-from sc_noise2self._result import profiles
+from sc_noise2self._read import profiles
 
 SLOTS = ("layers", "obsm", "varm", "obs", "var", "uns", "obsp", "varp")
 
@@ -169,7 +169,7 @@ def test_scales(adata):
         found = n2s.get.denoised(adata, list(adata.var_names), scale=scale)
         np.testing.assert_allclose(found, other.layers["other"], rtol=1e-4, atol=1e-6)
     # What log1p(CP10k) of fresh samples of 200 molecules averages.
-    found = n2s.get.denoised(adata, list(adata.var_names), scale="expected_log1p_cp10k", scale_depth=200).to_numpy()
+    found = n2s.get.denoised(adata, list(adata.var_names), scale=n2s.scales.ExpectedLog1pCP10k(200)).to_numpy()
     rng = np.random.default_rng(0)
     samples = [np.log1p(rng.poisson(rates[:20] * 200) * (1e4 / 200)) for _ in range(2000)]
     error = np.std(samples, axis=0) / np.sqrt(2000)
@@ -311,7 +311,7 @@ def test_select_rank_uses_the_masked_genes_alone(adata):
     found = n2s.select_rank(adata, max_rank=20, mask_var=mask)
     alone = adata[:, mask].copy()
     assert found == n2s.select_rank(alone, max_rank=20)
-    np.testing.assert_array_equal(adata.uns["select_rank"]["loss"], alone.uns["select_rank"]["loss"])
+    np.testing.assert_array_equal(adata.uns["select_rank"]["table"]["loss"], alone.uns["select_rank"]["table"]["loss"])
 
 
 @pytest.mark.parametrize("call", [n2s.denoise, n2s.select_rank])
@@ -364,8 +364,7 @@ def test_refuses_options_and_writes_nothing(adata, call, options, error, message
         (n2s.denoise, {"method": "magic"}, "method is 'magic': pass one of pca, autoencoder, diffusion, knn, ensemble"),
         (n2s.denoise, {"key_added": "a/b"}, "pass a name without '/'"),
         (n2s.denoise, {"scale": "cpm"}, "scale is 'cpm': pass one of counts, rates, log1p_cp10k, expected_log1p"),
-        (n2s.denoise, {"scale_depth": 100}, "scale_depth was given with scale='counts'"),
-        (n2s.denoise, {"scale": "expected_log1p_cp10k", "scale_depth": 0}, "scale_depth is 0"),
+        (n2s.denoise, {"scale": 3}, "scale is 3: pass one of counts, .* or an object such as sc_noise2self.scales"),
         (n2s.denoise, {"layer": False}, "To write none, pass write_layer=False"),
         (n2s.denoise, {"width": 8}, "width was given, but no autoencoder is used"),
         (n2s.denoise, {"loss": "poisson"}, "loss was given, but no autoencoder is used"),

@@ -48,10 +48,16 @@ def test_a_layer_on_another_scale_is_read_as_it_is_or_not_at_all(adata):
     np.testing.assert_array_equal(found, adata.layers["denoised"][:, [3]])
     with pytest.raises(ValueError, match="is on the scale 'log1p_cp10k': pass that scale, or source='factors'"):
         n2s.get.denoised(adata, source="layer")
-    n2s.denoise(adata, scale="expected_log1p_cp10k", scale_depth=500)
-    with pytest.raises(ValueError, match="is on the scale 'expected_log1p_cp10k'"):
-        n2s.get.denoised(adata, scale="expected_log1p_cp10k", scale_depth=600, source="layer")
-    assert n2s.get.denoised(adata, scale="expected_log1p_cp10k", scale_depth=500, source="layer").shape == adata.shape
+    n2s.denoise(adata, scale=n2s.scales.ExpectedLog1pCP10k(depth=500))
+    with pytest.raises(ValueError, match="is on the scale 'expected_log1p_cp10k' of depth 500: pass that scale"):
+        n2s.get.denoised(adata, scale=n2s.scales.ExpectedLog1pCP10k(depth=600), source="layer")
+    assert n2s.get.denoised(adata, scale=n2s.scales.ExpectedLog1pCP10k(500), source="layer").shape == adata.shape
+
+
+@pytest.mark.parametrize("depth", [float("inf"), float("nan"), 0, -1, "deep", True])
+def test_a_depth_that_is_none_is_refused(depth):
+    with pytest.raises(ValueError, match="depth is .*: pass a number of molecules above 0"):
+        n2s.scales.ExpectedLog1pCP10k(depth=depth)
 
 
 def test_a_subset_is_followed(written):

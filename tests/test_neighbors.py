@@ -129,9 +129,9 @@ def test_denoise_chooses_what_is_near_the_best_against_the_truth(truth, counts, 
             steps = {"t": t} if kind == "diffusion" else {}
             best = min(best, divergence(truth, denoiser.predict(counts, **steps)))
     assert found < 1.1 * best
-    record = adata.uns["denoised"]["learned"][kind]
-    assert record["gains"].shape == record["n_neighbors"].shape == record["t"].shape == record["n_pcs"].shape
-    assert record["errors"][np.argmax(record["gains"])] == 0
+    table = adata.uns["denoised"]["learned"][kind]["table"]
+    assert list(table) == ["n_pcs", "n_neighbors", "t", "loss", "error", "gain", "chosen"]
+    assert table["error"][table["gain"].argmax()] == 0
     assert list(adata.uns["denoised"]["members"]["name"]) == [kind]
 
 
@@ -143,7 +143,7 @@ def _divergence(truth, denoised):
 
 def test_parameters_given_are_used_alone(adata):
     n2s.denoise(adata, method="diffusion", neighbors={"n_neighbors": 12, "t": [2, 3], "n_pcs": 6})
-    record = adata.uns["denoised"]["learned"]["diffusion"]
+    record = adata.uns["denoised"]["learned"]["diffusion"]["table"]
     assert set(record["n_neighbors"]) == {12}
     assert set(record["n_pcs"]) == {6}
     assert set(record["t"]) <= {2, 3}

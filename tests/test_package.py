@@ -30,7 +30,7 @@ def test_every_public_name_loads_and_torch_is_not_needed():
     code = """
 import sys, sc_noise2self as n2s
 names = "calibrate datasets denoise denoise_file denoise_with get null_counts partitions pl remove report"
-assert sorted(n2s.__all__) == [*names.split(), "select_rank", "split_molecules"]
+assert sorted(n2s.__all__) == [*names.split(), "scales", "select_rank", "split_molecules"]
 for name in n2s.__all__: getattr(n2s, name)
 assert callable(n2s.denoise) and "torch" not in sys.modules
 """

@@ -116,8 +116,8 @@ def labels(ax):
 def test_loss_of_ranks(written):
     ax, curve = n2s.pl.loss(written), written.uns["select_rank"]
     x, y = ax.lines[0].get_xydata().T
-    np.testing.assert_array_equal(x, curve["ranks"])
-    np.testing.assert_allclose(y, 100 * (curve["loss"] / curve["loss"][0] - 1))
+    np.testing.assert_array_equal(x, curve["table"]["rank"])
+    np.testing.assert_allclose(y, 100 * (curve["table"]["loss"] / curve["table"]["loss"][0] - 1))
     assert x[y.argmin()] == curve["split_rank"]
     assert {f"chosen: {curve['rank']}", "k = 0: one mean profile", "corrected to full depth"} <= set(labels(ax))
     with pytest.raises(KeyError, match="there is no result 'other': run sc_noise2self.select_rank"):
@@ -157,11 +157,13 @@ def test_loss_that_is_no_likelihood_has_no_line_of_the_mean_profile(adata):
 
 
 def test_loss_of_a_walk_is_minus_its_gain(written):
-    ax, learned = n2s.pl.loss(written, key="walk"), written.uns["walk"]["learned"]["diffusion"]
+    ax, table = n2s.pl.loss(written, key="walk"), written.uns["walk"]["learned"]["diffusion"]["table"]
     drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in ax.lines])
-    assert set(np.round(-learned["gains"], 6)) <= set(np.round(drawn, 6))
-    best = learned["gains"].argmax()
-    assert any(f"n_neighbors {learned['n_neighbors'][best]}" in label for label in labels(ax) if "chosen" in label)
+    assert set(np.round(-table["gain"], 6)) <= set(np.round(drawn, 6))
+    best = table["gain"].argmax()
+    assert table["chosen"][best]
+    assert table["chosen"].sum() == 1
+    assert any(f"n_neighbors {table['n_neighbors'][best]}" in label for label in labels(ax) if "chosen" in label)
 
 
 def test_loss_of_a_member_of_an_ensemble(adata):

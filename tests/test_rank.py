@@ -165,7 +165,7 @@ def test_the_default_rank_fits_what_components_are_learned_from(protocol):
         warnings.simplefilter("ignore", UserWarning)  # of the edge: so few genes have few ranks
         n2s.select_rank(adata, protocol=protocol)
     largest = {"loo": 15, "mcv": 15, "noise2self": 14, "bcv": 7}[protocol]
-    assert adata.uns["select_rank"]["ranks"][-1] == largest
+    assert adata.uns["select_rank"]["table"]["rank"].iloc[-1] == largest
     with pytest.raises(ValueError, match=f"max_rank is 19: .* have at most {largest} components"):
         n2s.select_rank(adata, protocol=protocol, max_rank=19)
 

@@ -6,7 +6,7 @@ import pytest
 import scipy.sparse as sp
 
 import sc_noise2self as n2s
-from sc_noise2self._result import clear_gains
+from sc_noise2self._read import clear_gains
 
 
 def half_constant(n_cells, n_genes, seed):

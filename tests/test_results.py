@@ -390,7 +390,7 @@ def outcome(adata):
 
     def comparable(value):
         if isinstance(value, pd.DataFrame):
-            return value.drop(columns="seconds").to_csv()
+            return value.drop(columns="seconds", errors="ignore").to_csv()
         if isinstance(value, dict):
             return {name: comparable(each) for name, each in value.items()}
         return repr(value) if np.ndim(value) == 0 else np.asarray(value).tobytes()

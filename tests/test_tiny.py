@@ -186,10 +186,6 @@ def test_threads_that_call_at_once_get_the_bytes_of_one_alone(simulated, method)
         ({"method": "ensemble", "members": ()}, ValueError, r"members is \(\): pass some of pca"),
         ({"mask_var": [[True], [True, False]]}, ValueError, "pass booleans, one for each of 120 genes"),
         ({"mask_var": 5}, ValueError, "pass booleans, one for each of 120 genes"),
-        *(
-            ({"scale": "expected_log1p_cp10k", "scale_depth": depth}, ValueError, "scale_depth is .*: pass a number")
-            for depth in (float("inf"), float("nan"), 0, "deep", True)
-        ),
     ],
 )
 def test_arguments_of_a_wrong_kind_are_refused_in_a_sentence(adata, options, error, message):

@@ -63,7 +63,7 @@ def test_writes_what_every_method_writes(tmp_path):
     assert record["gain"] > 5 * record["gain_error"]
     assert list(record["members"]["setting"]) == ["width 16"]
     learned = record["learned"]["autoencoder"]
-    assert list(learned["widths"]) == [16]
+    assert list(learned["table"]["width"]) == [16]
     assert len(learned["epoch_losses"]) == 40
     assert learned["checked_gains"][-1] > learned["checked_gains"][0]
     rebuilt = n2s.get.denoised(adata, list(adata.var_names)).to_numpy()
@@ -97,8 +97,9 @@ def test_the_width_is_chosen_and_recorded():
     adata = cells(300, 0)
     n2s.denoise(adata, **{**OPTIONS, "width": [16, 1]})
     learned = adata.uns["denoised"]["learned"]["autoencoder"]
-    assert list(learned["widths"]) == [16, 1]
-    assert learned["gains"][0] > learned["gains"][1] + learned["errors"][1]
+    table = learned["table"]
+    assert list(table["width"]) == [16, 1]
+    assert table["gain"][0] > table["gain"][1] + table["error"][1]
     assert list(adata.uns["denoised"]["members"]["rank"]) == [16]
     ax = n2s.pl.loss(adata, key="denoised", show=False)
     assert ax.get_xlabel() == "width"

@@ -11,7 +11,7 @@ PyTorch is imported when it is used, not before.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -26,6 +26,7 @@ from .._checks import as_positive, check_name, check_number, check_one_of
 from .._compare import Comparison
 from .._counts import column_sums, row_sums
 from .._loss import Gain
+from .._model import LINKS
 from .._threads import in_threads
 from .._transform import Link
 from ..partitions import Fold, fold_of
@@ -64,17 +65,6 @@ _PREDICTED = 1024  # cells predicted at a time
 _SEEDS_DIFFER = 0.01  # of the gain: two runs that differ by their seed alone differ by as much
 _SCALED_CELLS = 20_000  # that the scales of genes are learned from, at most
 _LEAST_SPREAD = 0.01  # of the first score, in lengths of the mean cell
-_SAVED_OPTIONS = (
-    "loss",
-    "n_components",
-    "n_hidden",
-    "dropout",
-    "learning_rate",
-    "invariance",
-    "prior_scale",
-    "n_epochs",
-    "batch_size",
-)
 _TRAINING = Lock()  # its random numbers are those of the process
 # Whose rate, scaled and added over genes, is far from float32's end; log rates may have any level that it resolves.
 _LARGEST_OUTPUT: dict[Link, float] = {"exp": 1e4, "log1p": 60.0, "sqrt": 1e12, "none": 1e12}
@@ -87,8 +77,8 @@ class Autoencoder(Method):
     Parameters
     ----------
     width
-        Width of the bottleneck, or several to compare, from the widest to the first whose gain on molecules set aside is
-        below the best by more than one paired standard error and more than 1 %; the narrowest that is not is taken.
+        Width of the bottleneck, or several to compare, from the widest to the first whose gain on molecules set aside
+        is below the best by more than one paired standard error and more than 1 %; the narrowest that is not is taken.
     loss
         Loss of training: `"multinomial"`, nats per held-out molecule; `"poisson"`; `"negative_binomial"`, with a
         dispersion per gene; `"masked_multinomial"`, genes hidden instead of molecules (Noise2Self, Noise2Void);
@@ -179,7 +169,9 @@ class Autoencoder(Method):
         if self.batch_key is not None and len(counts.columns[self.batch_key].cat.categories) < 2:
             raise ValueError(f"adata.obs[{self.batch_key!r}] has one batch: leave batch_key out.")
         n_genes = counts.chunks.shape[1]
-        width = bounded_values("width", self.width, n_genes, f"{n_genes} genes", is_default=self.width == type(self).width)
+        width = bounded_values(
+            "width", self.width, n_genes, f"{n_genes} genes", is_default=self.width == type(self).width
+        )
         return replace(self, width=width, n_components=n_components_of(self.n_components, counts))
 
     def learners(self, counts: Counts) -> Sequence[Learner]:
@@ -257,10 +249,13 @@ class _AutoencoderLearner(Learner):
 
     def learned(self, setting: Any) -> Learned:
         """See `Learner`."""
-        assert self._fitted is not None and self._choice is not None
-        history = self._fitted.history
+        assert self._fitted is not None
+        assert self._choice is not None
+        history, compared = self._fitted.history, self._choice.comparison
         values = {
-            "table": self._choice.comparison.table("one_standard_error", _SEEDS_DIFFER, last=True, gain=True),
+            "table": compared.table("one_standard_error", _SEEDS_DIFFER, last=True, gain=True).drop(
+                columns=["seconds", "failure"]
+            ),
             "epoch_losses": np.array(history.losses),
             "checked_epochs": np.array(history.checked),
             "checked_gains": np.array(history.gains),
@@ -291,28 +286,32 @@ class AutoencoderModel:
 
     Attributes
     ----------
-    options
-        Options that it was fitted with.
     network
         The `Network`.
+    loss
+        Loss that it was trained by, which says how its output becomes rates, see `link`.
     width
         Width of its bottleneck.
-    link, depth
-        How its output becomes rates, see `sc_noise2self._transform.rates`, and the depth of a square root.
+    depth
+        Depth of a square root.
     gene_share, gene_scale
         The share of all molecules that each gene has, and what the output must be multiplied by to give it that share,
         shape (genes,); 1 for a likelihood, which learns it.
     """
 
-    options: Autoencoder
     network: Network
+    loss: LossName
     width: int
-    link: Link
     depth: float
     gene_share: np.ndarray
     gene_scale: np.ndarray
 
     name: ClassVar[str] = "autoencoder"
+
+    @property
+    def link(self) -> Link:
+        """From the output to rates."""
+        return LINKS[self.loss]
 
     def learned(self) -> Learned:
         """Return what is worth writing down."""
@@ -323,8 +322,7 @@ class AutoencoderModel:
         """Return what a model file keeps of it."""
         from .._model import State
 
-        kept = {name: getattr(self.options, name) for name in _SAVED_OPTIONS}
-        values = kept | {"n_batches": self.network.n_batches, "width": self.width, "link": self.link, "depth": self.depth}
+        values = {"loss": self.loss, "width": self.width, "n_batches": self.network.n_batches, "depth": self.depth}
         arrays = {"gene_share": self.gene_share, "gene_scale": self.gene_scale} | self.network.arrays()
         return State(self.name, values, arrays)
 
@@ -336,10 +334,9 @@ class AutoencoderModel:
         from ._training import choose_device
 
         values, arrays = state.values, dict(state.arrays)
-        options = Autoencoder(**{name: values[name] for name in _SAVED_OPTIONS}, device=device)
         of_genes = [arrays.pop(name) for name in ("gene_share", "gene_scale")]
         network = Network.from_arrays(arrays).to(choose_device(device))
-        return cls(options, network, values["width"], values["link"], values["depth"], *of_genes)
+        return cls(network, values["loss"], values["width"], values["depth"], *of_genes)
 
     def predict(self, counts: sp.csr_matrix, codes: np.ndarray | None = None) -> LowRankProfiles:
         """Return the denoised profiles of cells, of those fitted or of others; genes keep the scale of the fit.
@@ -468,7 +465,7 @@ def _fit(options: Autoencoder, widths: Sequence[int], data: _TrainingData, rng: 
     share = data.totals / data.totals.sum()
     ones = np.ones(counts.shape[1], np.float32)
     width = comparison.parameters(best)["width"]
-    model = AutoencoderModel(options, networks[best], width, loss.link, loss.depth, share, ones)
+    model = AutoencoderModel(networks[best], options.loss, width, loss.depth, share, ones)
     if model.link != "exp":
         model = replace(model, gene_scale=_learned_gene_scale(model, counts, data.codes_here, rng))
     return _Training(model, comparison, histories[best])
@@ -499,24 +496,22 @@ def _trained(
 ) -> tuple[Network, History]:
     """Return a network of this width in its best state, and how it came there."""
     from ._network import Network
-    from ._training import train
+    from ._training import Schedule, train
 
     n_hidden = options.n_hidden or max(64, 2 * width)
     n_batches = 0 if data.codes is None else int(data.codes.max()) + 1
     network = Network(scores, width, n_hidden, loss.start, n_batches, options.dropout)
     n_checked = max(2, _CHECKED_ENTRIES // data.counts.shape[1])
-    history = train(
-        network.to(on_device.device),
-        copy.deepcopy(loss).to(on_device.device),
-        on_device,
-        rng,
-        check=partial(validation.gain, network, loss, n_checked),
-        name=f"autoencoder, width {width}",
-        n_epochs=options.n_epochs or int(np.clip(_CELLS_SHOWN // data.n_cells, _LEAST_EPOCHS, _MOST_EPOCHS)),
-        batch_size=batch_size,
-        learning_rate=options.learning_rate,
-        prior_scale=options.prior_scale,
+    schedule = Schedule(
+        f"autoencoder, width {width}",
+        options.n_epochs or int(np.clip(_CELLS_SHOWN // data.n_cells, _LEAST_EPOCHS, _MOST_EPOCHS)),
+        batch_size,
+        options.learning_rate,
+        options.prior_scale,
     )
+    check = partial(validation.gain, network, loss, n_checked)
+    device = on_device.device
+    history = train(network.to(device), copy.deepcopy(loss).to(device), on_device, rng, check, schedule)
     return network, history
 
 
@@ -634,5 +629,3 @@ def _check_output(link: Link, factors: np.ndarray, loadings: np.ndarray) -> None
                 f"the autoencoder's output for these cells reaches {found:.3g}, and {most:g} is the most that can "
                 "become a rate: its weights, or these counts, are out of range."
             )
-
-

@@ -91,6 +91,10 @@ class Method(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} is fitted by its learners.")
 
+    def replaced(self, **options: Any) -> Self:
+        """Return the method with other options."""
+        return replace(self, **options)  # type: ignore[type-var]  # methods are dataclasses
+
     def described(self, setting: Any) -> str:
         """Return the method as it is set, in words, for the report."""
         return f"{self.title}{f' ({setting})' if str(setting) else ''}"
@@ -138,7 +142,7 @@ class Learner(ABC):
     def settings(self) -> Sequence[Any]:
         """The ways to set it, each a word or two as a string; learners are compared at the first, then tuned."""
 
-    def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:
+    def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:  # noqa: B027
         """Settle what is chosen by molecules that the learner sets aside itself, if anything is.
 
         `cells` says which of all these are, shape (cells,).
@@ -148,16 +152,16 @@ class Learner(ABC):
     def learn(self, half: Fold, rng: np.random.Generator) -> None:
         """Learn from `half.seen`, and, per fold of cells, what `half.held_out` says of the settings."""
 
-    def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
+    def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:  # noqa: B027
         """Learn the halves again from all cells, where `learn` saw some of them and all would tell more.
 
         `keys` are those of the splits that the halves are of.
         """
 
-    def forget(self) -> None:
+    def forget(self) -> None:  # noqa: B027
         """Let go of what was learned from halves, where the learner was not chosen."""
 
-    def settle(self, setting: Any, sample: Sample) -> None:
+    def settle(self, setting: Any, sample: Sample) -> None:  # noqa: B027
         """Learn what predictions in this setting share among all cells that will be measured, where they share any."""
 
     @abstractmethod
@@ -320,12 +324,12 @@ class TrialLearner(Learner):
             counts, cells = counts[some], cells[some]
         fold = nine_tenths(counts, rng, cells)
         self.compare(fold, rng)
-        self.method = replace(self.method, **self._comparison.parameters(self._comparison.best()))
+        self.method = self.method.replaced(**self._comparison.parameters(self._comparison.best()))
 
     def compare(self, fold: Fold, rng: np.random.Generator) -> None:
         """Score every combination of the options that have several values."""
         for options in combinations(self.method):
-            method = replace(self.method, **options)
+            method = self.method.replaced(**options)
             profiles = method.denoise_counts(self._counts.part(fold.seen, fold.cells), rng)
             self._comparison.add(options, -fold.gain(profiles))
 
@@ -348,7 +352,11 @@ class TrialLearner(Learner):
 
     def learned(self, setting: Any) -> Learned:
         """See `Learner`."""
-        values = {"table": self._comparison.table(gain=True)} if len(self._comparison) else {}
+        values = (
+            {"table": self._comparison.table(gain=True).drop(columns=["seconds", "failure"])}
+            if len(self._comparison)
+            else {}
+        )
         rank = int(getattr(self.method, "n_pcs", 0) or 0)
         return Learned(self.method.title, self.method.described(setting), rank, values)
 
@@ -364,7 +372,7 @@ def nine_tenths(counts: sp.csr_matrix, rng: np.random.Generator, cells: np.ndarr
 def set_aside(
     counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator
 ) -> tuple[sp.csr_matrix, sp.csr_matrix]:
-    """Return the counts less a tenth of the molecules of these cells, and that tenth, CSR of shape (these cells, genes).
+    """Return the counts less a tenth of the molecules of these cells, and that tenth, CSR of shape (cells, genes).
 
     Cells that would lose all their molecules keep them all. The first shares its indices with `counts`, so zeros may
     be stored.

@@ -241,7 +241,9 @@ def _without_vectors(
         genes = np.ones(len(total), bool) if used is None else used
         none = np.zeros((len(total), 0), np.float32)
         learned.append(
-            Components(own, weights.astype(np.float32), genes, weights * mean / square, none, none[0], total / total.sum())
+            Components(
+                own, weights.astype(np.float32), genes, weights * mean / square, none, none[0], total / total.sum()
+            )
         )
         mean_rows.append((weights * mean / square**0.5)[genes])
     return learned, mean_rows

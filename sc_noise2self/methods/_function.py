@@ -19,13 +19,14 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
+from .._blocks import Counts
 from .._checks import check_one_of
 from .._compare import Parameters, describe
 from .._counts import column_sums, row_sums
 from .._transform import Transform, TransformName, rates
 from ..partitions import LazyRows, Rows, as_numbers
-from ._base import About, Method
-from ._profiles import Index, Profiles
+from ._base import Method
+from ._profiles import Index, Profiles, TableProfiles
 
 _NEGATIVE = 0.1  # share of all that is negative, above which values are no expected counts
 _LARGEST = 1e30  # value whose sums are still numbers in single precision
@@ -62,6 +63,8 @@ class Function(Method):
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     name: ClassVar[str] = "function"
+    title: ClassVar[str] = "a function"
+    has_factors: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if isinstance(self.function, type):
@@ -102,28 +105,22 @@ class Function(Method):
             groups.setdefault(key, []).append(i)
         return list(groups.values())
 
-    def on(self, values: sp.csr_matrix | np.ndarray, about: About) -> Predictor:
+    def on(self, values: sp.csr_matrix | np.ndarray, about: Counts | None) -> Predictor:
         """Return what gives checked, non-negative rows for each candidate of a group; of an array, a checked array."""
         if isinstance(values, np.ndarray):
             return partial(self._of_array, values)
+        assert about is not None  # counts of cells and genes
         return _Fit(self, values, about) if self.is_estimator else partial(self._of_counts, values, about)
 
-    def rows(self, counts: sp.csr_matrix, cell_names: pd.Index, gene_names: pd.Index) -> Rows:
-        """Return expected counts of the cells in rows, non-negative and finite, each cell's on a scale of its own.
-
-        Parameters
-        ----------
-        counts
-            CSR of shape (cells, genes).
-        cell_names, gene_names
-            Names that an AnnData object is given, and that a table that is returned must have.
-        """
-        self.groups([{}])
-        return self.on(counts, About(cell_names, gene_names))({})
-
-    def denoise_counts(self, counts: sp.csr_matrix, about: About, rng: np.random.Generator) -> Profiles:
+    def denoise_counts(self, counts: Counts, rng: np.random.Generator) -> TableProfiles:
         """See `Method`; its own randomness is its own affair."""
-        return OwnDepth(self.rows(counts, about.cell_names, about.gene_names), counts)
+        self.groups([{}])
+        rows = self.on(counts.in_memory(), counts)({})
+        return TableProfiles.of(rows, counts.size, counts.totals / counts.totals.sum()).scaled()
+
+    def described(self, setting: Any) -> str:
+        """See `Method`."""
+        return f"the function {self.label}"
 
     def _check_signature(self, candidates: Sequence[Parameters]) -> None:
         try:
@@ -152,7 +149,7 @@ class Function(Method):
             {name: value for name, value in parameters.items() if name in of_predict},
         )
 
-    def _of_counts(self, counts: sp.csr_matrix, about: About, parameters: Parameters) -> Rows:
+    def _of_counts(self, counts: sp.csr_matrix, about: Counts, parameters: Parameters) -> Rows:
         size, given = row_sums(counts), counts.copy()
         transform = None
         if self.transform != "none":
@@ -194,7 +191,7 @@ class Function(Method):
 class _Fit:
     """An estimator that is fitted when the first prediction is asked for, and serves every one of its group."""
 
-    def __init__(self, function: Function, counts: sp.csr_matrix, about: About) -> None:
+    def __init__(self, function: Function, counts: sp.csr_matrix, about: Counts) -> None:
         self._function, self._counts, self._about = function, counts, about
         self._fitted: Any = None
 
@@ -232,6 +229,10 @@ class OwnDepth(Profiles):
         """(cells, genes)."""
         return self.observed.shape
 
+    def of_cells(self, cells: np.ndarray) -> OwnDepth:
+        """Return those of some cells."""
+        return OwnDepth(LazyRows(lambda rows: self.expected[cells[rows]]), self.observed[cells])
+
     def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
         """Return expected counts, dense float32 of shape (cells asked, genes asked)."""
         cells = np.arange(self.shape[0])[cells]
@@ -244,7 +245,7 @@ class OwnDepth(Profiles):
         return out[:, genes]
 
 
-def checked_rows(out: Any, name: str, about: About) -> Rows:
+def checked_rows(out: Any, name: str, about: Counts) -> Rows:
     """Return the rows of what a denoiser of this name returned, below 0 as 0; raise if they are no expected counts."""
     shape = len(about.cell_names), len(about.gene_names)
     if isinstance(out, AnnData):
@@ -282,7 +283,7 @@ def _takes_anndata(function: Any) -> bool:
         return False
 
 
-def _check_names(cells: pd.Index, genes: pd.Index, name: str, about: About) -> None:
+def _check_names(cells: pd.Index, genes: pd.Index, name: str, about: Counts) -> None:
     for what, found, wanted in (("cells", cells, about.cell_names), ("genes", genes, about.gene_names)):
         if isinstance(found, pd.RangeIndex):  # a table without names
             continue

@@ -77,7 +77,7 @@ class _Neighbors(Method):
     ) -> LowRankProfiles:
         """See `Method`; `n_rounds` is that of `ScaledProfiles.scaled`."""
         components, coordinates = self.coordinates(counts, N_PASSES, rng)
-        distances, neighbors = nearest(coordinates[:, : self.n_pcs], self.n_neighbors, rng)  # type: ignore[arg-type, misc]
+        distances, neighbors = nearest(coordinates[:, : self.n_pcs], self.n_neighbors, rng)  # type: ignore[arg-type]
         walk = self.walk(distances, neighbors, counts.size)
         moved = walked(walk, coordinates, self.steps[0])
         return components.profiles(moved, counts.size).scaled(n_rounds)
@@ -86,9 +86,7 @@ class _Neighbors(Method):
         """Return the components and the coordinates of all cells on them, shape (cells, k)."""
         assert self.n_components is not None  # checked
         n_components = min(self.n_components, counts.chunks.shape[0] - 1)
-        (components,) = learn_components(
-            counts.chunks, "log1p", n_components, rng, n_passes=n_passes, used=counts.used
-        )
+        (components,) = learn_components(counts.chunks, "log1p", n_components, rng, n_passes=n_passes, used=counts.used)
 
         def of_block(block: Block) -> Partial:
             return Partial(rows=(components.coordinates(block.counts),))
@@ -117,7 +115,7 @@ class KNN(_Neighbors):
 
     def walk(self, distances: np.ndarray, neighbors: np.ndarray, size: np.ndarray) -> sp.csr_matrix:
         """Return the weights of the average, each neighbour weighing its molecules."""
-        kept = neighbors[:, : self.n_neighbors]  # type: ignore[misc]
+        kept = neighbors[:, : self.n_neighbors]
         return _walk(np.ones(kept.shape), kept, size)
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._blocks import Survey
+from .._blocks import Counts as AllCounts
 
 _FEW = 4  # molecules dealt one by one, which is faster than binomial draws
 
@@ -162,7 +162,7 @@ class StreamedCounts:
 
     Parameters
     ----------
-    survey
+    counts
         The counts.
     batch
         As in `Counts`.
@@ -174,15 +174,15 @@ class StreamedCounts:
 
     def __init__(
         self,
-        survey: Survey,
+        counts: AllCounts,
         batch: np.ndarray | None,
         device: torch.device,
         instead: tuple[np.ndarray, sp.csr_matrix],
     ) -> None:
         self.device = device
-        self.n_trained = int((survey.size > 0).sum())
-        self.n_molecules = float(survey.totals.sum())
-        self._chunks, self._batch = survey.chunks, batch
+        self.n_trained = int((counts.size > 0).sum())
+        self.n_molecules = float(counts.totals.sum())
+        self._chunks, self._batch = counts.chunks, batch
         self._instead = instead
 
     def n_batches(self, batch_size: int) -> int:
@@ -211,7 +211,7 @@ class PrincipalScores(nn.Module):
     components
         V, shape (genes, k); 0 for genes that do not determine the scores.
     gene_weights
-        Of `PCADenoiser`, shape (genes,).
+        Weights of genes of `Components`, shape (genes,).
     center
         Scores of the mean profile, shape (k,).
     depth

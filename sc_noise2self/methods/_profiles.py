@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self, cast
+from typing import Protocol, Self, cast
 
 import numpy as np
 import scipy.sparse as sp
@@ -361,7 +361,7 @@ class MixedProfiles(Profiles):
     profiles
         The denoiser's expected counts m.
     observed
-        The counts x of shape (cells, genes): CSR, or what returns rows of it for the numbers of cells.
+        The counts x, CSR of shape (cells, genes), or where they are, of which the cells and genes asked are read.
     phi
         Squared coefficient of variation of each gene's rate around m, shape (genes,).
     cell_scale
@@ -369,7 +369,7 @@ class MixedProfiles(Profiles):
     """
 
     profiles: Profiles
-    observed: Any
+    observed: sp.csr_matrix | Chunks
     phi: np.ndarray
     cell_scale: np.ndarray
 
@@ -381,17 +381,18 @@ class MixedProfiles(Profiles):
     def of_cells(self, cells: np.ndarray) -> MixedProfiles:
         """Return the profiles of some cells, as they are here."""
         own = {"profiles": self.profiles.of_cells(cells), "cell_scale": self.cell_scale[cells]}
-        return replace(self, observed=self.observed[cells], **own)
+        observed = self.observed.part(cells) if isinstance(self.observed, Chunks) else self.observed[cells]
+        return replace(self, observed=observed, **own)
 
     def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
         """Return m (1 + phi x) / (1 + phi m), dense float32 of shape (cells asked, genes asked)."""
         out = self.profiles.counts(cells, genes)
         phi = self.phi[genes].astype(np.float32)
         out /= 1 + phi * out
-        observed = sp.csr_matrix(self.observed[cells])
-        if not isinstance(genes, slice) or genes != slice(None):
-            observed = observed[:, genes]
-        observed = observed.tocoo()
+        if isinstance(self.observed, Chunks):
+            observed = self.observed.part(cells, genes).tocoo()
+        else:
+            observed = sp.coo_matrix(self.observed[cells][:, genes])
         out[observed.row, observed.col] *= 1 + phi[observed.col] * observed.data
         out *= self.cell_scale[cells][:, None]
         return out

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .._loss import Gain
-from .._warnings import caveat
+from .._progress import progress_bar
+from .._warnings import warn
 from ._network import Counts, Network, StreamedCounts
 from ._network_losses import Loss
 
@@ -40,18 +41,24 @@ class History:
     gains: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How long and in which steps a network is trained, as in `Autoencoder`; `name` is what it is called meanwhile."""
+
+    name: str
+    n_epochs: int
+    batch_size: int
+    learning_rate: float
+    prior_scale: float
+
+
 def train(
     network: Network,
     loss: Loss,
     counts: Counts | StreamedCounts,
     rng: np.random.Generator,
-    *,
     check: Callable[[], Gain],
-    on_check: Callable[[int, float], object],
-    n_epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    prior_scale: float,
+    schedule: Schedule,
 ) -> History:
     """Train in place, and leave network and loss in the state with the best check.
 
@@ -63,61 +70,76 @@ def train(
         Source of the order of the cells.
     check
         Function that returns the gain on validation molecules.
-    on_check
-        Function that is called with (epoch, gain) after each check.
-    n_epochs, batch_size, learning_rate, prior_scale
-        As in `Autoencoder`.
 
     Raises
     ------
     FloatingPointError
         If the loss is not finite before the first check.
     """
-    network_and_loss = torch.nn.ModuleList([network, loss])
-    optimizer = torch.optim.Adam(_parameter_groups(network, loss, counts, prior_scale), lr=learning_rate, fused=True)
-    n_steps = n_epochs * counts.n_batches(batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
-    bfloat16 = computes_in_bfloat16(counts.device)
+    parts = torch.nn.ModuleList([network, loss])
+    groups = _parameter_groups(network, loss, counts, schedule.prior_scale)
+    optimizer = torch.optim.Adam(groups, lr=schedule.learning_rate, fused=True)
+    n_steps = schedule.n_epochs * counts.n_batches(schedule.batch_size)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
     history = History()
     best: dict[str, Tensor] = {}
-    for epoch in range(1, n_epochs + 1):
-        network_and_loss.train()
-        total = torch.zeros((), device=counts.device)
-        for batch in counts.batches(rng, batch_size):
-            with torch.autocast(counts.device.type, dtype=torch.bfloat16, enabled=bfloat16):
-                batch_loss = loss(network, batch)
-            optimizer.zero_grad()
-            batch_loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += batch_loss.detach() * len(batch.starts)
-        mean = float(total) / counts.n_trained
-        if not math.isfinite(mean):
-            message = (
-                f"the loss was {mean} in epoch {epoch} of {n_epochs}: the learning rate, {learning_rate:g}, is likely "
-                "too large."
-            )
-            if not best:
-                raise FloatingPointError(f"{message} Pass a smaller learning_rate.")
-            caveat(
-                f"{message} The state after epoch {history.checked[int(np.argmax(history.gains))]} is kept.",
-                stacklevel=2,
-            )
-            break
-        history.losses.append(mean)
-        if epoch % max(1, n_epochs // _CHECKS) == 0 or epoch == n_epochs:
-            network_and_loss.eval()
+    with progress_bar(schedule.name, schedule.n_epochs) as bar:
+        for epoch in range(1, schedule.n_epochs + 1):
+            mean = _epoch(parts, counts, rng, schedule.batch_size, optimizer, cosine)
+            bar.update()
+            if not math.isfinite(mean):
+                _stop_at(mean, epoch, schedule, history)
+                break
+            history.losses.append(mean)
+            if epoch % max(1, schedule.n_epochs // _CHECKS) and epoch != schedule.n_epochs:
+                continue
+            parts.eval()
             gain = check().mean
             if not history.gains or gain > max(history.gains):
-                best = copy.deepcopy(network_and_loss.state_dict())
+                best = copy.deepcopy(parts.state_dict())
             history.checked.append(epoch)
             history.gains.append(gain)
-            on_check(epoch, gain)
+            bar.set_postfix_str(f"gain {gain:.4f}")
             if int(np.argmax(history.gains)) < len(history.gains) - _PATIENCE:
                 break
-    network_and_loss.load_state_dict(best)
-    network_and_loss.eval()
+    parts.load_state_dict(best)
+    parts.eval()
     return history
+
+
+def _epoch(
+    parts: torch.nn.ModuleList,
+    counts: Counts | StreamedCounts,
+    rng: np.random.Generator,
+    batch_size: int,
+    optimizer: torch.optim.Optimizer,
+    cosine: torch.optim.lr_scheduler.LRScheduler,
+) -> float:
+    """Show every cell once, and return the mean loss."""
+    network, loss = parts
+    parts.train()
+    bfloat16 = computes_in_bfloat16(counts.device)
+    total = torch.zeros((), device=counts.device)
+    for batch in counts.batches(rng, batch_size):
+        with torch.autocast(counts.device.type, dtype=torch.bfloat16, enabled=bfloat16):
+            batch_loss = loss(network, batch)
+        optimizer.zero_grad()
+        batch_loss.backward()
+        optimizer.step()
+        cosine.step()
+        total += batch_loss.detach() * len(batch.starts)
+    return float(total) / counts.n_trained
+
+
+def _stop_at(mean: float, epoch: int, schedule: Schedule, history: History) -> None:
+    """Say that the loss is not finite; raise if there is no state to keep."""
+    message = (
+        f"the loss was {mean} in epoch {epoch} of {schedule.n_epochs}: the learning rate, {schedule.learning_rate:g}, "
+        "is likely too large."
+    )
+    if not history.gains:
+        raise FloatingPointError(f"{message} Pass a smaller learning_rate.")
+    warn(f"{message} The state after epoch {history.checked[int(np.argmax(history.gains))]} is kept.")
 
 
 def choose_device(name: str) -> torch.device:

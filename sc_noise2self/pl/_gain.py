@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import Bbox
 
-from .._result import clear_gains, gains_of_genes, positions
+from .._read import clear_gains, gains_of_genes, positions
 from ._style import BLUE, GREY, RED, finish, new_axes
 
 

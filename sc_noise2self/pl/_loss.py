@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,6 @@ from ._style import COLORS, GREY, MARKERS, finish, new_axes
 
 _MANY_LINES = 6
 _RANKS = "principal components"
-_MEAN = "one mean profile"
-_NATS = "loss (nats per held-out molecule)"
 
 
 def loss(
@@ -34,11 +32,12 @@ def loss(
     Parameters
     ----------
     adata
-        Object that `sc_noise2self.select_rank` or `calibrate` wrote to, or `denoise` with an autoencoder or neighbours.
+        Object that `sc_noise2self.select_rank` or `calibrate` wrote to, or `denoise` with a method that compares
+        settings, such as widths of an autoencoder or numbers of neighbours.
     key
         Its `key_added`; several are overlaid.
     member
-        Of an ensemble: `"autoencoder"`, `"diffusion"` or `"knn"`; None takes the first that has a curve.
+        Name of a member of an ensemble, e.g. `"diffusion"`; None takes the first that has a curve.
     ax
         Axes to draw on.
     show
@@ -86,15 +85,13 @@ class _Run:
     ----------
     table
         A row for each candidate: `x` (where it stands on the axis), `line` (the values of the other parameters),
-        `loss`, `error`, `chosen`.
+        `loss`, `error`, `chosen`, and `full_depth_loss` where there is one.
     x, unit
         What the axes are called.
     zero
         What the line at 0 is called; None where 0 is nothing that a candidate should be compared with.
     choice
         What was chosen, in words.
-    corrected
-        Loss at full depth by `x`, where there is one.
     ticks
         Names of the positions 0, 1, ..., where `x` is not a number.
     """
@@ -104,7 +101,6 @@ class _Run:
     unit: str
     zero: str | None
     choice: str
-    corrected: np.ndarray | None = None
     ticks: tuple[str, ...] | None = None
 
     @property
@@ -114,7 +110,8 @@ class _Run:
 
 
 def _run(adata: AnnData, key: str, member: str | None) -> _Run:
-    if kind_of(adata, key) is None:
+    kind = kind_of(adata, key)
+    if kind is None:
         raise KeyError(
             f"there is no result {key!r}: run sc_noise2self.select_rank, calibrate or denoise to {key!r}, or pass key: "
             f"the results in adata are {results_in(adata)}."
@@ -123,55 +120,34 @@ def _run(adata: AnnData, key: str, member: str | None) -> _Run:
     learned = written.get("learned", {})
     if member is not None and member not in learned:
         raise KeyError(f"result {key!r} has no member {member!r}: it has {', '.join(learned) or 'none'}.")
-    if "ranks" in written:
-        return _ranks(written)
-    if "table" in written:
-        return _calibration(written["table"], written["loss"])
-    for name in [member] if member else learned:
-        if "gains" in learned[name]:
-            return _settings(name, learned[name], written)
-    raise KeyError(
-        f"result {key!r} has no curve: it is that of select_rank, of calibrate, or of denoise with an autoencoder or "
-        "neighbours. sc_noise2self.pl.spectrum shows what the components of a PCA are worth."
-    )
+    if kind == "select_rank":
+        return _of_ranks(written)
+    found = [written] if "table" in written else [learned[name] for name in ([member] if member else learned)]
+    table = next((each["table"] for each in found if "table" in each), None)
+    if table is None:
+        raise KeyError(
+            f"result {key!r} has no curve: it is that of select_rank, of calibrate, or of denoise with a method that "
+            "compares settings. sc_noise2self.pl.spectrum shows what the components of a PCA are worth."
+        )
+    if written.get("loss", "poisson") != "poisson":
+        return _of_table(table, f"loss ({written['loss']})", None)
+    return _of_table(table, "loss (nats per held-out molecule)", "one mean profile")
 
 
-def _ranks(written: Mapping[str, Any]) -> _Run:
-    zero = written["loss"][0]
-    table = pd.DataFrame(
-        {
-            "x": written["ranks"],
-            "line": "",
-            "loss": 100 * (written["loss"] / zero - 1),
-            "error": 100 * written["error"] / zero,
-            "chosen": np.asarray(written["ranks"]) == written["rank"],
-        }
-    )
-    full = written.get("full_depth_loss")
-    corrected = None if full is None else 100 * (full / full[0] - 1)
+def _of_ranks(written: Mapping[str, Any]) -> _Run:
+    """Return ranks, their losses in per cent of that of k = 0."""
+    table, zero = written["table"].copy(), written["table"]["loss"].iloc[0]
+    table["loss"], table["error"] = 100 * (table["loss"] / zero - 1), 100 * table["error"] / zero
+    if "full_depth_loss" in table:
+        table["full_depth_loss"] = 100 * (table["full_depth_loss"] / table["full_depth_loss"].iloc[0] - 1)
     none = "k = 0: one mean profile" if written["params"]["center"] else "k = 0: no counts"
-    return _Run(table, _RANKS, "loss relative to k = 0 (%)", none, f"{written['rank']}", corrected)
+    run = _of_table(table, "loss relative to k = 0 (%)", none)
+    return replace(run, x=_RANKS, choice=f"{written['rank']}")
 
 
-def _calibration(candidates: pd.DataFrame, measure: str) -> _Run:
-    parameters = list(candidates.columns[: candidates.columns.get_loc("loss")])
-    if measure != "poisson":
-        return _of_parameters(candidates, parameters, f"loss ({measure})", None)
-    return _of_parameters(candidates, parameters, _NATS, _MEAN)
-
-
-def _settings(name: str, learned: Mapping[str, Any], written: Mapping[str, Any]) -> _Run:
-    rank = written["members"]["rank"][[str(member) for member in written["members"]["name"]].index(name)]
-    columns = {"width": "widths"} if "widths" in learned else {each: each for each in ("n_pcs", "n_neighbors", "t")}
-    table = pd.DataFrame({column: np.asarray(learned[stored]) for column, stored in columns.items()})
-    table["loss"], table["error"] = -np.asarray(learned["gains"]), np.asarray(learned["errors"])
-    # A width is the narrowest that is good enough, everything else the best.
-    table["chosen"] = table["width"] == rank if "width" in table else table["loss"] == table["loss"].min()
-    return _of_parameters(table, list(columns), _NATS, _MEAN)
-
-
-def _of_parameters(candidates: pd.DataFrame, parameters: list[str], unit: str, zero: str | None) -> _Run:
+def _of_table(candidates: pd.DataFrame, unit: str, zero: str | None) -> _Run:
     """Put the parameter of most values on the axis, and the others into lines."""
+    parameters = list(candidates.columns[: candidates.columns.get_loc("loss")])
     several = [name for name in parameters if candidates[name].nunique() > 1] or parameters[:1]
     if not several:
         raise ValueError("the calibration had one candidate without parameters: there is no curve.")
@@ -179,16 +155,17 @@ def _of_parameters(candidates: pd.DataFrame, parameters: list[str], unit: str, z
     others = [name for name in several if name != x]
     is_number = pd.api.types.is_numeric_dtype(candidates[x])
     codes, names = pd.factorize(candidates[x])
+    columns = [name for name in ("loss", "error", "chosen", "full_depth_loss") if name in candidates]
     table = pd.DataFrame(
         {
             "x": candidates[x] if is_number else codes,
             "line": [", ".join(f"{name} {row[name]}" for name in others) for _, row in candidates.iterrows()],
-            **{name: candidates[name] for name in ("loss", "error", "chosen")},
+            **{name: candidates[name] for name in columns},
         }
     )
     chosen = candidates[candidates["chosen"]].iloc[0]
     choice = ", ".join(f"{name} {chosen[name]}" for name in several)
-    return _Run(table, x, unit, zero, choice, ticks=None if is_number else tuple(map(str, names)))
+    return _Run(table, x, unit, zero, choice, None if is_number else tuple(map(str, names)))
 
 
 def _draw(ax: Axes, run: _Run, name: str, color: str, marker: str) -> None:
@@ -215,15 +192,16 @@ def _draw(ax: Axes, run: _Run, name: str, color: str, marker: str) -> None:
     if name:
         ax.plot(chosen["x"], chosen["loss"], marker=marker, color=color, markersize=7, markeredgecolor="white")
         return
-    if run.corrected is not None:
-        ax.plot(table["x"], run.corrected, color=COLORS[1], linestyle="--", label="corrected to full depth")
+    corrected = table.get("full_depth_loss")
+    if corrected is not None:
+        ax.plot(table["x"], corrected, color=COLORS[1], linestyle="--", label="corrected to full depth")
     own = table[table["line"] == chosen["line"]]
     within = own["x"][own["loss"] - table["loss"].min() <= own["error"]]
     if len(within):
         low, high = within.min(), within.max()
         between = "" if run.ticks is not None else f": {low:g}" + (f" to {high:g}" if high > low else "")
         span = ax.axvspan(*_widened(ax, own["x"], low, high), color="0.88", linewidth=0, zorder=0)
-        span.set_label(f"within one error{' on a half' if run.corrected is not None else ''}{between}")
+        span.set_label(f"within one error{' on a half' if corrected is not None else ''}{between}")
     ax.axvline(chosen["x"], color="0.2", linewidth=1, linestyle="--", label=f"chosen: {run.choice}")
 
 

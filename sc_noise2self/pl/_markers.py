@@ -6,22 +6,21 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, Literal
 
-import matplotlib.pyplot as plt
 import numpy as np
 import scanpy as sc
 from anndata import AnnData
 from matplotlib.axes import Axes
 
 from .._checks import check_name
-from .._result import observed, positions, profiles, record, sizes, values_of
-from .._scale import Scale, check_scale, to_scale
+from .._read import observed, positions, profiles, record, sizes, values_of
 from ..methods._profiles import LowRankProfiles
-from ._style import BLUE, CMAP, finish, groups_and_colors
+from ..scales import Log1pCP10k, Scale, as_scale
+from ._style import BLUE, CMAP, finish, groups_and_colors, several_axes
 
 Panel = Literal["raw", "under", "denoised", "over"]
 _PANELS: tuple[Panel, ...] = ("raw", "under", "denoised", "over")
 _OVER_CORRECTED = 2  # components, as in Noise2Self, Figure 3
-_LOG = "log1p(CP10k)"
+_LOG = Log1pCP10k()
 
 
 def markers(
@@ -80,7 +79,7 @@ def markers(
     columns = positions(adata.var_names, genes, "gene")
     shown = [_panel(adata, key, columns, panel, layer) for panel in panels]
     groups, colors = (None, {}) if color is None else groups_and_colors(adata, color)
-    axes = _axes(ax, len(panels), 3.5 if groups is None and len(genes) == 2 else 3.9)
+    axes = several_axes(ax, 1, len(panels), 3.5 if groups is None and len(genes) == 2 else 3.9, sharing=True)
     points = None
     top = max(float(np.quantile(values[:, -1], 0.99)) for values, _ in shown)
     for own, (values, title) in zip(axes, shown, strict=True):
@@ -97,10 +96,10 @@ def markers(
             for name, of_name in colors.items():
                 of_group = (groups == name).to_numpy()
                 own.scatter(*values[of_group].T, color=of_name, alpha=0.55, label=str(name), **style)
-        own.set(title=title, xlabel=f"{genes[0]}, {_LOG}")
-    axes[0].set_ylabel(f"{genes[1]}, {_LOG}")
+        own.set(title=title, xlabel=f"{genes[0]}, {_LOG.unit}")
+    axes[0].set_ylabel(f"{genes[1]}, {_LOG.unit}")
     if points is not None:
-        axes[-1].figure.colorbar(points, ax=axes[-1], label=f"{genes[2]}, {_LOG}", extend="max")
+        axes[-1].figure.colorbar(points, ax=axes[-1], label=f"{genes[2]}, {_LOG.unit}", extend="max")
     if groups is not None:
         axes[-1].legend(
             frameon=False,
@@ -111,7 +110,7 @@ def markers(
             title=color,
             ncols=1 + len(colors) // 16,
         )
-    finish(None if ax is None else axes[0], show)
+    finish(ax, show)
     return axes
 
 
@@ -122,7 +121,7 @@ def embedding(
     *,
     key: str = "denoised",
     layer: str | None = None,
-    scale: Scale = "log1p_cp10k",
+    scale: str | Scale = "log1p_cp10k",
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
     **options: Any,
@@ -160,7 +159,7 @@ def embedding(
     KeyError, ValueError
         If there is no such result, gene or embedding, or if the counts are not those that were denoised.
     """
-    check_scale(scale, None)
+    own_scale = as_scale(scale)
     record(adata, key)
     genes = [genes] if isinstance(genes, str) else list(genes)
     if not genes:
@@ -171,9 +170,9 @@ def embedding(
     if name not in adata.obsm:
         raise KeyError(f"there is no embedding {basis!r}: adata.obsm has {list(adata.obsm)}. Run sc.tl.{basis} first.")
     columns = positions(adata.var_names, genes, "gene")
-    raw = _raw(adata, key, columns, scale, layer)
-    denoised = values_of(adata, key, slice(None), columns, scale, layer=layer)
-    own = _axes(ax, 2 * len(genes), 3.4, n_columns=2, sharing=False).reshape(len(genes), 2)
+    raw = _raw(adata, key, columns, own_scale, layer)
+    denoised = values_of(adata, key, slice(None), columns, own_scale, layer=layer)
+    own = several_axes(ax, len(genes), 2, 3.4, sharing=False).reshape(len(genes), 2)
     for row, gene, before, after in zip(own, genes, raw.T, denoised.T, strict=True):
         top = max(float(np.quantile(before, 0.99)), float(np.quantile(after, 0.99))) or 1.0
         small = AnnData(np.column_stack([before, after]), obsm={name: adata.obsm[name]})
@@ -184,27 +183,9 @@ def embedding(
             sc.pl.embedding(small, basis, color=what, vmin=0, vmax=top, ax=single, show=False, title=title, **given)
         bar = row[1].collections[-1].colorbar
         if bar is not None:
-            bar.set_label(_unit(scale))
-    finish(None if ax is None else own[0, 0], show)
+            bar.set_label(own_scale.unit)
+    finish(ax, show)
     return own
-
-
-def _axes(
-    ax: Axes | Sequence[Axes] | None, n: int, width: float, n_columns: int | None = None, sharing: bool = True
-) -> np.ndarray:
-    """Return an array of `n` Axes, those given or new ones."""
-    if ax is None:
-        n_columns = n_columns or n
-        n_rows = n // n_columns
-        size = (width * n_columns + 0.8, 3.6 if n_rows == 1 else 3.1 * n_rows)
-        _, axes = plt.subplots(
-            n_rows, n_columns, figsize=size, sharex=sharing, sharey=sharing, layout="constrained", squeeze=False
-        )
-        return axes.ravel()
-    axes = np.array([ax] if isinstance(ax, Axes) else ax, dtype=object).ravel()
-    if len(axes) != n:
-        raise ValueError(f"ax holds {len(axes)} Axes: pass {n}, one for each panel.")
-    return axes
 
 
 def _panel(
@@ -212,18 +193,19 @@ def _panel(
 ) -> tuple[np.ndarray, str]:
     """Return log1p(CP10k) of the genes as a panel shows them, shape (cells, genes), and its title."""
     if panel == "raw":
-        return _raw(adata, key, columns, "log1p_cp10k", layer), "raw counts"
+        return _raw(adata, key, columns, _LOG, layer), "raw counts"
     if panel == "denoised":
-        return values_of(adata, key, slice(None), columns, "log1p_cp10k", layer=layer), "denoised"
+        return values_of(adata, key, slice(None), columns, _LOG, layer=layer), "denoised"
     if panel not in _PANELS and (isinstance(panel, bool) or not isinstance(panel, Integral) or panel < 1):
         raise ValueError(f"panels has {panel!r}: pass {', '.join(_PANELS)}, or a number of components.")
-    written, found = record(adata, key), profiles(adata, key, layer)
-    name = str(written["members"]["name"][0])
-    if not isinstance(found, LowRankProfiles) or not name.startswith("pca"):
+    written = record(adata, key)
+    learned = written.get("learned", {}).get(str(written["members"]["name"][0]), {})
+    found = profiles(adata, key) if written["has_factors"] and not written["params"]["mix"] else None
+    if not isinstance(found, LowRankProfiles) or "weights" not in learned:
         raise ValueError(
             f"panels has {panel!r}: other numbers of components need a result of method='pca' without mix."
         )
-    weights = np.asarray(written["learned"][name]["weights"])
+    weights = np.asarray(learned["weights"])
     n_kept = found.scores.shape[1] - 1
     n_components = {"under": n_kept, "over": min(_OVER_CORRECTED, n_kept)}.get(str(panel), panel)
     if int(n_components) > n_kept:
@@ -232,17 +214,13 @@ def _panel(
     scores = found.scores[:, : int(n_components) + 1].copy()
     scores[:, 1:] /= weights[weights > 0][: int(n_components)]
     loadings = np.ascontiguousarray(found.loadings[:, : scores.shape[1]])
-    other = LowRankProfiles.with_totals(found.link, scores, loadings, found.size, found.gene_share, n_rounds=1)
-    values = to_scale(other.counts(slice(None), columns), sizes(adata, key), "log1p_cp10k")
+    other = LowRankProfiles.unscaled(found.link, scores, loadings, found.size, found.gene_share).scaled(n_rounds=1)
+    values = _LOG.apply(other.counts(slice(None), columns), sizes(adata, key))
     what = {"under": "under-corrected: ", "over": "over-corrected: "}.get(str(panel), "")
     return values, f"{what}{n_components} components"
 
 
 def _raw(adata: AnnData, key: str, columns: np.ndarray, scale: Scale, layer: str | None) -> np.ndarray:
-    """Return the counts of genes on a scale, shape (cells, genes)."""
-    as_is: Scale = "log1p_cp10k" if scale == "expected_log1p_cp10k" else scale
-    return to_scale(observed(adata, key, columns, layer).toarray(), sizes(adata, key), as_is)
-
-
-def _unit(scale: Scale) -> str:
-    return {"counts": "counts", "rates": "share of the cell's molecules"}.get(scale, _LOG)
+    """Return the counts of genes as they are on a scale, shape (cells, genes)."""
+    counts = observed(adata, key, layer).part(slice(None), columns)
+    return scale.of_observed().apply(counts.toarray(), sizes(adata, key))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from .._result import record
+from .._read import record
 from ._style import CMAP, RED, finish, new_axes
 
 
@@ -24,11 +25,11 @@ def spectrum(
     Parameters
     ----------
     adata
-        Object that `sc_noise2self.denoise` wrote to, with `method="pca"` or an ensemble that has one.
+        Object that `sc_noise2self.denoise` wrote to, with a PCA or an ensemble that has one.
     key
         Its `key_added`.
     member
-        Of an ensemble: `"pca log1p"`, `"pca sqrt"` or `"pca none"`; None takes the one of largest weight.
+        Name of a member of an ensemble, e.g. `"pca log1p"`; None takes the one of largest weight that has a spectrum.
     ax, show
         As in `loss`.
 
@@ -45,16 +46,13 @@ def spectrum(
         If there is no such result, or no PCA in it.
     """
     written = record(adata, key)
-    names = [str(name) for name in written["members"]["name"]]
-    pcas = {
-        name: (float(weight), int(rank))
-        for name, weight, rank in zip(names, written["members"]["weight"], written["members"]["rank"], strict=True)
-        if "singular_values" in written.get("learned", {}).get(name, {})
-    }
-    if not pcas or (member is not None and member not in pcas):
-        raise KeyError(f"result {key!r} has no {member or 'PCA'}: its members are {', '.join(names)}.")
-    member = member or max(pcas, key=lambda name: pcas[name][0])
-    learned, rank = written["learned"][member], pcas[member][1]
+    everything = written.get("learned", {})
+    members = pd.DataFrame(dict(written["members"])).set_index("name")
+    with_one = [name for name in members.index if "singular_values" in everything.get(name, {})]
+    if not with_one or (member is not None and member not in with_one):
+        raise KeyError(f"result {key!r} has no {member or 'PCA'}: its members are {', '.join(members.index)}.")
+    member = member or members["weight"][with_one].idxmax()
+    learned, rank = everything[member], members["rank"][member]
     values = np.asarray(learned["singular_values"])
     numbers = np.arange(1, len(values) + 1)
     own = new_axes(ax)
@@ -69,11 +67,7 @@ def spectrum(
     own.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     own.yaxis.set_major_formatter("{x:g}")
     own.yaxis.set_minor_formatter(NullFormatter())
-    own.set(xlabel="component", ylabel="singular value (at half depth)", title=f"Spectrum, {_named(member)}")
+    own.set(xlabel="component", ylabel="singular value (at half depth)", title=f"Spectrum, {members['title'][member]}")
     own.legend(frameon=False, fontsize="small")
     finish(ax, show)
     return own
-
-
-def _named(member: str) -> str:
-    return {"pca log1p": "PCA of log1p", "pca sqrt": "PCA of square roots", "pca none": "PCA of counts"}[member]

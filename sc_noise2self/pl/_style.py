@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import scanpy as sc
 from anndata import AnnData
@@ -22,7 +26,22 @@ def new_axes(ax: Axes | None, width: float = 5.2, height: float = 3.7) -> Axes:
     return plt.subplots(figsize=(width, height), layout="constrained")[1] if ax is None else ax
 
 
-def finish(ax: Axes | None, show: bool | None) -> None:
+def several_axes(
+    ax: Axes | Sequence[Axes] | None, n_rows: int, n_columns: int, width: float, sharing: bool
+) -> np.ndarray:
+    """Return an array of Axes, one for each panel: those given, or new ones of this width in inches."""
+    n = n_rows * n_columns
+    if ax is None:
+        size = (width * n_columns + 0.8, 3.6 if n_rows == 1 else 3.1 * n_rows)
+        options: dict[str, Any] = {"sharex": sharing, "sharey": sharing, "layout": "constrained", "squeeze": False}
+        return plt.subplots(n_rows, n_columns, figsize=size, **options)[1].ravel()
+    axes = np.array([ax] if isinstance(ax, Axes) else ax, dtype=object).ravel()
+    if len(axes) != n:
+        raise ValueError(f"ax holds {len(axes)} Axes: pass {n}, one for each panel.")
+    return axes
+
+
+def finish(ax: object, show: bool | None) -> None:
     """Show the figure if asked to, or, with None, where scanpy would: by its setting, and if no Axes were given."""
     if show or (show is None and ax is None and sc.settings.autoshow):
         plt.show()

@@ -1,0 +1,311 @@
+"""What `denoise` wrote, read back as profiles and values by position, and the counts that belong to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata import AnnData
+
+from ._anndata import checked_block, chunks_of
+from ._blocks import Block, Chunks, Partial
+from ._counts import NotACount, column_sums, row_sums
+from ._result import GeneFactors
+from ._slots import as_array, check_not_transposed, in_memory, is_stamped, kind_of, named, owned, results_in
+from .methods._profiles import Index, MixedProfiles, Profiles
+from .scales import Scale
+
+Source = Literal["factors", "layer"]
+
+# Of a record, and of its parameters; what else it holds is for one method or another.
+_NEEDED = {
+    *("method", "version", "params", "scale", "scale_meaning", "members", "warnings"),
+    *("gain", "gain_error", "gain_molecules", "gain_cells", "beats_mean", "has_factors", "fingerprint"),
+    *("n_cells", "n_genes"),
+}
+_NEEDED_PARAMS = {"mix", "random_state"}
+
+
+def record(adata: AnnData, key: str) -> Mapping[str, Any]:
+    """Return what `sc_noise2self.denoise` wrote to `.uns[key]`, if cells and genes belong to the same result.
+
+    Whatever reads a result begins here.
+
+    Raises
+    ------
+    KeyError
+        If it wrote nothing there, or the record is gone.
+    ValueError
+        If the record, the cells and the genes are not of one result.
+    """
+    check_not_transposed(adata, key)
+    if kind_of(adata, key) != "denoise":
+        raise KeyError(_what_is_there(adata, key))
+    found, again = in_memory(adata.uns[key]), _again(key)
+    several = (
+        f"as after anndata.concat of objects that were denoised one by one. To denoise them together, {again}; to read "
+        "results of one object each, do so before they are joined."
+    )
+    missing = sorted((_NEEDED - set(found)) | (_NEEDED_PARAMS - set(found["params"])))
+    if "fingerprint" in missing:
+        raise ValueError(
+            f"result {key!r} was put together from several: its record in adata.uns holds only what they share, "
+            f"{several}"
+        )
+    if missing:
+        raise ValueError(f"the record of result {key!r} in adata.uns has lost {', '.join(missing)}: {again}.")
+    for slot, what in (("varm", "genes"), ("obsm", "cells")):
+        scales = getattr(adata, slot).get(f"{key}_scale")
+        if scales is not None and not is_stamped(scales, int(found["fingerprint"])):
+            raise ValueError(
+                f"result {key!r} was put together from several: its {what} (adata.{slot}) do not belong to the record "
+                f"in adata.uns, {several}"
+            )
+    return found
+
+
+def _what_is_there(adata: AnnData, key: str) -> str:
+    """Return what stands under a key that is not of `denoise`, and what to do, for a message."""
+    kind = kind_of(adata, key)
+    left = [(slot, name) for slot, name in owned(adata, key) if slot != "uns"]
+    if kind is not None and set(left) <= {("layers", key)}:
+        where = f"adata.layers[{key!r}]" if left else f"adata.uns[{key!r}]"
+        return f"{key!r} is a result of {kind}, not of denoise: read {where}, or plot it with sc_noise2self.pl.loss."
+    if left:
+        return (
+            f"the record of result {key!r} is gone from adata.uns, as after anndata.concat or where something else "
+            f"was written there, while {named(left)} left: join parts of one result with anndata.concat(..., "
+            f"merge='same', uns_merge='same'), which keeps it; otherwise {_again(key)}."
+        )
+    return (
+        f"there is no result {key!r}: run sc_noise2self.denoise(adata, key_added={key!r}), or pass another key: "
+        f"the results in adata are {results_in(adata, 'denoise')}."
+    )
+
+
+def _again(key: str) -> str:
+    return f"call sc_noise2self.remove(adata, {key!r}) and denoise again"
+
+
+def sizes(adata: AnnData, key: str) -> np.ndarray:
+    """Return the molecules of each cell as `denoise` saw them, shape (cells,)."""
+    record(adata, key)
+    if f"{key}_size" not in adata.obs:
+        raise KeyError(f"adata.obs[{f'{key}_size'!r}], the molecules of each cell, is gone: run denoise again.")
+    return adata.obs[f"{key}_size"].to_numpy()
+
+
+def gene_factors(adata: AnnData, key: str) -> GeneFactors:
+    """Return what a result knows of genes; it holds nothing else of `adata`.
+
+    Raises
+    ------
+    KeyError
+        If the factors are gone.
+    ValueError
+        If the result has none, because a member returns values of genes instead.
+    """
+    written = record(adata, key)
+    if not written["has_factors"]:
+        raise ValueError(
+            f"result {key!r} has no factors, because {written['method']} returns values instead: its layer is all "
+            f"there is, adata.layers[{key!r}], or sc_noise2self.get without source='factors'."
+        )
+    names = [key, f"{key}_scale"]
+    if any(name not in slot for slot in (adata.obsm, adata.varm) for name in names):
+        raise KeyError(f"the factors of {key!r} are gone from adata.obsm or adata.varm: pass source='layer'.")
+    return GeneFactors.read(written, *(np.asarray(as_array(adata.varm[name])) for name in names))
+
+
+def profiles(adata: AnnData, key: str = "denoised", layer: str | None = None) -> Profiles:
+    """Return the profiles that `sc_noise2self.denoise` wrote in factors under `key`.
+
+    Counts that were mixed in are read where they are asked for.
+
+    Parameters
+    ----------
+    layer
+        As in `observed`, for counts that were mixed in.
+
+    Raises
+    ------
+    KeyError
+        If there is no such result.
+    ValueError
+        If it was put together from several or has no factors, or if counts were mixed in and are no longer where they
+        were.
+    """
+    factors = gene_factors(adata, key)
+    scores, scales = (np.asarray(as_array(adata.obsm.get(name))) for name in (key, f"{key}_scale"))
+    combined = factors.profiles(scores, scales, sizes(adata, key))
+    if not record(adata, key)["params"]["mix"]:
+        return combined
+    if f"{key}_phi" not in adata.var or f"{key}_cell_scale" not in adata.obs:
+        raise KeyError(f"the weights of the counts that were mixed into {key!r} are gone: pass source='layer'.")
+    phi, cell_scale = adata.var[f"{key}_phi"].to_numpy(), adata.obs[f"{key}_cell_scale"].to_numpy()
+    return MixedProfiles(combined, observed(adata, key, layer, to_mix=True), phi, cell_scale)
+
+
+def values_of(
+    adata: AnnData,
+    key: str,
+    rows: Index,
+    columns: Index,
+    scale: Scale,
+    source: Source | None = None,
+    layer: str | None = None,
+) -> np.ndarray:
+    """Return denoised values by position, float32 of shape (cells asked, genes asked); see `get.denoised`."""
+    size, written = sizes(adata, key), record(adata, key)
+    scale = scale.settled(size)
+    has_factors = bool(written["has_factors"])
+    if source == "factors" or (source is None and has_factors):
+        return scale.apply(profiles(adata, key, layer).counts(rows, columns), size[rows])
+    if key not in adata.layers:
+        raise KeyError(
+            f"there is no layer {key!r}: {'pass source=' + repr('factors') if has_factors else _again(key)}."
+        )
+    values = np.array(adata.layers[key][rows][:, columns], dtype=np.float32)
+    if written["scale"] == "counts":
+        return scale.apply(values, size[rows])
+    params = dict(written.get("scale_params", {}))  # empty ones get lost in anndata.concat
+    if (written["scale"], params) != (scale.name, scale.params):
+        of = f" of {', '.join(f'{name} {value:g}' for name, value in params.items())}" if params else ""
+        raise ValueError(
+            f"the layer {key!r} is on the scale {written['scale']!r}{of}: pass that scale"
+            f"{', or source=' + repr('factors') if has_factors else ''}."
+        )
+    return values
+
+
+def observed(adata: AnnData, key: str, layer: str | None = None, *, to_mix: bool = False) -> Chunks:
+    """Return the counts that were denoised, wherever they are: one pass over them makes sure that they still are those.
+
+    Parameters
+    ----------
+    layer
+        Where the counts are now; None for where they were.
+    to_mix
+        Whether they are mixed in rather than shown, for the messages.
+
+    Raises
+    ------
+    KeyError
+        If the layer is not there.
+    ValueError
+        If it holds other numbers than were denoised.
+    """
+    guess = " (normalised since?)" if layer is None else ""
+    layer = record(adata, key)["params"].get("layer") if layer is None else layer
+    name = "adata.X" if layer is None else f"layer {layer!r}"
+    matrix = adata.X if layer is None else adata.layers.get(layer)
+    # The other way out where counts are mixed in; a plot of them has none.
+    or_layer = "; sc_noise2self.get reads a denoised layer with source='layer'" if to_mix else ""
+    if matrix is None:
+        layers = [each for each in adata.layers if each is not None]
+        raise KeyError(
+            f"{name} with the counts that were denoised to {key!r} is gone: pass layer= to a plot"
+            f"{or_layer}; adata.layers has {layers}."
+        )
+    chunks = chunks_of(matrix, name)
+    if _are_those_denoised(adata, key, chunks):
+        return chunks
+    holds = next((each for each in adata.layers if each != layer and _holds(adata, key, each)), None)
+    if holds is None:
+        now = (
+            'keep them, adata.layers["counts"] = adata.X.copy() before normalising and denoise(adata, layer="counts"), '
+            "and where they are in a layer now, pass layer= to the plot"
+        )
+    elif to_mix:
+        slot = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+        now = f"put them back, {slot} = adata.layers[{holds!r}].copy(), or pass layer={holds!r} to a plot"
+    else:
+        now = f"pass layer={holds!r} to the plot"
+    raise ValueError(f"{name} does not hold the counts that were denoised to {key!r} any more{guess}: {now}{or_layer}.")
+
+
+def _are_those_denoised(adata: AnnData, key: str, chunks: Chunks) -> bool:
+    """Whether molecules of cells and of genes are those that were denoised, as far as the cells and genes left tell."""
+    try:
+        (totals,), (found,) = chunks.run(_sums, checked_block)
+    except NotACount:
+        return False
+    size = sizes(adata, key)
+    if not ((found == size) if _has_all_genes(adata, key) else (found <= size)).all():
+        return False
+    return not _has_all_cells(adata, key) or bool((totals == in_memory(adata.var[f"{key}_total"])).all())
+
+
+def _sums(block: Block) -> Partial:
+    return Partial((column_sums(block.counts),), (row_sums(block.counts),))
+
+
+def _has_all_genes(adata: AnnData, key: str) -> bool:
+    return adata.n_vars == int(record(adata, key)["n_genes"])
+
+
+def _has_all_cells(adata: AnnData, key: str) -> bool:
+    """Whether cells are those that were denoised, so that genes have their totals; a bootstrap repeats some."""
+    n_cells = int(record(adata, key)["n_cells"])
+    return adata.n_obs == n_cells and adata.obs_names.is_unique and f"{key}_total" in adata.var
+
+
+def _holds(adata: AnnData, key: str, layer: str | None) -> bool:
+    """Whether a layer in memory clearly holds the counts that were denoised."""
+    matrix = None if layer is None else adata.layers[layer]
+    tells = _has_all_genes(adata, key) or _has_all_cells(adata, key)
+    if not tells or not (sp.issparse(matrix) or isinstance(matrix, np.ndarray)):
+        return False
+    try:
+        return _are_those_denoised(adata, key, chunks_of(matrix, f"layer {layer!r}"))
+    except (TypeError, ValueError):
+        return False
+
+
+def gains_of_genes(adata: AnnData, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the gain of each gene, its error, and the molecules of the gene, shape (genes,) each."""
+    record(adata, key)
+    columns = [f"{key}_gain", f"{key}_gain_error", f"{key}_total"]
+    if not set(columns) <= set(adata.var):
+        raise KeyError(f"the gains of genes of {key!r} are gone from adata.var: run denoise again.")
+    gain, error, molecules = in_memory(adata.var[columns]).to_numpy().T
+    return gain, error, molecules
+
+
+def clear_gains(adata: AnnData, key: str) -> dict[str, np.ndarray]:
+    """Return which genes gained and which lost by more than two standard errors, boolean of shape (genes,).
+
+    `"gained"`, `"lost"`, and `"unclear"`: no difference to the mean profile was seen, or too few molecules to see one.
+    Genes without molecules are in none.
+    """
+    gain, error, _ = gains_of_genes(adata, key)
+    gained, lost = gain > 2 * error, gain < -2 * error
+    return {"gained": gained, "unclear": ~(gained | lost) & ~np.isnan(gain), "lost": lost}
+
+
+def positions(names: pd.Index, wanted: str | Sequence[str] | None, what: str) -> np.ndarray:
+    """Return where these names of genes or cells stand; None for all.
+
+    Raises
+    ------
+    KeyError
+        If one is not there, or names are not unique.
+    """
+    if wanted is None:
+        return np.arange(len(names))
+    wanted = [wanted] if isinstance(wanted, str) else list(wanted)
+    if not names.is_unique:
+        axis = "var" if what == "gene" else "obs"
+        raise KeyError(f"{what} names are not unique: call adata.{axis}_names_make_unique().")
+    found = names.get_indexer(wanted)
+    missing = [str(name) for name, position in zip(wanted, found, strict=True) if position < 0]
+    if missing:
+        known = {str(each).lower(): str(each) for each in names}
+        near = [known[each] for each in get_close_matches(missing[0].lower(), known, n=3, cutoff=0.8)]
+        hint = f"; near {missing[0]!r} are {', '.join(map(repr, near))}" if near else ""
+        raise KeyError(f"{what}(s) not in adata: {', '.join(map(repr, missing[:5]))}{hint}.")
+    return found
