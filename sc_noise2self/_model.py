@@ -140,6 +140,11 @@ def is_positive(value: Any) -> bool:
     return is_number(value, _TINY)
 
 
+def is_depth(value: Any) -> bool:
+    """Return whether a value is a number of molecules that single precision can divide by."""
+    return is_number(value, _TINY, 1e12)
+
+
 def one_of(names: Iterable[str]) -> Check:
     """Return the check that a value is one of some names."""
     names = tuple(names)
@@ -157,7 +162,7 @@ _OF_GENES = {
 }
 
 _PCA = Schema(
-    {"transform": one_of(get_args(TransformName)), "target": is_positive},
+    {"transform": one_of(get_args(TransformName)), "target": is_depth},
     {
         **_OF_GENES,
         "gene_weights": Shape(("genes",), 0),
@@ -168,7 +173,7 @@ _PCA = Schema(
     },
 )
 
-_LINKS: dict[str, Link] = {
+LINKS: dict[str, Link] = {
     "multinomial": "exp",
     "poisson": "exp",
     "negative_binomial": "exp",
@@ -207,7 +212,7 @@ _BOUNDS = {"scores.share": (0, 1), "scores.depth": (_TINY, np.inf), "scores.scal
 def _autoencoder_problem(values: Mapping[str, Any], n_batches: int) -> str:
     if values["n_batches"] not in (0, n_batches):
         return f"it names {n_batches} batches and has {values['n_batches']}"
-    if values["link"] != _LINKS[values["loss"]]:
+    if values["link"] != LINKS[values["loss"]]:
         return f"its link {values['link']!r} is not that of its loss, {values['loss']!r}"
     return ""
 
@@ -215,7 +220,7 @@ def _autoencoder_problem(values: Mapping[str, Any], n_batches: int) -> str:
 _AUTOENCODER = Schema(
     {
         "widths": lambda value: isinstance(value, list) and bool(value) and all(map(is_count, value)),
-        "loss": one_of(_LINKS),
+        "loss": one_of(LINKS),
         "n_components": is_count,
         "n_batches": is_whole,
         "n_hidden": or_none(is_count),
@@ -227,7 +232,7 @@ _AUTOENCODER = Schema(
         "batch_size": or_none(is_count),
         "width": is_count,
         "link": one_of(get_args(Link)),
-        "depth": is_positive,
+        "depth": is_depth,
     },
     _OF_GENES
     | {name: Shape(sizes, *_BOUNDS.get(name, _NONE), dtypes=("float32",)) for name, sizes in _NETWORK.items()},
@@ -335,7 +340,7 @@ def _header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Header:
         n_bytes = member.file_size - stream.tell()
     if dtype.hasobject or not dtype.itemsize or math.prod(shape) * dtype.itemsize != n_bytes:
         raise _Wrong(
-            f"its {_cut(member.filename)} stores {n_bytes} bytes for shape {_cut(str(shape))} of {_name(dtype)}"
+            f"its {_cut(repr(member.filename))} stores {n_bytes} bytes for shape {_cut(str(shape))} of {_name(dtype)}"
         )
     return shape, dtype
 
@@ -397,7 +402,7 @@ def _check_header(name: str, header: Header, wanted: Shape, sizes: dict[str, int
     for size, length in zip(wanted.sizes, shape, strict=True):
         if "+" not in size and size not in sizes:
             if length < 1:
-                raise _Wrong(f"its {name} has shape {shape}, and no size is 0")
+                raise _Wrong(f"its {name} has shape {shape}, and its {size} must be 1 or more")
             sizes[size] = length
     expected = tuple(sum(sizes[part] for part in size.split("+")) for size in wanted.sizes)
     if shape != expected:
