@@ -415,14 +415,13 @@ def _check_values(contents: Mapping[str, Any], arrays: Mapping[str, np.ndarray])
         raise _Wrong("its names of genes repeat")
     for i, state in enumerate(contents["states"]):
         for name, wanted in SCHEMAS[state["method"]].arrays.items():
-            value = arrays[f"{i}/{name}"]
+            value, least, most = arrays[f"{i}/{name}"], wanted.least, wanted.most
             if value.dtype == bool:
-                value = value.view(np.uint8)  # another byte would make NumPy count wrong
-                wanted = Shape(wanted.sizes, 0, 1)
+                value, least, most = value.view(np.uint8), 0, 1  # another byte would make NumPy count wrong
             if not np.isfinite(value).all():
                 raise _Wrong(f"its {name} holds values that are not finite")
-            if not ((value >= wanted.least) & (value <= wanted.most)).all():
-                raise _Wrong(f"its {name} holds values that are not from {wanted.least:g} to {wanted.most:g}")
+            if not ((value >= least) & (value <= most)).all():
+                raise _Wrong(f"its {name} holds values that are not from {least:g} to {most:g}")
             if wanted.adds_up and not abs(value.sum(dtype=np.float64) - 1) < _NOT_ONE:
                 raise _Wrong(f"its {name} does not add up to 1")
 

@@ -305,7 +305,7 @@ HOSTILE = {
     "an unknown link": (put("link", "cube"), "its link is 'cube'"),
     "another link": (put("link", "sqrt"), "its link 'sqrt' is not that of its loss, 'multinomial'"),
     "a method among values": (put("predict", 3), "its autoencoder has in excess 'predict'"),
-    "a method among arrays": (array("save", lambda _: np.zeros(120)), "the file has in excess '0/save'"),
+    "a method among arrays": (array("save", np.zeros(120)), "the file has in excess '0/save'"),
     "a width that is huge": (put("width", 10**30), "its width is 10000"),
     "a width that is another": (put("width", 17), r"code.weight has shape \(16, 64\) instead of \(17, 64\)"),
     "a width that is no number": (put("width", "16"), "its width is '16'"),
