@@ -39,6 +39,11 @@ class History:
     checked: list[int] = field(default_factory=list)
     gains: list[float] = field(default_factory=list)
 
+    @property
+    def best(self) -> int:
+        """Number of the check with the largest gain, from 0."""
+        return int(np.argmax(self.gains))
+
 
 def train(
     network: Network,
@@ -99,10 +104,7 @@ def train(
             )
             if not best:
                 raise FloatingPointError(f"{message} Pass a smaller learning_rate.")
-            caveat(
-                f"{message} The state after epoch {history.checked[int(np.argmax(history.gains))]} is kept.",
-                stacklevel=2,
-            )
+            caveat(f"{message} The state after epoch {history.checked[history.best]} is kept.", stacklevel=2)
             break
         history.losses.append(mean)
         if epoch % max(1, n_epochs // _CHECKS) == 0 or epoch == n_epochs:
@@ -113,7 +115,7 @@ def train(
             history.checked.append(epoch)
             history.gains.append(gain)
             on_check(epoch, gain)
-            if int(np.argmax(history.gains)) < len(history.gains) - _PATIENCE:
+            if history.best < len(history.gains) - _PATIENCE:
                 break
     network_and_loss.load_state_dict(best)
     network_and_loss.eval()
