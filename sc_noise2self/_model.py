@@ -140,15 +140,15 @@ def is_positive(value: Any) -> bool:
     return is_number(value, _TINY)
 
 
+def is_depth(value: Any) -> bool:
+    """Return whether a value is a number of molecules that single precision can divide by."""
+    return is_number(value, _TINY, 1e12)
+
+
 def one_of(names: Iterable[str]) -> Check:
     """Return the check that a value is one of some names."""
     names = tuple(names)
     return lambda value: isinstance(value, str) and value in names
-
-
-def or_none(check: Check) -> Check:
-    """Return the check that a value is None or passes another check."""
-    return lambda value: value is None or check(value)
 
 
 _OF_GENES = {
@@ -157,7 +157,7 @@ _OF_GENES = {
 }
 
 _PCA = Schema(
-    {"transform": one_of(get_args(TransformName)), "target": is_positive},
+    {"transform": one_of(get_args(TransformName)), "target": is_depth},
     {
         **_OF_GENES,
         "gene_weights": Shape(("genes",), 0),
@@ -211,7 +211,7 @@ def _autoencoder_problem(values: Mapping[str, Any], n_batches: int) -> str:
 
 
 _AUTOENCODER = Schema(
-    {"loss": one_of(LINKS), "width": is_count, "n_batches": is_whole, "depth": is_positive},
+    {"loss": one_of(LINKS), "width": is_count, "n_batches": is_whole, "depth": is_depth},
     _OF_GENES
     | {name: Shape(sizes, *_BOUNDS.get(name, _NONE), dtypes=("float32",)) for name, sizes in _NETWORK.items()},
     _autoencoder_problem,
@@ -318,7 +318,7 @@ def _header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Header:
         n_bytes = member.file_size - stream.tell()
     if dtype.hasobject or not dtype.itemsize or math.prod(shape) * dtype.itemsize != n_bytes:
         raise _Wrong(
-            f"its {_cut(member.filename)} stores {n_bytes} bytes for shape {_cut(str(shape))} of {_name(dtype)}"
+            f"its {_cut(repr(member.filename))} stores {n_bytes} bytes for shape {_cut(str(shape))} of {_name(dtype)}"
         )
     return shape, dtype
 
@@ -380,7 +380,7 @@ def _check_header(name: str, header: Header, wanted: Shape, sizes: dict[str, int
     for size, length in zip(wanted.sizes, shape, strict=True):
         if "+" not in size and size not in sizes:
             if length < 1:
-                raise _Wrong(f"its {name} has shape {shape}, and no size is 0")
+                raise _Wrong(f"its {name} has shape {shape}, and its {size} must be 1 or more")
             sizes[size] = length
     expected = tuple(sum(sizes[part] for part in size.split("+")) for size in wanted.sizes)
     if shape != expected:
@@ -393,14 +393,13 @@ def _check_values(contents: Mapping[str, Any], arrays: Mapping[str, np.ndarray])
         raise _Wrong("its names of genes repeat")
     for i, state in enumerate(contents["states"]):
         for name, wanted in SCHEMAS[state["method"]].arrays.items():
-            value = arrays[f"{i}/{name}"]
+            value, least, most = arrays[f"{i}/{name}"], wanted.least, wanted.most
             if value.dtype == bool:
-                value = value.view(np.uint8)  # another byte would make NumPy count wrong
-                wanted = Shape(wanted.sizes, 0, 1)
+                value, least, most = value.view(np.uint8), 0, 1  # another byte would make NumPy count wrong
             if not np.isfinite(value).all():
                 raise _Wrong(f"its {name} holds values that are not finite")
-            if not ((value >= wanted.least) & (value <= wanted.most)).all():
-                raise _Wrong(f"its {name} holds values that are not from {wanted.least:g} to {wanted.most:g}")
+            if not ((value >= least) & (value <= most)).all():
+                raise _Wrong(f"its {name} holds values that are not from {least:g} to {most:g}")
             if wanted.adds_up and not abs(value.sum(dtype=np.float64) - 1) < _NOT_ONE:
                 raise _Wrong(f"its {name} does not add up to 1")
 

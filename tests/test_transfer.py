@@ -306,7 +306,7 @@ HOSTILE = {
     "an unknown link": (put("link", "cube"), "its link is 'cube'"),
     "another link": (put("link", "sqrt"), "its link 'sqrt' is not that of its loss, 'multinomial'"),
     "a method among values": (put("predict", 3), "its autoencoder has in excess 'predict'"),
-    "a method among arrays": (array("save", lambda _: np.zeros(120)), "the file has in excess '0/save'"),
+    "a method among arrays": (array("save", np.zeros(120)), "the file has in excess '0/save'"),
     "a width that is huge": (put("width", 10**30), "its width is 10000"),
     "a width that is another": (put("width", 17), r"code.weight has shape \(16, 64\) instead of \(17, 64\)"),
     "a width that is no number": (put("width", "16"), "its width is '16'"),
@@ -323,7 +323,7 @@ HOSTILE = {
     "weights that are whole": (array("code.bias", np.zeros(16, np.int64)), "its code.bias is of type int64"),
     "weights of double precision": (array("code.bias", np.full(16, 1e300)), "its code.bias is of type float64"),
     "weights of a wrong shape": (array("genes.bias", np.zeros(119, np.float32)), r"shape \(119,\) instead of \(120,\)"),
-    "no units": (units(0, stored=True), r"encoder.weight has shape \(0, 10\), and no size is 0"),
+    "no units": (units(0, stored=True), r"encoder.weight has shape \(0, 10\), and its n_hidden must be 1"),
     "units without room": (units(10**9, stored=False), "stores 0 bytes for shape"),
     "nan": (array("genes.weight", fill(np.nan)), "its genes.weight holds values that are not finite"),
     "infinite": (array("gene_scale", fill(np.inf)), "its gene_scale holds values that are not finite"),
@@ -383,8 +383,8 @@ def test_the_schema_knows_every_loss_and_every_parameter_of_the_network():
     counts = cells(50, 0).X
     for name, loss in LOSSES.items():
         assert _model.SCHEMAS["autoencoder"].values["loss"](name)
-        assert _model._LINKS[name] == loss(counts, 0.5).link
-    assert set(_model._LINKS) == set(LOSSES) == set(get_args(LossName))
+        assert _model.LINKS[name] == loss(counts, 0.5).link
+    assert set(_model.LINKS) == set(LOSSES) == set(get_args(LossName))
     scores = PrincipalScores(np.ones((6, 2)), np.ones(6), np.ones(2), 5, np.ones(6), np.ones(6), 1)
     network = Network(scores, 3, 4, np.zeros(6), 2, 0.1)
     arrays = network.arrays()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from threading import Lock
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import scipy.sparse as sp
@@ -43,17 +43,6 @@ if TYPE_CHECKING:
     from ._network import Network, PrincipalScores, StreamedCounts
     from ._network_losses import Loss
     from ._training import History
-
-LossName = Literal[
-    "multinomial",
-    "poisson",
-    "negative_binomial",
-    "masked_multinomial",
-    "mse_log1p",
-    "mse_sqrt",
-    "noise2same_log1p",
-    "noise2same_sqrt",
-]
 
 _LEARNED_CELLS = 50_000  # of a half that the autoencoder learns from: enough to choose by
 _VALIDATION_ENTRIES = 20_000_000  # dense entries of the cells that have molecules set aside
@@ -126,7 +115,7 @@ class Autoencoder(Method):
     can_transfer: ClassVar[bool] = True
 
     width: int | Sequence[int] = (128, 32, 8, 2)
-    loss: LossName = "multinomial"
+    loss: str = "multinomial"
     n_seeds: int = 1
     batch_key: str | None = None
     device: str = "auto"
@@ -140,7 +129,7 @@ class Autoencoder(Method):
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        check_one_of("loss", self.loss, get_args(LossName))
+        check_one_of("loss", self.loss, tuple(LINKS))
         as_positive("n_seeds", self.n_seeds)
         check_name("device", self.device)
         if self.batch_key is not None:
@@ -300,7 +289,7 @@ class AutoencoderModel:
     """
 
     network: Network
-    loss: LossName
+    loss: str
     width: int
     depth: float
     gene_share: np.ndarray

@@ -1,4 +1,4 @@
-"""The autoencoder's network: a cell's sampled molecules in, one output per gene out. It needs PyTorch.
+"""The autoencoder's network: sampled molecules of a cell in, one output per gene out. It needs PyTorch.
 
 A cell enters by its principal scores, a linear map of its transformed counts that was learned beforehand and stays
 fixed: the first layer of an autoencoder on genes has most of its parameters and little to learn from a few thousand
@@ -23,7 +23,7 @@ _FEW = 4  # molecules dealt one by one, which is faster than binomial draws
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """Stored entries of a batch of cells, on the device.
+    """Stored counts of a batch of cells, on the device.
 
     Attributes
     ----------
@@ -36,10 +36,10 @@ class Entries:
     batch
         Code of each cell's batch, int64 of shape (cells,); None without a batch covariate.
     n_genes
-        Genes, stored or not.
+        Number of genes, stored or not.
     hidden
-        Which genes of each cell are hidden, boolean of shape (cells, genes); None for none. Their counts are not
-        stored.
+        Whether each gene of a cell is hidden, boolean of shape (cells, genes); None for none. Counts of hidden genes
+        are 0.
     """
 
     rows: Tensor
@@ -98,7 +98,7 @@ class Counts:
     batch
         Code of each cell's batch, shape (cells,), or None.
     device
-        Where batches are wanted.
+        Device that batches are brought to.
     """
 
     def __init__(self, counts: sp.csr_matrix, batch: np.ndarray | None, device: torch.device) -> None:
@@ -166,10 +166,8 @@ class StreamedCounts:
         The counts.
     batch
         As in `Counts`.
-    device
-        Where batches are wanted.
     instead
-        Numbers of cells, rising, and the counts to train on in their place.
+        Numbers of some cells, rising, and the counts to train on in place of their own.
     """
 
     def __init__(
@@ -191,16 +189,19 @@ class StreamedCounts:
 
     def batches(self, rng: np.random.Generator, batch_size: int) -> Iterator[Entries]:
         """Yield the cells that hold a molecule, in random order within a pool."""
-        replaced, counts_instead = self._instead
-        for cells, counts in self._chunks.shuffled(rng):
-            both, rows, found = np.intersect1d(cells, replaced, assume_unique=True, return_indices=True)
-            if len(both):
-                others = np.ones(len(cells), bool)
-                others[rows] = False
-                counts = sp.vstack([counts[others], counts_instead[found]], format="csr")
-                cells = np.concatenate([cells[others], both])
+        for own_cells, own_counts in self._chunks.shuffled(rng):
+            cells, counts = self._trained(own_cells, own_counts)
             batch = None if self._batch is None else self._batch[cells]
             yield from Counts(counts, batch, self.device).batches(rng, batch_size)
+
+    def _trained(self, cells: np.ndarray, counts: sp.csr_matrix) -> tuple[np.ndarray, sp.csr_matrix]:
+        """Return a pool, the counts to train on in place of some cells' own."""
+        replaced, instead = self._instead
+        both, rows, found = np.intersect1d(cells, replaced, assume_unique=True, return_indices=True)
+        if not len(both):
+            return cells, counts
+        others = np.delete(np.arange(len(cells)), rows)
+        return np.concatenate([cells[others], both]), sp.vstack([counts[others], instead[found]], format="csr")
 
 
 class PrincipalScores(nn.Module):
@@ -215,14 +216,14 @@ class PrincipalScores(nn.Module):
     center
         Scores of the mean profile, shape (k,).
     depth
-        Molecules that cells are brought to.
+        Depth that cells are brought to, in molecules.
     mean
-        The transformed, weighted mean profile, shape (genes,): what a hidden gene is taken to be.
+        Transformed, weighted mean profile, shape (genes,): the value that a hidden gene is given.
     share
-        Share of all molecules that each gene has, shape (genes,): what a cell's size is told by where genes are hidden.
+        Share of all molecules that each gene has, shape (genes,): it tells a cell's size where genes are hidden.
     scale
-        Divides all scores: they enter with the first one's standard deviation at 1 and the others' in proportion, so
-        that a component of noise stays small.
+        Divisor of all scores: the first one enters with a standard deviation of 1, the others in proportion, so that a
+        component of noise stays small.
     """
 
     NAMES = ("components", "gene_weights", "center", "depth", "mean", "share", "scale")
@@ -276,7 +277,7 @@ class Network(nn.Module):
     start
         Output of every gene before training, shape (genes,): that of the mean profile.
     n_batches
-        Batches known to the decoder: its hidden layer sees them, and each has an offset for every gene. 0 for none.
+        Number of batches known to the decoder, whose hidden layer sees them; each has an offset for every gene.
     dropout
         Share of the encoder's hidden units that are dropped in training.
     """
@@ -314,7 +315,7 @@ class Network(nn.Module):
 
     @property
     def n_factors(self) -> int:
-        """How many factors the output is linear in."""
+        """Number of factors that the output is linear in."""
         return self.genes.in_features + self.n_batches
 
     def bottleneck(self, entries: Entries) -> Tensor:

@@ -1,7 +1,8 @@
-"""What the autoencoder may be trained by. All are self-supervised: they need no clean counts. It needs PyTorch.
+"""The losses of the autoencoder, all self-supervised: they need no clean counts. They need PyTorch.
 
 Each compares the network's output, one number per gene, with molecules that it has not seen; Noise2Same alone shows
-the network all molecules and penalises what changes when some are taken away.
+the network all molecules and penalises what changes when some are taken away. A new loss is a class here and a line in
+`LOSSES`.
 """
 
 from __future__ import annotations
@@ -17,14 +18,13 @@ from torch import Tensor, nn
 
 from .._counts import column_sums, row_sums
 from .._transform import Link, Transform, TransformName
-from ._autoencoder import LossName
 from ._network import Entries, Network
 
 _NEVER = -1e9  # a log probability
 
 
 class Loss(nn.Module):
-    """A cell's molecules are dealt to two parts; the network sees one and is compared with the other.
+    """Loss of a network that sees one part of a cell's molecules and is compared with the other.
 
     Attributes
     ----------
@@ -75,9 +75,9 @@ class MaskedMultinomial(Multinomial):
     """Genes are hidden instead of molecules (Noise2Self, section 5; Noise2Void, Krull et al. 2019).
 
     Every cell hides a random share of its genes, anew at every step, and the network predicts how the molecules of
-    the hidden genes are shared out among them, in nats per molecule. In what it sees a hidden gene has the mean
-    profile's value (Eq. 3 of Noise2Self, where it is the mean of the neighbouring pixels). What one gene alone
-    knows of itself is never learned.
+    the hidden genes are shared out among them, in nats per molecule. In its input a hidden gene has the value of the
+    mean profile (Eq. 3 of Noise2Self, where it is the mean of the neighbouring pixels). What one gene alone knows of
+    itself is never learned.
     """
 
     shares = (0.1, 0.7)
@@ -166,7 +166,7 @@ class Noise2Same(SquaredError):
         return self.compare(full, entries.dense()) + self.invariance * self.sigma * torch.sqrt(change + 1e-12)
 
 
-LOSSES: dict[LossName, Callable[[sp.csr_matrix, float], Loss]] = {
+LOSSES: dict[str, Callable[[sp.csr_matrix, float], Loss]] = {
     "multinomial": Multinomial,
     "poisson": Poisson,
     "negative_binomial": NegativeBinomial,

@@ -40,6 +40,11 @@ class History:
     checked: list[int] = field(default_factory=list)
     gains: list[float] = field(default_factory=list)
 
+    @property
+    def best(self) -> int:
+        """Number of the check with the largest gain, from 0."""
+        return int(np.argmax(self.gains))
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -100,7 +105,7 @@ def train(
             history.checked.append(epoch)
             history.gains.append(gain)
             bar.set_postfix_str(f"gain {gain:.4f}")
-            if int(np.argmax(history.gains)) < len(history.gains) - _PATIENCE:
+            if history.best < len(history.gains) - _PATIENCE:
                 break
     parts.load_state_dict(best)
     parts.eval()
@@ -139,7 +144,7 @@ def _stop_at(mean: float, epoch: int, schedule: Schedule, history: History) -> N
     )
     if not history.gains:
         raise FloatingPointError(f"{message} Pass a smaller learning_rate.")
-    warn(f"{message} The state after epoch {history.checked[int(np.argmax(history.gains))]} is kept.")
+    warn(f"{message} The state after epoch {history.checked[history.best]} is kept.")
 
 
 def choose_device(name: str) -> torch.device:
