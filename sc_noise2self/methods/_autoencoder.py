@@ -196,10 +196,11 @@ class _AutoencoderLearner(Learner):
     @property
     def settings(self) -> Sequence[Any]:
         """The width chosen."""
-        return (f"width {self._width}",)
+        return (f"width {self.width}",)
 
     @property
-    def _width(self) -> int:
+    def width(self) -> int:
+        """Width of its bottleneck."""
         assert self._fitted is not None  # prepared before anything was learned
         return self._fitted.model.width
 
@@ -208,12 +209,12 @@ class _AutoencoderLearner(Learner):
         width = self._options.width
         widths: Sequence[int] = width if is_several(width) else [width]  # type: ignore[assignment, list-item]
         self._fitted = self._choice = self._fit(
-            counts, cells, widths if self._like is None else [self._like._width], rng
+            counts, cells, widths if self._like is None else [self._like.width], rng
         )
 
     def learn(self, half: Fold, rng: np.random.Generator) -> None:
         """See `Learner`."""
-        self._fits.append(self._fit(half.seen, half.cells, [self._width], rng).model)
+        self._fits.append(self._fit(half.seen, half.cells, [self.width], rng).model)
 
     def forget(self) -> None:
         """See `Learner`."""
@@ -233,7 +234,7 @@ class _AutoencoderLearner(Learner):
             else:
                 cells = np.sort(rng.choice(n_cells, _LEARNED_CELLS, replace=False))
                 data = _TrainingData(counts.chunks.take(cells), self._used, self._codes, counts, cells)
-            self._fitted = _fit(self._options, [self._width], data, rng)
+            self._fitted = _fit(self._options, [self.width], data, rng)
         return self._fitted.model.profiles(counts, self._codes)
 
     def learned(self, setting: Any) -> Learned:
@@ -249,7 +250,7 @@ class _AutoencoderLearner(Learner):
             "checked_epochs": np.array(history.checked),
             "checked_gains": np.array(history.gains),
         }
-        return Learned(self._options.title, self._options.described(setting), self._width, values)
+        return Learned(self._options.title, self._options.described(setting), self.width, values)
 
     def state(self) -> State:
         """See `Learner`."""
