@@ -27,7 +27,6 @@ from .._compare import Comparison
 from .._counts import column_sums, row_sums
 from .._loss import Gain
 from .._model import LINKS
-from .._threads import in_threads
 from .._transform import Link
 from ..partitions import Fold, fold_of
 from ._base import Learned, Learner, Method, bounded_values, is_several, set_aside
@@ -55,8 +54,6 @@ _SEEDS_DIFFER = 0.01  # of the gain: two runs that differ by their seed alone di
 _SCALED_CELLS = 20_000  # that the scales of genes are learned from, at most
 _LEAST_SPREAD = 0.01  # of the first score, in lengths of the mean cell
 _TRAINING = Lock()  # its random numbers are those of the process
-# Whose rate, scaled and added over genes, is far from float32's end; log rates may have any level that it resolves.
-_LARGEST_OUTPUT: dict[Link, float] = {"exp": 1e4, "log1p": 60.0, "sqrt": 1e12, "none": 1e12}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,8 +341,7 @@ class AutoencoderModel:
             If the network's output is beyond what can be a rate, which weights from elsewhere can bring about.
         """
         found = self._unscaled(counts, codes, self.gene_scale)
-        _check_output(self.link, found.scores, found.loadings)
-        return found.scaled(n_rounds=0)
+        return found.checked("the autoencoder's output").scaled(n_rounds=0)
 
     def profiles(self, counts: Counts, codes: np.ndarray | None) -> LowRankProfiles:
         """Return the denoised profiles of all cells, wherever their counts are, every gene with its total."""
@@ -602,20 +598,3 @@ def require_torch() -> None:
             'the autoencoder needs PyTorch: pip install "sc-noise2self[autoencoder]" (for the processor alone, add '
             "--extra-index-url https://download.pytorch.org/whl/cpu)."
         )
-
-
-def _check_output(link: Link, factors: np.ndarray, loadings: np.ndarray) -> None:
-    """Raise where a cell's largest rate, or the sum of its rates, would not be a number, or would be 0."""
-    most = _LARGEST_OUTPUT[link]
-    step = max(1, _CHECKED_ENTRIES // len(loadings))
-
-    def largest(start: int) -> float:
-        with np.errstate(all="ignore"):
-            return float(np.abs((factors[start : start + step] @ loadings.T).max(axis=1)).max())
-
-    for found in in_threads(largest, range(0, len(factors), step)):
-        if not found <= most:  # nor NaN
-            raise ValueError(
-                f"the autoencoder's output for these cells reaches {found:.3g}, and {most:g} is the most that can "
-                "become a rate: its weights, or these counts, are out of range."
-            )
