@@ -15,8 +15,8 @@ from model_files import claims, read_parts, write_parts
 
 from sc_noise2self import _model
 from sc_noise2self._model import Saved, State
-from sc_noise2self._transform import Transform
-from sc_noise2self.methods._pca import PCADenoiser
+from sc_noise2self.methods._components import learn_components
+from sc_noise2self.methods._pca import PCAModel
 
 N_GENES, K = 12, 3
 
@@ -69,23 +69,13 @@ def test_what_is_saved_is_loaded(path):
 
 def test_pca_that_was_saved_predicts_the_same(tmp_path):
     counts = poisson_counts(low_rank_profiles(80, 40, 3, seed=0), depth=300, seed=1)
-    fitted, weights = PCADenoiser("sqrt", n_components=4).fit(counts, np.arange(40) > 2), np.array([1, 0.9, 0.5, 0])
-    expected = fitted.predict(counts, weights)
-    arrays = {name: getattr(fitted, f"{name}_") for name in ("gene_share", "gene_weights", "mean", "components")}
-    arrays |= {"used": fitted.genes_, "weights": weights, "gene_scale": expected.gene_scale}
-    state = State("pca", {"transform": fitted.transform_.name, "target": fitted.transform_.target}, arrays)
-    _model.save(tmp_path / "model", Saved((state,), (1.0,), np.arange(40).astype(str)))
-
+    (components,) = learn_components(counts, "sqrt", 4, np.random.default_rng(0), used=np.arange(40) > 2)
+    weights = np.array([1, 0.9, 0.5, 0])
+    fitted = PCAModel(components, weights, components.weighted_profiles(counts, weights).scaled().gene_scale)
+    _model.save(tmp_path / "model", Saved((fitted.state(),), (1.0,), np.arange(40).astype(str)))
     (state,) = _model.load(tmp_path / "model").states
-    loaded = PCADenoiser(state.values["transform"])
-    loaded.transform_, loaded.genes_ = (
-        Transform(state.values["transform"], state.values["target"]),
-        state.arrays["used"],
-    )
-    for name in ("gene_share", "gene_weights", "mean", "components"):
-        setattr(loaded, f"{name}_", state.arrays[name])
-    found = loaded.predict(counts, state.arrays["weights"], n_rounds=0, gene_scale=state.arrays["gene_scale"])
-    assert found.counts().tobytes() == expected.counts().tobytes()
+    found = PCAModel.from_state(state, "cpu").predict(counts)
+    assert found.counts().tobytes() == fitted.predict(counts).counts().tobytes()
 
 
 def test_the_same_models_are_the_same_bytes(path, tmp_path):
