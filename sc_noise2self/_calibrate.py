@@ -175,7 +175,7 @@ def calibrate(
     runner = _Runner(method, _about(adata, values), int(rng.integers(1 << 63)))
     compared = compare(candidates, splits, loss, predictor=runner.on, groups=groups, n_jobs=n_jobs, prefer=prefer)
     table, split_losses = compared.table(rule, gain=loss == "poisson"), compared.split_losses()
-    row = compared.best(rule)
+    row = int(np.argmax(table["chosen"]))
     if np.isnan(split_losses[row]).any():
         raise ValueError("nothing that was hidden can be scored: the data have too few molecules to hide some.")
     best = candidates[row]
@@ -228,24 +228,19 @@ def _lists(grid: Any) -> dict[str, list[Any]]:
     """Return the values of each parameter of a grid."""
     if not isinstance(grid, Mapping):
         raise TypeError(f"grid holds {short(grid)}: {_GRID}.")
-    lists = {}
+    lists: dict[str, Any] = {}
     for name, values in grid.items():
         if not isinstance(name, str):
             raise TypeError(f"grid has {short(name)} for a parameter's name: {_GRID}.")
-        if isinstance(values, str | bytes | Mapping | set | frozenset) or not _is_iterable(values):
+        try:
+            lists[name] = list(islice(values, _MOST + 1))
+        except TypeError:
+            lists[name] = None
+        if lists[name] is None or isinstance(values, str | bytes | Mapping | set | frozenset):  # or have no order
             raise TypeError(f"grid has {name!r}: {short(values)}: pass its values in a list, e.g. [1, 2, 3].")
-        lists[name] = list(islice(values, _MOST + 1))
         if not lists[name]:
             raise ValueError(f"grid has no candidate: {name!r} has no value, so pass at least one.")
     return lists
-
-
-def _is_iterable(values: Any) -> bool:
-    try:
-        iter(values)
-    except TypeError:  # also an array without a dimension, which has the method
-        return False
-    return True
 
 
 def _as_method(denoiser: Any, transform: TransformName) -> Method:

@@ -142,10 +142,7 @@ class Comparison:
         tolerance
             Share of the least loss, of whatever sign, that counts as no difference to `"one_standard_error"`.
         """
-        losses, errors = self._losses()
-        least = np.nanmin(losses)
-        allowed = 0.0 if rule == "least" else np.maximum(errors, tolerance * abs(least))
-        return int(np.argmax(losses <= least + allowed))
+        return _first_good(*self._losses(), rule, tolerance)
 
     def table(self, rule: Rule = "least", tolerance: float = 0.0, *, gain: bool = False) -> pd.DataFrame:
         """Return the parameters of each row and the columns of `COLUMNS`, see `best`; `gain` (-loss) where asked."""
@@ -159,7 +156,7 @@ class Comparison:
             table["gain"] = -losses
         table["seconds"] = [sum(outcome.seconds for _, outcome in row.ordered) for row in self._rows]
         table["failure"] = [row.failure for row in self._rows]
-        table["chosen"] = np.arange(len(table)) == self.best(rule, tolerance)
+        table["chosen"] = np.arange(len(table)) == _first_good(losses, errors, rule, tolerance)
         return table
 
     def _losses(self) -> tuple[np.ndarray, np.ndarray]:
@@ -173,6 +170,13 @@ class Comparison:
         found = [(np.nan,) * 2 if each is None else (each.mean, each.error_of_difference(least)) for each in scores]
         losses, errors = np.array(found).T
         return losses, errors
+
+
+def _first_good(losses: np.ndarray, errors: np.ndarray, rule: Rule, tolerance: float) -> int:
+    """Return the first row that the rule accepts."""
+    least = np.nanmin(losses)
+    allowed = 0.0 if rule == "least" else np.maximum(errors, tolerance * abs(least))
+    return int(np.argmax(losses <= least + allowed))
 
 
 def compare(
