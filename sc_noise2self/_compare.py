@@ -184,6 +184,7 @@ class Comparison:
         return losses, errors
 
 
+
 def compare(
     candidates: Sequence[Parameters],
     splits: Sequence[Sequence[Any]],
