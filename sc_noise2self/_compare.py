@@ -184,7 +184,6 @@ class Comparison:
         return losses, errors
 
 
-
 def compare(
     candidates: Sequence[Parameters],
     splits: Sequence[Sequence[Any]],
