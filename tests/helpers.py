@@ -31,11 +31,16 @@ def layer_names(adata) -> set[str]:
     return set(adata.layers) - {None}
 
 
-def divergence(truth: np.ndarray, profiles) -> float:
-    """Mean KL(truth || profile) over cells, in nats."""
-    p = profiles.counts().astype(np.float64)
+def divergence(truth: np.ndarray, denoised) -> float:
+    """Mean KL(truth || profile) over cells, in nats; of expected counts, or of profiles that give them."""
+    p = np.array(denoised.counts() if hasattr(denoised, "counts") else denoised, np.float64)
     p /= p.sum(axis=1, keepdims=True)
     return (truth * np.log(truth / np.maximum(p, 1e-12))).sum(axis=1).mean()
+
+
+def mean_divergence(truth: np.ndarray, counts: sp.csr_matrix) -> float:
+    """The same of the mean profile."""
+    return divergence(truth, np.tile(np.asarray(counts.sum(axis=0)), (len(truth), 1)))
 
 
 class PCAEstimator:
