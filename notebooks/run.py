@@ -1,4 +1,4 @@
-"""Run notebooks from top to bottom and keep their outputs. (As tests they are run by `make docs`.)
+"""Run notebooks from top to bottom and keep their outputs; as tests they are run by `make docs`.
 
 python notebooks/run.py                           every notebook, its new outputs kept in it
 python notebooks/run.py quickstart --into results in that folder, which gets the page and what the notebook saves
