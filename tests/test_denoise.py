@@ -296,8 +296,11 @@ def test_select_rank(adata):
     assert not any(added.values())
     curve = adata.uns["select_rank"]
     assert curve["rank"] == rank
-    assert curve["loss"].shape == curve["error"].shape == curve["ranks"].shape == (21,)
-    assert curve["ranks"][curve["loss"].argmin()] == curve["split_rank"]
+    table = curve["table"]
+    assert list(table) == ["rank", "loss", "error", "full_depth_loss", "chosen"]
+    assert list(table["rank"]) == list(range(21))
+    assert table["rank"][table["loss"].argmin()] == curve["split_rank"]
+    assert list(table["rank"][table["chosen"]]) == [rank]
     assert n2s.select_rank(adata, max_rank=20) == rank
     assert n2s.select_rank(adata, max_rank=20, protocol="mcv", center=True) in range(2, 7)
     # Uncentred, the mean takes one component of its own.

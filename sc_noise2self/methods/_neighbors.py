@@ -140,7 +140,9 @@ class Diffusion(_Neighbors):
     t: int | Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8)
 
     def __post_init__(self) -> None:
-        for each in self.steps or ("nothing",):
+        if not self.steps:
+            raise ValueError("t is empty: pass a whole number of steps, or several.")
+        for each in self.steps:
             check_whole("t", each)
 
     @property
