@@ -230,7 +230,10 @@ class _AutoencoderLearner(Learner):
                 cells = np.sort(rng.choice(n_cells, _LEARNED_CELLS, replace=False))
                 data = _TrainingData(counts.chunks.take(cells), self._used, self._codes, counts, cells)
             self._fitted = _fit(self._options, [self.width], data, rng)
-        return self._fitted.model.profiles(counts, self._codes)
+        profiles = self._fitted.model.profiles(counts, self._codes)
+        model = replace(self._fitted.model, gene_scale=profiles.gene_scale)  # a saved model gives these cells the same
+        self._fitted = replace(self._fitted, model=model)
+        return profiles
 
     def learned(self, setting: Any) -> Learned:
         """See `Learner`."""
