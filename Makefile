@@ -15,12 +15,15 @@ test: $(VENV)/.installed
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 	$(BIN)/pytest
 
-test-slow: $(VENV)/.installed
+# What takes minutes: the slow tests, and every notebook, where the documentation is built.
+test-slow: docs
 	$(BIN)/pytest -m slow
 
+# Runs every notebook; an error in one is an error.
 docs: $(VENV)/.installed
-	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+	$(BIN)/sphinx-build -W --keep-going -q -b html -D nb_execution_mode=force docs docs/_build/html
 
+# Runs them to keep their new outputs.
 notebooks: $(VENV)/.installed
 	$(BIN)/python notebooks/run.py
 

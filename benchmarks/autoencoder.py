@@ -25,20 +25,24 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from sc_noise2self._loss import Gain, held_out_gain, held_out_probabilities
-from sc_noise2self._split import split_matrix
-from sc_noise2self.methods import network
-from sc_noise2self.methods._autoencoder import Autoencoder, LossName, narrowest_as_good
+import sc_noise2self as n2s
+from sc_noise2self._blocks import Counts
+from sc_noise2self._compare import Comparison
+from sc_noise2self._loss import Gain
+from sc_noise2self.methods import _network
+from sc_noise2self.methods._autoencoder import LossName, narrowest_as_good
+from sc_noise2self.methods._base import Learner
+from sc_noise2self.partitions import fold_of
 
 WIDTHS = (32, 16, 8, 4, 2, 1)
 
 
-class Nested(network.Network):
+class Nested(_network.Network):
     """All code units but the first few are 0: a number drawn anew each step in training, `active` of them after."""
 
     active = WIDTHS[0]
 
-    def bottleneck(self, entries: network.Entries) -> torch.Tensor:
+    def bottleneck(self, entries: _network.Entries) -> torch.Tensor:
         """Return the code, its later units set to 0."""
         code = super().bottleneck(entries)
         active = WIDTHS[int(torch.randint(len(WIDTHS), ()))] if self.training else self.active
@@ -52,18 +56,25 @@ def read(path: Path) -> sp.csr_matrix:
     return counts[np.asarray(counts.sum(axis=1)).ravel() > 200]
 
 
-def gain(fitted: Autoencoder, seen: sp.csr_matrix, held_out: sp.csr_matrix) -> Gain:
-    """Return the held-out gain."""
-    probabilities = held_out_probabilities(fitted.predict(seen, n_rounds=1), held_out)
-    return held_out_gain(probabilities, held_out, np.asarray(seen.sum(axis=0)).ravel() / seen.sum())
+def trained(counts: sp.csr_matrix, seed: int = 0, **options) -> Learner:
+    """Return an autoencoder with these options, trained once on all molecules but those it sets aside."""
+    (learner,) = n2s.Autoencoder(**options).checked(Counts.of(counts)).learners(Counts.of(counts))
+    learner.prepare(counts, np.arange(counts.shape[0]), np.random.default_rng(seed))
+    return learner
 
 
-def report(path: Path, label: str, seen: sp.csr_matrix, held_out: sp.csr_matrix, **options) -> None:
+def gain(learner: Learner, seen: sp.csr_matrix, held_out: sp.csr_matrix) -> Gain:
+    """Return the held-out gain of what was trained on the molecules seen."""
+    profiles = learner.refit(Counts.of(seen), learner.settings[0], np.random.default_rng(0))
+    return fold_of(seen, held_out).gain(profiles)
+
+
+def report(path: Path, label: str, seen: sp.csr_matrix, held_out: sp.csr_matrix, seed: int = 0, **options) -> None:
     """Fit, score and print one line."""
     start = time.perf_counter()
-    fitted = Autoencoder((64,), device="cpu", **options).fit(seen)
+    learner = trained(seen, seed, width=64, device="cpu", **options)
     seconds = time.perf_counter() - start
-    print(f"| {path.stem} | {label} | {gain(fitted, seen, held_out).mean:.4f} | {seconds:.1f} |", flush=True)
+    print(f"| {path.stem} | {label} | {gain(learner, seen, held_out).mean:.4f} | {seconds:.1f} |", flush=True)
 
 
 def on_a_plane(dimension: int) -> sp.csr_matrix:
@@ -76,28 +87,31 @@ def on_a_plane(dimension: int) -> sp.csr_matrix:
 
 def widths() -> None:
     """Print both curves for several dimensions: gain of each width less that of the best, and the choice."""
-    plain = network.Network
+    plain = _network.Network
     print("| dimension | | " + " | ".join(map(str, WIDTHS)) + " | chosen | seconds |")
     print("|---" * (len(WIDTHS) + 4) + "|")
     for dimension in (1, 2, 4, 8):
-        seen, held_out = split_matrix(on_a_plane(dimension), 0.9, random_state=0)
+        seen, held_out = n2s.split_molecules(on_a_plane(dimension), 0.9)
         start = time.perf_counter()
-        sweep = [gain(Autoencoder((width,), device="cpu").fit(seen), seen, held_out) for width in WIDTHS]
+        sweep = [gain(trained(seen, width=width, device="cpu"), seen, held_out) for width in WIDTHS]
         show(dimension, "sweep", sweep, time.perf_counter() - start)
         start = time.perf_counter()
-        network.Network = Nested
-        fitted = Autoencoder(WIDTHS[:1], device="cpu").fit(seen)
-        network.Network = plain
+        _network.Network, Nested.active = Nested, WIDTHS[0]
+        learner = trained(seen, width=WIDTHS[0], device="cpu")
+        _network.Network = plain
         nested = []
-        for fitted.network_.active in WIDTHS:
-            nested.append(gain(fitted, seen, held_out))
+        for Nested.active in WIDTHS:
+            nested.append(gain(learner, seen, held_out))
         show(dimension, "nested", nested, time.perf_counter() - start)
 
 
 def show(dimension: int, label: str, gains: list[Gain], seconds: float) -> None:
     """Print one curve; the choice is the narrowest width within one paired standard error of the best."""
+    comparison = Comparison()
+    for width, each in zip(WIDTHS, gains, strict=True):
+        comparison.add({"width": width}, -each)
     curve = " | ".join(f"{each.mean:.4f}" for each in gains)
-    print(f"| {dimension} | {label} | {curve} | {WIDTHS[narrowest_as_good(gains)]} | {seconds:.0f} |", flush=True)
+    print(f"| {dimension} | {label} | {curve} | {WIDTHS[narrowest_as_good(comparison)]} | {seconds:.0f} |", flush=True)
 
 
 def main() -> None:
@@ -110,13 +124,13 @@ def main() -> None:
         widths()
         return
     for path in args.counts:
-        seen, held_out = split_matrix(read(path), 0.9, random_state=0)
+        seen, held_out = n2s.split_molecules(read(path), 0.9)
         if args.what == "losses":
             for loss in get_args(LossName):
                 report(path, loss, seen, held_out, loss=loss)
         else:
             for seed in range(5):
-                report(path, f"seed {seed}", seen, held_out, random_state=seed)
+                report(path, f"seed {seed}", seen, held_out, seed)
 
 
 if __name__ == "__main__":

@@ -290,10 +290,13 @@ def select_rank(call: Call) -> None:
     with _unchanged(adata):
         rank = n2s.select_rank(copied, layer=words.layer, **options)
     curve = copied.uns[options.get("key_added", "select_rank")]
-    _demand(rank == curve["rank"] and 0 <= rank <= curve["ranks"][-1], f"rank {rank} of {curve['ranks'][-1]}")
-    for name in ("loss", "splits", "full_depth_loss"):
-        _demand(np.isfinite(curve.get(name, 0)).all(), f"{name} is not finite")
-    _demand((curve["error"] >= 0).all(), "error is no error")  # infinite where one cell was scored
+    table, last = curve["table"], curve["table"]["rank"].iloc[-1]
+    _demand(rank == curve["rank"] == table["rank"][table["chosen"]].item(), f"rank {rank} is not the one chosen")
+    _demand(0 <= rank <= last, f"rank {rank} of {last}")
+    losses = {"loss": table["loss"], "splits": curve["splits"], "full_depth_loss": table.get("full_depth_loss", 0)}
+    for name, values in losses.items():
+        _demand(np.isfinite(values).all(), f"{name} is not finite")
+    _demand((table["error"] >= 0).all(), "error is no error")  # infinite where one cell was scored
 
 
 def split(call: Call) -> None:

@@ -32,7 +32,7 @@ def denoised() -> ad.AnnData:
 
     rng = np.random.default_rng(0)
     small = n2s.datasets.pbmc68k_reduced()
-    n2s.denoise(small, transform="log1p", write_layer=False)  # for its record alone
+    n2s.denoise(small, n2s.PCA(transform="log1p"), write_layer=False)  # for its record alone
     out = ad.AnnData(sp.csr_matrix((N_CELLS, N_GENES), dtype=np.float32))
     out.obs["group"] = pd.Categorical.from_codes(rng.integers(0, 10, N_CELLS), [f"group {i}" for i in range(10)])
     out.uns["denoised"] = small.uns["denoised"]

@@ -52,12 +52,13 @@ def make(source: Path, paths: list[Path]) -> None:
     import scipy.sparse as sp
 
     import sc_noise2self as n2s
+    from sc_noise2self._read import profiles as profiles_of
 
     adata = ad.read_h5ad(source)
     detected = np.asarray((adata.X > 0).mean(axis=0)).ravel()
     order = np.argsort(-detected, kind="stable")
     n2s.denoise(adata, mix=True, write_layer=False)
-    profiles = n2s.results.profiles(adata)
+    profiles = profiles_of(adata)
     for path in paths:
         n_cells, n_genes = map(int, path.stem.split("x"))
         chosen = order[:n_genes]

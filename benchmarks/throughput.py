@@ -29,9 +29,9 @@ def read(path):
 
 def train_ours(counts, n_epochs, width):
     """Train the autoencoder of this package at one width; its hidden layers are twice as wide."""
-    from sc_noise2self.methods._autoencoder import Autoencoder
+    from autoencoder import trained
 
-    Autoencoder((width,), n_epochs=n_epochs, device="cpu").fit(counts.astype("float32"))
+    trained(counts.astype("float32"), width=width, n_epochs=n_epochs, device="cpu")
 
 
 def train_dca(counts, n_epochs):

@@ -1,6 +1,12 @@
-"""Configuration of Sphinx: ``sphinx-build -W --keep-going -b html docs docs/_build/html``. It needs no network."""
+"""Configuration of Sphinx: ``sphinx-build -W --keep-going -b html docs docs/_build/html``. It needs no network.
+
+Notebooks are shown with the outputs that were committed, unless ``-D nb_execution_mode=force`` runs them, as
+``make docs`` does: this is the one place where they are tested. What they claim is asserted in their own cells, and an
+error, or a cell that takes too long, fails the build.
+"""
 
 import json
+import os
 import re
 import shutil
 from importlib.metadata import version as version_of
@@ -10,6 +16,7 @@ HERE = Path(__file__).parent
 NOTEBOOKS = HERE.parent / "notebooks"
 FIRST = ["quickstart", "choosing_rank", "markers_after_denoising", "autoencoder", "calibrate_your_own"]
 LAST = ["noise2self_paper"]  # any other notebook stands between the two
+NEED_REAL_COUNTS = ["choosing_rank", "markers_after_denoising", "noise2self_paper"]  # else they download some
 
 project = "sc_noise2self"
 author = "the sc_noise2self developers"
@@ -31,7 +38,14 @@ suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
 
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # notebooks are committed with their outputs
+nb_execution_mode = "off"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600  # seconds a cell
+nb_execution_in_temp = True  # what a notebook saves is not for the pages
+nb_execution_excludepatterns = (
+    [] if os.environ.get("SC_NOISE2SELF_DATA") else [f"notebooks/{name}.ipynb" for name in NEED_REAL_COUNTS]
+)
+nb_output_stderr = "remove"  # progress bars
 nb_merge_streams = True
 
 default_role = "code"  # docstrings put code in single backticks

@@ -136,7 +136,7 @@ class Chunks(ABC):
         for i in range(0, len(stretches), _STRETCHES):
             starts = _STRETCH * np.sort(stretches[i : i + _STRETCHES])
             cells = [np.arange(start, min(start + _STRETCH, self.shape[0])) for start in starts]
-            yield np.concatenate(cells), _stacked([_canonical(self._slice(each[0], each[-1] + 1)) for each in cells])
+            yield np.concatenate(cells), _stacked([_canonical(self.stored(each[0], each[-1] + 1)) for each in cells])
 
     def pools(self) -> list[int]:
         """Return how many cells `shuffled` yields at a time, at most."""
@@ -144,7 +144,7 @@ class Chunks(ABC):
         return [min(step, self.shape[0] - start) for start in range(0, self.shape[0], step)]
 
     @abstractmethod
-    def _slice(self, start: int, stop: int) -> Any:
+    def stored(self, start: int, stop: int) -> Any:
         """Return some rows, sparse or dense."""
 
     def of_genes(self, genes: np.ndarray) -> Chunks:
@@ -229,14 +229,14 @@ class _Local(Chunks):
     def _of_blocks(self, work: Callable[[Block], Any], cells: np.ndarray) -> Iterable[Any]:
         bounds = np.searchsorted(cells, range(0, self.shape[0] + self._rows, self._rows))
         spans = [cells[first:last] for first, last in pairwise(bounds) if first < last]
-        slices = ((int(own[0]), self._slice(int(own[0]), int(own[-1]) + 1)) for own in spans)
+        slices = ((int(own[0]), self.stored(int(own[0]), int(own[-1]) + 1)) for own in spans)
         return in_threads(lambda item: work(block_of(*item)), slices)
 
     def _items(self, cells: np.ndarray | None = None) -> Iterator[tuple[int, Any]]:
         for start in range(0, self.shape[0], self._rows):
             stop = min(start + self._rows, self.shape[0])
             if cells is None or np.searchsorted(cells, start) < np.searchsorted(cells, stop):
-                yield start, self._slice(start, stop)
+                yield start, self.stored(start, stop)
 
 
 class InMemory(_Local):
@@ -246,7 +246,7 @@ class InMemory(_Local):
         super().__init__(counts.shape, rows)
         self._counts = counts
 
-    def _slice(self, start: int, stop: int) -> Any:
+    def stored(self, start: int, stop: int) -> Any:
         return self._counts[start:stop]
 
     def take(self, cells: np.ndarray) -> sp.csr_matrix:
@@ -280,8 +280,8 @@ class OfGenes(Chunks):
     def _of_blocks(self, work: Callable[[Block], Any], cells: np.ndarray) -> Iterable[Any]:
         raise NotImplementedError  # `part` needs none
 
-    def _slice(self, start: int, stop: int) -> Any:
-        return self._chunks._slice(start, stop)[:, self._genes]
+    def stored(self, start: int, stop: int) -> Any:
+        return self._chunks.stored(start, stop)[:, self._genes]
 
 
 class OnDisk(_Local):
@@ -296,7 +296,7 @@ class OnDisk(_Local):
             if hasattr(dataset, "group"):
                 _check_rows(dataset.group, dataset.shape[0])
 
-    def _slice(self, start: int, stop: int) -> Any:
+    def stored(self, start: int, stop: int) -> Any:
         with _reading(f"cells {start} to {stop - 1} of the stored matrix"):
             return _checked(self._dataset[start:stop], (stop - start, self.shape[1]))
 
@@ -347,7 +347,7 @@ class OnDask(Chunks):
         with one_blas_thread():
             return [found.rows[0] for found in dask.compute(*wanted)]
 
-    def _slice(self, start: int, stop: int) -> Any:
+    def stored(self, start: int, stop: int) -> Any:
         return _checked(self._array[start:stop].compute(), (stop - start, self.shape[1]))
 
     def _parts(self, work: Work, to_block: ToBlock | None = None) -> list[Any]:
@@ -384,7 +384,7 @@ def _gathered(partials: Iterable[Partial]) -> Partial:
             sums = [np.array(each, dtype=np.float64) for each in partial.sums]
         else:
             for total, each in zip(sums, partial.sums, strict=True):
-                total += each
+                np.add(total, each, out=total)
         rows.append(partial.rows)
     return Partial(sums or [], [_stacked(column) for column in zip(*rows, strict=True)])
 

@@ -32,6 +32,7 @@ from ._loss import Loss
 from ._random import RandomState, as_generator
 from ._result import plain_table
 from ._slots import check_key, committed, marked, owned
+from ._threads import one_blas_thread
 from ._transform import TransformName
 from .methods import as_methods
 from .methods._base import Method
@@ -177,7 +178,7 @@ def calibrate(
     runner = _Runner(method, _as_counts(adata, values), int(rng.integers(1 << 63)))
     compared = compare(candidates, splits, loss, predictor=runner.on, groups=groups, n_jobs=n_jobs, prefer=prefer)
     table, split_losses = compared.table(rule, gain=loss == "poisson"), compared.split_losses()
-    row = compared.best(rule)
+    row = int(np.argmax(table["chosen"]))
     if np.isnan(split_losses[row]).any():
         raise ValueError("nothing that was hidden can be scored: the data have too few molecules to hide some.")
     best = candidates[row]
@@ -229,24 +230,19 @@ def _lists(grid: Any) -> dict[str, list[Any]]:
     """Return the values of each parameter of a grid."""
     if not isinstance(grid, Mapping):
         raise TypeError(f"grid holds {short(grid)}: {_GRID}.")
-    lists = {}
+    lists: dict[str, Any] = {}
     for name, values in grid.items():
         if not isinstance(name, str):
             raise TypeError(f"grid has {short(name)} for a parameter's name: {_GRID}.")
-        if isinstance(values, str | bytes | Mapping | set | frozenset) or not _is_iterable(values):
+        try:
+            lists[name] = list(islice(values, _MOST + 1))
+        except TypeError:
+            lists[name] = None
+        if lists[name] is None or isinstance(values, str | bytes | Mapping | set | frozenset):  # or have no order
             raise TypeError(f"grid has {name!r}: {short(values)}: pass its values in a list, e.g. [1, 2, 3].")
-        lists[name] = list(islice(values, _MOST + 1))
         if not lists[name]:
             raise ValueError(f"grid has no candidate: {name!r} has no value, so pass at least one.")
     return lists
-
-
-def _is_iterable(values: Any) -> bool:
-    try:
-        iter(values)
-    except TypeError:  # also an array without a dimension, which has the method
-        return False
-    return True
 
 
 def _as_method(denoiser: Any, transform: TransformName) -> Method:
@@ -319,7 +315,8 @@ class _Runner:
         assert self.counts is not None  # methods denoise counts
         counts = self.counts.part(seen.copy(), np.arange(seen.shape[0]))
         method = replace(self.method, **parameters).checked(counts)
-        profiles = denoised([method], counts, np.random.default_rng(self.seed))
+        with one_blas_thread():
+            profiles = denoised([method], counts, np.random.default_rng(self.seed))
         return checked_rows(profiles, type(method).__name__, counts)
 
     def refitted(self, values: Any, best: Parameters) -> np.ndarray:

@@ -141,7 +141,13 @@ def select(
 
 
 def denoised(methods: Sequence[Method], counts: Counts, rng: np.random.Generator) -> Profiles:
-    """Return the profiles that the best of what methods offer gives: chosen on halves of the counts, then refitted."""
+    """Return the profiles that the best of what methods offer gives: chosen on these counts, then refitted to them."""
+    learners, _ = learners_of(methods, counts, average=len(methods) > 1)
+    if len(learners) == 1:
+        (learner,) = learners
+        learner.prepare(counts.in_memory(), np.arange(counts.chunks.shape[0]), rng)
+        if len(learner.settings) == 1:  # nothing is left to be chosen on halves
+            return learner.refit(counts, learner.settings[0], rng)
     selection = select(methods, counts, rng, average=len(methods) > 1, mix=False)
     return combine(selection.refit(counts, rng), selection.weights)
 

@@ -287,6 +287,8 @@ def _result(
         beats_mean=selection.beats_mean,
         **mixed,
     )
+    if not write_layer and not result.has_factors:
+        raise ValueError("write_layer=False was given with a method that returns no factors: leave it out.")
     if not write_layer:
         return result
     if not isinstance(counts.chunks, InMemory):

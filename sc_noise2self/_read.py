@@ -156,6 +156,7 @@ def values_of(
     rows: Index,
     columns: Index,
     scale: Scale,
+    *,
     source: Source | None = None,
     layer: str | None = None,
 ) -> np.ndarray:
@@ -228,37 +229,33 @@ def observed(adata: AnnData, key: str, layer: str | None = None, *, to_mix: bool
     raise ValueError(f"{name} does not hold the counts that were denoised to {key!r} any more{guess}: {now}{or_layer}.")
 
 
+def _tells(adata: AnnData, key: str) -> tuple[bool, bool]:
+    """Whether all genes and all cells that were denoised are here, so that cells and genes have their molecules."""
+    written = record(adata, key)
+    all_cells = adata.n_obs == int(written["n_cells"]) and adata.obs_names.is_unique  # a bootstrap repeats some
+    return adata.n_vars == int(written["n_genes"]), all_cells and f"{key}_total" in adata.var
+
+
 def _are_those_denoised(adata: AnnData, key: str, chunks: Chunks) -> bool:
     """Whether molecules of cells and of genes are those that were denoised, as far as the cells and genes left tell."""
+
+    def sums(block: Block) -> Partial:
+        return Partial((column_sums(block.counts),), (row_sums(block.counts),))
+
     try:
-        (totals,), (found,) = chunks.run(_sums, checked_block)
+        (totals,), (found,) = chunks.run(sums, checked_block)
     except NotACount:
         return False
-    size = sizes(adata, key)
-    if not ((found == size) if _has_all_genes(adata, key) else (found <= size)).all():
+    size, (all_genes, all_cells) = sizes(adata, key), _tells(adata, key)
+    if not ((found == size) if all_genes else (found <= size)).all():
         return False
-    return not _has_all_cells(adata, key) or bool((totals == in_memory(adata.var[f"{key}_total"])).all())
-
-
-def _sums(block: Block) -> Partial:
-    return Partial((column_sums(block.counts),), (row_sums(block.counts),))
-
-
-def _has_all_genes(adata: AnnData, key: str) -> bool:
-    return adata.n_vars == int(record(adata, key)["n_genes"])
-
-
-def _has_all_cells(adata: AnnData, key: str) -> bool:
-    """Whether cells are those that were denoised, so that genes have their totals; a bootstrap repeats some."""
-    n_cells = int(record(adata, key)["n_cells"])
-    return adata.n_obs == n_cells and adata.obs_names.is_unique and f"{key}_total" in adata.var
+    return not all_cells or bool((totals == in_memory(adata.var[f"{key}_total"])).all())
 
 
 def _holds(adata: AnnData, key: str, layer: str | None) -> bool:
     """Whether a layer in memory clearly holds the counts that were denoised."""
     matrix = None if layer is None else adata.layers[layer]
-    tells = _has_all_genes(adata, key) or _has_all_cells(adata, key)
-    if not tells or not (sp.issparse(matrix) or isinstance(matrix, np.ndarray)):
+    if not any(_tells(adata, key)) or not (sp.issparse(matrix) or isinstance(matrix, np.ndarray)):
         return False
     try:
         return _are_those_denoised(adata, key, chunks_of(matrix, f"layer {layer!r}"))

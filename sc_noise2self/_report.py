@@ -110,15 +110,11 @@ def _in_which_genes(adata: AnnData, key: str) -> str:
     rest = f" The other {unscored:,} of {adata.n_vars:,} genes have too few molecules to be scored." if unscored else ""
     if not n["gained"] + n["lost"]:
         return f"No gene is predicted better than its mean.{rest}"
-    doubtful = [
-        *([f"for {n['unclear']:,} the molecules do not tell"] if n["unclear"] else []),
-        *([f"{n['lost']:,} are predicted worse"] if n["lost"] else []),
-    ]
-    trust = f"; {' and '.join(doubtful)}: do not trust the pattern of {'these' if len(doubtful) == 1 else 'either'}"
-    return (
-        f"Of {n_scored:,} genes {n['gained']:,} are predicted better than by their mean{trust if doubtful else ''}."
-        f"{rest}"
-    )
+    doubtful = [f"for {n['unclear']:,} the molecules do not tell"] if n["unclear"] else []
+    doubtful += [f"{n['lost']:,} are predicted worse"] if n["lost"] else []
+    these = "these" if len(doubtful) == 1 else "either"
+    trust = f"; {' and '.join(doubtful)}: do not trust the pattern of {these}" if doubtful else ""
+    return f"Of {n_scored:,} genes {n['gained']:,} are predicted better than by their mean{trust}.{rest}"
 
 
 def _what_to_mind(written: Mapping[str, Any]) -> list[str]:

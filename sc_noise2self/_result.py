@@ -108,8 +108,14 @@ class Result:
 
     @property
     def has_factors(self) -> bool:
-        """Whether every member has."""
-        return all(isinstance(member.profiles, LowRankProfiles) for member in self.members)
+        """Whether every member has; else the layer is all there is."""
+        return bool(self.factored)
+
+    @property
+    def factored(self) -> list[LowRankProfiles]:
+        """The profiles of members; none where a member has no factors."""
+        fitted = [member.profiles for member in self.members if isinstance(member.profiles, LowRankProfiles)]
+        return fitted if len(fitted) == len(self.members) else []
 
 
 def write(adata: AnnData, key: str, result: Result) -> AbstractContextManager[None]:
@@ -211,7 +217,7 @@ class GeneFactors:
     @classmethod
     def of(cls, result: Result) -> GeneFactors:
         """Return those of a result."""
-        fitted = _factored(result)
+        fitted = result.factored
         links = tuple(profiles.link for profiles in fitted)
         weights = tuple(float(member.weight) for member in result.members)
         n_factors = tuple(profiles.loadings.shape[1] for profiles in fitted)
@@ -245,7 +251,7 @@ class GeneFactors:
 
         Either is a Dask array where the factors of cells are; without factors there are no scores.
         """
-        fitted = _factored(result)
+        fitted = result.factored
         if not fitted:
             return None, stamped(np.empty((len(result.size), 0), np.float32), self.fingerprint)
         scales = [column for profiles in fitted for column in (profiles.cell_scale, profiles.row_scale)]
@@ -278,18 +284,11 @@ class GeneFactors:
         return combine(fitted, self.weights)
 
 
-def _factored(result: Result) -> list[LowRankProfiles]:
-    """Return the profiles of members; none where a member has no factors."""
-    fitted = [member.profiles for member in result.members if isinstance(member.profiles, LowRankProfiles)]
-    return fitted if len(fitted) == len(result.members) else []
-
-
 def _fingerprint(of_genes: np.ndarray, others: object) -> int:
     """Return a hash that does not depend on the order of genes, which a concatenation may change."""
-    rows = np.ascontiguousarray(of_genes, dtype=np.float32)
-    total = sum(int.from_bytes(_digest(row.tobytes()), "little") for row in rows)
-    return LEAST_STAMP + int.from_bytes(_digest(repr((total, others)).encode()), "little") % LEAST_STAMP
 
+    def digest(data: bytes) -> int:
+        return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=8).digest()
+    total = sum(digest(row.tobytes()) for row in np.ascontiguousarray(of_genes, dtype=np.float32))
+    return LEAST_STAMP + digest(repr((total, others)).encode()) % LEAST_STAMP

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,9 +33,7 @@ def recorded_warnings() -> Iterator[list[str]]:
 
 def _outside() -> int:
     """Return how many frames above the caller of this function lies the first that is not the package's own."""
-    frame, level = sys._getframe(2), 1
+    frame, level = inspect.currentframe(), -1
     while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == _PACKAGE:
-        if frame.f_back is None:
-            break
         frame, level = frame.f_back, level + 1
     return level

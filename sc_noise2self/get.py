@@ -75,7 +75,7 @@ def denoised(
     if source is not None:
         check_one_of("source", source, get_args(Source))
     columns, rows = positions(adata.var_names, genes, "gene"), positions(adata.obs_names, cells, "cell")
-    values = values_of(adata, key, rows, columns, own_scale, source)
+    values = values_of(adata, key, rows, columns, own_scale, source=source)
     return pd.DataFrame(values, index=adata.obs_names[rows], columns=list(adata.var_names[columns]))
 
 

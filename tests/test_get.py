@@ -60,6 +60,23 @@ def test_a_depth_that_is_none_is_refused(depth):
         n2s.scales.ExpectedLog1pCP10k(depth=depth)
 
 
+class PerThousand(n2s.scales.Scale):
+    name, meaning, unit = "per_thousand", "molecules per thousand of the cell", "molecules per thousand"
+
+    def apply(self, counts, size):
+        return 1e3 * n2s.scales.Rates().apply(counts, size)
+
+
+def test_a_scale_of_ones_own(adata, tmp_path):
+    n2s.denoise(adata, scale=PerThousand())
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    adata = ad.read_h5ad(tmp_path / "a.h5ad")
+    np.testing.assert_allclose(adata.layers["denoised"].sum(axis=1), 1000, rtol=1e-4)
+    assert "Values are molecules per thousand of the cell." in n2s.report(adata)
+    a, b = (n2s.get.denoised(adata, scale=PerThousand(), source=source) for source in ("factors", "layer"))
+    pd.testing.assert_frame_equal(a, b, rtol=1e-4)
+
+
 def test_a_subset_is_followed(written):
     part = written[::2, ::3].copy()
     gene = part.var_names[0]

@@ -10,10 +10,13 @@ import zipfile
 
 import numpy as np
 import pytest
+from helpers import low_rank_profiles, poisson_counts
 from model_files import claims, read_parts, write_parts
 
 from sc_noise2self import _model
 from sc_noise2self._model import Saved, State
+from sc_noise2self.methods._components import learn_components
+from sc_noise2self.methods._pca import PCAModel
 
 N_GENES, K = 12, 3
 
@@ -62,6 +65,17 @@ def test_what_is_saved_is_loaded(path):
     same(_model.load(path), saved())
     with np.load(path) as parts:  # NumPy alone reads it
         assert parts["genes"][-1] == "µ-globulin"
+
+
+def test_pca_that_was_saved_predicts_the_same(tmp_path):
+    counts = poisson_counts(low_rank_profiles(80, 40, 3, seed=0), depth=300, seed=1)
+    (components,) = learn_components(counts, "sqrt", 4, np.random.default_rng(0), used=np.arange(40) > 2)
+    weights = np.array([1, 0.9, 0.5, 0])
+    fitted = PCAModel(components, weights, components.weighted_profiles(counts, weights).scaled().gene_scale)
+    _model.save(tmp_path / "model", Saved((fitted.state(),), (1.0,), np.arange(40).astype(str)))
+    (state,) = _model.load(tmp_path / "model").states
+    found = PCAModel.from_state(state, "cpu").predict(counts)
+    assert found.counts().tobytes() == fitted.predict(counts).counts().tobytes()
 
 
 def test_the_same_models_are_the_same_bytes(path, tmp_path):

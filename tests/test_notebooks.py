@@ -1,51 +1,45 @@
-"""Notebooks run from top to bottom; what they claim is asserted in their own cells."""
+"""Notebooks as they are committed. They are run where the documentation is built: `make docs`, see `docs/conf.py`."""
 
 import base64
 import importlib.util
-import os
 from pathlib import Path
 
 import pytest
 
 nbformat = pytest.importorskip("nbformat")
-for needed in ("nbclient", "torch", "skimage", "pywt", "ipykernel", "dask"):
-    pytest.importorskip(needed)
+pytest.importorskip("nbclient")
 
-NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
-TAKE_MINUTES = {"noise2self_paper"}
-NEED_A_DOWNLOAD = {"choosing_rank", "markers_after_denoising"}
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
-
-spec = importlib.util.spec_from_file_location("runner", NOTEBOOKS / "run.py")
+spec = importlib.util.spec_from_file_location("runner", ROOT / "notebooks" / "run.py")
 runner = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(runner)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Jupyter's own parts
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, marks=pytest.mark.slow if path.stem in TAKE_MINUTES else (), id=path.stem)
-        for path in sorted(NOTEBOOKS.glob("*.ipynb"))
-    ],
-)
-def test_notebook(path, tmp_path):
-    if path.stem in NEED_A_DOWNLOAD and not os.environ.get("SC_NOISE2SELF_DATA"):
-        pytest.skip("SC_NOISE2SELF_DATA names no folder of real counts")
-    committed = nbformat.read(path, as_version=4)
-    executed = runner.run(nbformat.read(path, as_version=4), tmp_path)
-    assert [len(cell.get("outputs", [])) for cell in executed.cells] == [
-        len(cell.get("outputs", [])) for cell in committed.cells
-    ]
+def outputs_of(notebook):
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
 
 def test_there_are_notebooks():
-    assert list(NOTEBOOKS.glob("*.ipynb"))
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_are_whole_and_of_the_code_beside_them(path):
+    """To mend: `python notebooks/run.py NAME` runs a notebook and keeps its outputs."""
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert not [
+        output for output in outputs_of(notebook) if output.output_type == "error" or output.get("name") == "stderr"
+    ]
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert notebook.metadata["code_that_ran"] == runner.digest_of_code(notebook)
 
 
 def test_the_picture_of_the_readme_is_that_of_the_notebook():
     """The first of `markers_after_denoising`; to replace it, write the notebook's to docs/images/markers.png."""
-    notebook = nbformat.read(NOTEBOOKS / "markers_after_denoising.ipynb", as_version=4)
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    first = next(output.data["image/png"] for output in outputs if "image/png" in output.get("data", {}))
-    assert base64.b64decode(first) == (NOTEBOOKS.parent / "docs" / "images" / "markers.png").read_bytes()
+    notebook = nbformat.read(ROOT / "notebooks" / "markers_after_denoising.ipynb", as_version=4)
+    first = next(output.data["image/png"] for output in outputs_of(notebook) if "image/png" in output.get("data", {}))
+    assert base64.b64decode(first) == (ROOT / "docs" / "images" / "markers.png").read_bytes()

@@ -13,10 +13,15 @@ import scipy.sparse as sp
 from helpers import layer_names, low_rank_profiles, poisson_counts
 
 import sc_noise2self as n2s
+from sc_noise2self import _result
+from sc_noise2self._blocks import OnDask, OnDisk
+from sc_noise2self._loss import Gain
+from sc_noise2self._result import Member, Result
+from sc_noise2self.methods._profiles import TableProfiles
 
 SLOTS = ("layers", "obsm", "varm", "obs", "var", "uns")
-TINY = {"width": 2, "n_components": 3, "device": "cpu", "autoencoder": {"n_hidden": 16, "n_epochs": 40}}
-QUICK = {"transform": "none", "n_components": 3}
+TINY = {"width": 2, "n_components": 3, "device": "cpu", "n_hidden": 16, "n_epochs": 40}
+QUICK = {"method": n2s.PCA(transform="none", n_components=3)}
 PACKAGE = str(next(iter(n2s.__path__)))
 
 
@@ -64,7 +69,7 @@ READERS = {
 def model(tmp_path_factory):
     pytest.importorskip("torch")
     path = tmp_path_factory.mktemp("model") / "m.pt"
-    n2s.denoise(cells(300), "autoencoder", save_model=path, **TINY)
+    n2s.denoise(cells(300), n2s.Autoencoder(**TINY), save_model=path)
     return path
 
 
@@ -273,7 +278,7 @@ class TestCounts:
             np.testing.assert_allclose(before, after)
 
     def test_the_usual_next_step(self, pbmc):
-        n2s.denoise(pbmc, transform="log1p", write_layer=False)
+        n2s.denoise(pbmc, n2s.PCA(transform="log1p"), write_layer=False)
         pbmc.layers["counts"] = pbmc.X.copy()
         sc.pp.normalize_total(pbmc)
         sc.pp.log1p(pbmc)
@@ -345,6 +350,138 @@ class TestCounts:
             adata.X = sp.csc_matrix(adata.X) if kind == "csc" else adata.X.toarray()
         n2s.denoise(adata, write_layer=False, **QUICK)
         np.testing.assert_allclose(drawn(n2s.pl.markers(adata, ["gene-0", "gene-1"]))[0], expected, rtol=1e-5)
+
+
+def with_values(scale="counts", seed=0):
+    """What a method leaves that returns a matrix, and no factors."""
+    adata, scale = cells(seed=seed), n2s.scales.SCALES[scale]()
+    size, totals = adata.X.sum(axis=1).A1, adata.X.sum(axis=0).A1
+    values, ones = identity(adata.X, 0.5), np.full(20, 0.1)
+    table = pd.DataFrame({"by": ["a", None], "loss": [-0.1, 0.0], "error": [0.0, 0.1], "chosen": [True, False]})
+    result = Result(
+        method="function",
+        params={"mix": False, "random_state": 0},
+        scale=scale,
+        members=[
+            Member(
+                "identity",
+                "identity",
+                "identity (share 0.5)",
+                "",
+                0,
+                1.0,
+                TableProfiles.of(values, size, totals / totals.sum()).scaled(),
+                {"table": table},
+            )
+        ],
+        gain=Gain(0.1 * size, size),
+        gene_gains=(ones, 0.1 * ones),
+        size=size,
+        totals=totals,
+        warnings=[],
+        layer=scale.apply(values.astype(np.float32), size),
+    )
+    with _result.write(adata, "denoised", result):
+        pass
+    return adata, values
+
+
+class TestNoFactors:
+    """A method may return values that are no factors: the layer is all there is."""
+
+    @pytest.mark.filterwarnings("ignore:Writing zarr v2")
+    @pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+    def test_the_layer_is_read_by_itself(self, suffix, tmp_path):
+        if suffix == "zarr":
+            pytest.importorskip("zarr")
+        adata, values = with_values()
+        getattr(adata, f"write_{suffix}")(tmp_path / f"a.{suffix}")
+        adata = getattr(ad, f"read_{suffix}")(tmp_path / f"a.{suffix}")
+        rates = values / values.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(n2s.get.denoised(adata), values, rtol=1e-5)
+        np.testing.assert_allclose(n2s.get.denoised(adata, "gene-3", scale="rates")["gene-3"], rates[:, 3], rtol=1e-5)
+        np.testing.assert_allclose(n2s.get.adata(adata, source="layer").X, values, rtol=1e-5)
+        assert n2s.report(adata).startswith("Identity (share 0.5) of the counts in X (")
+        _, shown = drawn(n2s.pl.markers(adata, ["gene-0", "gene-1"]))
+        np.testing.assert_allclose(shown[:, 1], np.log1p(1e4 * rates[:, 1]), rtol=1e-5)
+        assert n2s.pl.loss(adata, key="denoised").get_xticklabels()[1].get_text() == "None"
+        assert len(n2s.pl.gain_per_gene(adata).collections) == 3
+
+    def test_what_needs_factors_says_so(self):
+        adata, _ = with_values("rates")
+        pytest.importorskip("dask")
+        for read in (lambda: n2s.get.denoised(adata, source="factors"), lambda: n2s.get.lazy(adata)):
+            with pytest.raises(ValueError, match="result 'denoised' has no factors, .* its layer is all there is"):
+                read()
+        with pytest.raises(ValueError, match="panels has 2: other numbers of components need"):
+            n2s.pl.markers(adata, ["gene-0", "gene-1"], panels=(2,))
+        with pytest.raises(KeyError, match="result 'denoised' has no PCA: its members are identity"):
+            n2s.pl.spectrum(adata)
+        with pytest.raises(ValueError, match=r"is on the scale 'rates': pass that scale\.$"):
+            n2s.get.denoised(adata)
+        del adata.layers["denoised"]
+        with pytest.raises(KeyError, match="there is no layer 'denoised': call sc_noise2self.remove"):
+            n2s.get.denoised(adata)
+
+    def test_two_results_in_one_are_refused_and_removed(self):
+        joined = ad.concat([with_values(seed=i)[0] for i in (0, 1)], merge="first", uns_merge="first")
+        with pytest.raises(ValueError, match="was put together from several"):
+            n2s.get.denoised(joined)
+        left = ad.concat([with_values(seed=i)[0] for i in (0, 1)])
+        with pytest.raises(KeyError, match=r"the record of result 'denoised' is gone from adata.uns"):
+            n2s.report(left)
+        for adata in (joined, left):
+            n2s.remove(adata)
+            assert not any(names(adata).values())
+
+    def test_a_result_with_factors_replaces_it_and_is_replaced(self):
+        adata, _ = with_values()
+        n2s.denoise(adata, mix=True, **QUICK)
+        assert n2s.get.lazy(adata).shape == adata.shape
+        other, _ = with_values()
+        n2s.remove(other)
+        assert not any(names(other).values())
+
+
+def count_what_is_held(monkeypatch):
+    """Return a list that gathers how many counts each reading of a part returns."""
+    held = []
+    for kind in (OnDisk, OnDask):
+        part = kind.part
+        monkeypatch.setattr(kind, "part", lambda *a, part=part: held.append(part(*a)) or held[-1])
+    return held
+
+
+class TestMixedOutOfMemory:
+    """Counts that were mixed in are read where they are, as many as are asked for."""
+
+    @pytest.fixture(params=["backed", "dask"])
+    def pair(self, request, tmp_path):
+        """The result in memory, and with its counts elsewhere."""
+        adata = denoised(mix=True)
+        if request.param == "backed":
+            adata.write_h5ad(tmp_path / "a.h5ad")
+            return adata, ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+        other = adata.copy()
+        other.X = pytest.importorskip("dask.array").from_array(other.X, chunks=(25, -1))
+        return adata, other
+
+    def test_getters(self, pair, monkeypatch):
+        adata, other = pair
+        held = count_what_is_held(monkeypatch)
+        names = ["gene-7", "gene-2"]
+        expected = n2s.get.denoised(adata, names, cells=adata.obs_names[[50, 3, 3]])
+        np.testing.assert_array_equal(n2s.get.denoised(other, names, cells=adata.obs_names[[50, 3, 3]]), expected)
+        np.testing.assert_array_equal(n2s.get.denoised(other, names), n2s.get.denoised(adata, names))
+        assert [each.shape for each in held] == [(3, 2), (60, 2)]
+        np.testing.assert_array_equal(n2s.get.denoised(other), n2s.get.denoised(adata))
+        np.testing.assert_array_equal(n2s.get.lazy(other)[40:10:-3, 3:5].compute(), n2s.get.lazy(adata)[40:10:-3, 3:5])
+
+    def test_plots(self, pair):
+        adata, other = pair
+        genes = ["gene-0", "gene-1"]
+        for one, two in zip(drawn(n2s.pl.markers(adata, genes)), drawn(n2s.pl.markers(other, genes)), strict=True):
+            np.testing.assert_array_equal(one, two)
 
 
 def drawn(axes):

@@ -450,6 +450,22 @@ def test_a_model_file_that_is_cut_is_refused_and_one_put_together_again_is_not(t
     assert "denoised" in adata.layers
 
 
+def test_several_models_are_one_file(tiny_model, batch_model, tmp_path):
+    first, second = _model.load(tiny_model), _model.load(batch_model)
+    states = (*first.states, *second.states, State("mean", {}, {"gene_share": first.states[0].arrays["gene_share"]}))
+    _model.save(tmp_path / "model", Saved(states, (0.5, 0.25, 0.25), first.genes, second.batches))
+    found = _model.load(tmp_path / "model")
+    assert found.weights == (0.5, 0.25, 0.25)
+    assert found.batches == ("a", "b")
+    assert [state.method for state in found.states] == ["autoencoder", "autoencoder", "mean"]
+    assert [state.values.get("n_batches") for state in found.states] == [0, 2, None]
+    for one, other in zip(states, found.states, strict=True):
+        for name, value in one.arrays.items():
+            np.testing.assert_array_equal(value, other.arrays[name])
+    with pytest.raises(ValueError, match="it names 0 batches and has 2"):
+        _model.save(tmp_path / "other", Saved(states, (0.5, 0.25, 0.25), first.genes))
+
+
 def test_loading_moves_no_random_numbers(tiny_model):
     before = torch.get_rng_state()
     n2s.denoise_with(cells(100, 3), tiny_model, device="cpu")

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ._autoencoder import Autoencoder
-from ._base import Method
+from ._base import Method, bounded_values
 from ._function import Function
 from ._neighbors import KNN, Diffusion
 from ._pca import PCA
+from ._profiles import LowRankProfiles, TableProfiles
 
 if TYPE_CHECKING:
     from .._model import State
@@ -79,4 +80,16 @@ def model_of(state: State, device: str = "auto") -> Any:
     return models[state.method](state, device)
 
 
-__all__ = ["KNN", "PCA", "REGISTRY", "Autoencoder", "Diffusion", "Function", "Method", "as_methods"]
+__all__ = [
+    "KNN",
+    "PCA",
+    "REGISTRY",
+    "Autoencoder",
+    "Diffusion",
+    "Function",
+    "LowRankProfiles",
+    "Method",
+    "TableProfiles",
+    "as_methods",
+    "bounded_values",
+]

@@ -27,7 +27,6 @@ from .._compare import Comparison
 from .._counts import column_sums, row_sums
 from .._loss import Gain
 from .._model import LINKS
-from .._threads import in_threads
 from .._transform import Link
 from ..partitions import Fold, fold_of
 from ._base import Learned, Learner, Method, bounded_values, is_several, set_aside
@@ -55,8 +54,6 @@ _SEEDS_DIFFER = 0.01  # of the gain: two runs that differ by their seed alone di
 _SCALED_CELLS = 20_000  # that the scales of genes are learned from, at most
 _LEAST_SPREAD = 0.01  # of the first score, in lengths of the mean cell
 _TRAINING = Lock()  # its random numbers are those of the process
-# Whose rate, scaled and added over genes, is far from float32's end; log rates may have any level that it resolves.
-_LARGEST_OUTPUT: dict[Link, float] = {"exp": 1e4, "log1p": 60.0, "sqrt": 1e12, "none": 1e12}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,9 +155,7 @@ class Autoencoder(Method):
         if self.batch_key is not None and len(counts.columns[self.batch_key].cat.categories) < 2:
             raise ValueError(f"adata.obs[{self.batch_key!r}] has one batch: leave batch_key out.")
         n_genes = counts.chunks.shape[1]
-        width = bounded_values(
-            "width", self.width, n_genes, f"{n_genes} genes", is_default=self.width == type(self).width
-        )
+        width = bounded_values("width", self.width, type(self).width, n_genes, f"{n_genes} genes")
         return replace(self, width=width, n_components=n_components_of(self.n_components, counts))
 
     def learners(self, counts: Counts) -> Sequence[Learner]:
@@ -196,10 +191,11 @@ class _AutoencoderLearner(Learner):
     @property
     def settings(self) -> Sequence[Any]:
         """The width chosen."""
-        return (f"width {self._width}",)
+        return (f"width {self.width}",)
 
     @property
-    def _width(self) -> int:
+    def width(self) -> int:
+        """Width of its bottleneck."""
         assert self._fitted is not None  # prepared before anything was learned
         return self._fitted.model.width
 
@@ -208,12 +204,12 @@ class _AutoencoderLearner(Learner):
         width = self._options.width
         widths: Sequence[int] = width if is_several(width) else [width]  # type: ignore[assignment, list-item]
         self._fitted = self._choice = self._fit(
-            counts, cells, widths if self._like is None else [self._like._width], rng
+            counts, cells, widths if self._like is None else [self._like.width], rng
         )
 
     def learn(self, half: Fold, rng: np.random.Generator) -> None:
         """See `Learner`."""
-        self._fits.append(self._fit(half.seen, half.cells, [self._width], rng).model)
+        self._fits.append(self._fit(half.seen, half.cells, [self.width], rng).model)
 
     def forget(self) -> None:
         """See `Learner`."""
@@ -233,7 +229,7 @@ class _AutoencoderLearner(Learner):
             else:
                 cells = np.sort(rng.choice(n_cells, _LEARNED_CELLS, replace=False))
                 data = _TrainingData(counts.chunks.take(cells), self._used, self._codes, counts, cells)
-            self._fitted = _fit(self._options, [self._width], data, rng)
+            self._fitted = _fit(self._options, [self.width], data, rng)
         profiles = self._fitted.model.profiles(counts, self._codes)
         model = replace(self._fitted.model, gene_scale=profiles.gene_scale)  # a saved model gives these cells the same
         self._fitted = replace(self._fitted, model=model)
@@ -252,7 +248,7 @@ class _AutoencoderLearner(Learner):
             "checked_epochs": np.array(history.checked),
             "checked_gains": np.array(history.gains),
         }
-        return Learned(self._options.title, self._options.described(setting), self._width, values)
+        return Learned(self._options.title, self._options.described(setting), self.width, values)
 
     def state(self) -> State:
         """See `Learner`."""
@@ -346,8 +342,7 @@ class AutoencoderModel:
             If the network's output is beyond what can be a rate, which weights from elsewhere can bring about.
         """
         found = self._unscaled(counts, codes, self.gene_scale)
-        _check_output(self.link, found.scores, found.loadings)
-        return found.scaled(n_rounds=0)
+        return found.checked("the autoencoder's output").scaled(n_rounds=0)
 
     def profiles(self, counts: Counts, codes: np.ndarray | None) -> LowRankProfiles:
         """Return the denoised profiles of all cells, wherever their counts are, every gene with its total."""
@@ -604,20 +599,3 @@ def require_torch() -> None:
             'the autoencoder needs PyTorch: pip install "sc-noise2self[autoencoder]" (for the processor alone, add '
             "--extra-index-url https://download.pytorch.org/whl/cpu)."
         )
-
-
-def _check_output(link: Link, factors: np.ndarray, loadings: np.ndarray) -> None:
-    """Raise where a cell's largest rate, or the sum of its rates, would not be a number, or would be 0."""
-    most = _LARGEST_OUTPUT[link]
-    step = max(1, _CHECKED_ENTRIES // len(loadings))
-
-    def largest(start: int) -> float:
-        with np.errstate(all="ignore"):
-            return float(np.abs((factors[start : start + step] @ loadings.T).max(axis=1)).max())
-
-    for found in in_threads(largest, range(0, len(factors), step)):
-        if not found <= most:  # nor NaN
-            raise ValueError(
-                f"the autoencoder's output for these cells reaches {found:.3g}, and {most:g} is the most that can "
-                "become a rate: its weights, or these counts, are out of range."
-            )

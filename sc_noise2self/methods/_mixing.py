@@ -42,8 +42,8 @@ def dispersion_curves(profiles: Profiles, held_out: sp.csr_matrix, size: np.ndar
     depth = np.asarray(held_out.sum(axis=1)).ravel() / np.maximum(size, 1)
     expected = np.empty(held_out.nnz)
     zeros = np.zeros((len(PHI), n_genes))  # the part of the log likelihood that every entry has, zero or not
-    for rows, block in profiles.blocks():
-        block *= depth[rows, None].astype(np.float32)
+    for rows, found in profiles.blocks():
+        block = found * depth[rows, None].astype(np.float32)
         entries = slice(held_out.indptr[rows.start], held_out.indptr[rows.stop])
         lengths = np.diff(held_out.indptr[rows.start : rows.stop + 1])
         expected[entries] = block[np.repeat(np.arange(len(lengths)), lengths), held_out.indices[entries]]
@@ -97,8 +97,8 @@ def scales_of_cells(chunks: Chunks, profiles: Profiles, phi: np.ndarray) -> tupl
         for rows, mixed in MixedProfiles(own, block.counts, phi, ones).blocks():
             scale[rows] = ratio(row_sums(block.counts[rows]), mixed.sum(axis=1))
         for _, m in own.blocks():
-            m *= phi.astype(np.float32)
-            share += (m / (1 + m)).sum(axis=0)
+            scaled = m * phi.astype(np.float32)
+            share += (scaled / (1 + scaled)).sum(axis=0)
         return Partial([share], [scale])
 
     (share,), (scale,) = chunks.run(of_block)

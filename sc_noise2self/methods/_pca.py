@@ -282,7 +282,8 @@ class PCAModel:
 
     def predict(self, counts: sp.csr_matrix, codes: np.ndarray | None = None) -> LowRankProfiles:
         """Return the denoised profiles of cells, CSR of shape (cells, genes); genes keep the scale of the fit."""
-        return self.components.weighted_profiles(counts, self.weights, self.gene_scale).scaled(n_rounds=0)
+        found = self.components.weighted_profiles(counts, self.weights, self.gene_scale)
+        return found.checked("the output of the PCA").scaled(n_rounds=0)
 
     def learned(self) -> Learned:
         """Return what is worth writing down."""

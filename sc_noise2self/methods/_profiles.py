@@ -19,6 +19,11 @@ _BLOCK = 1 << 20  # dense entries rebuilt at a time, 4 MB
 _FLOOR = np.float32(0.15)
 _FLOOR_CAP = np.float32(0.3)  # molecules
 
+# Outputs whose rate, scaled and added over genes, is far from float32's end; log rates may have any level that it
+# resolves.
+_LARGEST_OUTPUT: dict[Link, float] = {"exp": 1e4, "log1p": 60.0, "sqrt": 1e12, "none": 1e12}
+_CHECKED = 5_000_000  # dense entries checked at a time
+
 _TOTALS_OFF = 1e-3  # how far genes may be from their totals, on average, where these count as right
 _MOST_ROUNDS = 100
 
@@ -176,6 +181,28 @@ class LowRankProfiles(ScaledProfiles):
     def shape(self) -> tuple[int, int]:
         """(cells, genes)."""
         return len(self.scores), len(self.loadings)
+
+    def checked(self, what: str) -> LowRankProfiles:
+        """Return the profiles, if every rate, scaled and added over genes, is a number.
+
+        Raises
+        ------
+        ValueError
+            If one would not be, which a model from elsewhere can bring about.
+        """
+        most, step = _LARGEST_OUTPUT[self.link], max(1, _CHECKED // len(self.loadings))
+
+        def largest(start: int) -> float:
+            with np.errstate(all="ignore"):
+                return float(np.abs((self.scores[start : start + step] @ self.loadings.T).max(axis=1)).max())
+
+        for found in in_threads(largest, range(0, len(self.scores), step)):
+            if not found <= most:  # nor NaN
+                raise ValueError(
+                    f"{what} for these cells reaches {found:.3g}, and {most:g} is the most that can become a rate: its "
+                    "weights, or these counts, are out of range."
+                )
+        return self
 
     def of_cells(self, cells: np.ndarray) -> LowRankProfiles:
         """Return the profiles of some cells, scaled as they are here."""

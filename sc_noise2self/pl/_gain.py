@@ -49,23 +49,14 @@ def gain_per_gene(
     """
     gain, error, molecules = gains_of_genes(adata, key)
     own = new_axes(ax, 6.0, 4.0)
-    styles: dict[str, dict[str, Any]] = {
-        "unclear": {"color": GREY, "s": 4, "marker": "o"},
-        "lost": {"color": RED, "s": 11, "marker": "v"},
-        "gained": {"color": BLUE, "s": 9, "marker": "o"},
-    }
-    names = {"unclear": "no difference seen", "lost": "predicted worse", "gained": "predicted better"}
     clear = clear_gains(adata, key)
-    for kind, style in styles.items():
-        which = clear[kind]
-        own.scatter(
-            molecules[which],
-            gain[which],
-            linewidth=0,
-            alpha=0.7,
-            label=f"{names[kind]} ({which.sum():,})",
-            **style,
-        )
+    for kind, name, color, area, marker in (
+        ("unclear", "no difference seen", GREY, 4, "o"),
+        ("lost", "predicted worse", RED, 11, "v"),
+        ("gained", "predicted better", BLUE, 9, "o"),
+    ):
+        x, y, label = molecules[clear[kind]], gain[clear[kind]], f"{name} ({clear[kind].sum():,})"
+        own.scatter(x, y, linewidth=0, alpha=0.7, label=label, color=color, s=area, marker=marker)
     own.axhline(0, color="0.3", linewidth=0.8)
     own.set_xscale("log")
     if np.isnan(gain).all():
