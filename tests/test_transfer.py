@@ -255,7 +255,13 @@ def test_without_torch_it_says_how_to_get_it(monkeypatch, model):
 
 WITHOUT_TORCH = """
 import sys
-sys.modules["torch"] = None
+
+class Blocked:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocked())
 import anndata as ad, sc_noise2self as n2s
 
 adata = ad.read_h5ad(sys.argv[1])
