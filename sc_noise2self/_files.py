@@ -12,7 +12,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -226,11 +226,10 @@ class _Steady(io.FileIO):
     def truncate(self, size: int | None = None, /) -> int:
         """Cut or extend it, unless a write failed."""
         try:
-            if self.failed is None:
-                return super().truncate(size)
+            return (size or 0) if self.failed else super().truncate(size)
         except BaseException as error:
             self.failed = error
-        return size or 0
+            return size or 0
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Return as many bytes as asked for: zeros where nothing was written."""
@@ -255,13 +254,8 @@ def _written(path: Path) -> Iterator[tuple[Any, Callable[[], None]]]:
         raw = _Steady(path, "r+" if exists else "x+")
         try:
             file = h5py.File(raw, "r+" if exists else "w")
-            try:
+            with closing(file), closing(file):  # twice, because an interrupt may come before it is closed
                 yield file, raw.check
-            finally:
-                try:
-                    file.close()
-                finally:
-                    file.close()  # unless an interrupt came before it was
         finally:
             raw.close()
             raw.check()  # what followed from it is no other reason
@@ -280,19 +274,15 @@ def _written(path: Path) -> Iterator[tuple[Any, Callable[[], None]]]:
 
 def _without_matrices(stored: Any) -> AnnData:
     """Return what is not of size cells x genes, cells x cells or genes x genes."""
-    missing = [slot for slot in ("obs", "var") if slot not in stored]
-    if missing:
-        raise _Refused(
-            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing in the file, which has "
-            f"{sorted(stored)}: it holds no AnnData object."
-        )
+    if missing := [slot for slot in ("obs", "var") if slot not in stored]:
+        what = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+        raise _Refused(f"{what} in the file, which has {sorted(stored)}: it holds no AnnData object.")
     if any(getattr(stored[slot], "dtype", np.dtype(float)).names for slot in ("obs", "var")):
         raise _Refused(
             "obs or var is a table as anndata wrote it before 0.7: read the file with anndata.read_h5ad, write it "
             "again with write_h5ad, and pass the new file."
         )
-    found = {slot: ad.io.read_elem(stored[slot]) for slot in _SLOTS if slot in stored}
-    return AnnData(**found)
+    return AnnData(**{slot: ad.io.read_elem(stored[slot]) for slot in _SLOTS if slot in stored})
 
 
 def _counts(stored: Any, layer: str | None, in_memory: bool) -> Any:

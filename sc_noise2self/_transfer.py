@@ -192,7 +192,8 @@ def _layer(result: Result, counts: Counts) -> Any:
     """Return the layer of a result: dense of counts in memory, else computed where it is read."""
     if not isinstance(counts.chunks, InMemory):
         return lazy_layer(result)
-    profiles = combine([each.profiles for each in result.members], [each.weight for each in result.members])
+    members = result.members
+    profiles = combine([each.profiles for each in members], [each.weight for each in members])
     return result.scale.apply(profiles.counts(), result.size)
 
 
