@@ -30,7 +30,7 @@ from .._model import LINKS
 from .._threads import in_threads
 from .._transform import Link
 from ..partitions import Fold, fold_of
-from ._base import Learned, Learner, Method, bounded_values, is_several, set_aside
+from ._base import Learned, Learner, Method, bounded_values, is_several, set_aside, set_tuples
 from ._components import learn_components
 from ._pca import n_components_of
 from ._profiles import LowRankProfiles, profiles_in_blocks
@@ -140,6 +140,7 @@ class Autoencoder(Method):
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
+        set_tuples(self, "width")
         check_one_of("loss", self.loss, get_args(LossName))
         as_positive("n_seeds", self.n_seeds)
         check_name("device", self.device)
