@@ -22,6 +22,7 @@ from ._loss import Gain, GeneGains
 from ._progress import progress_bar
 from ._random import as_key
 from ._split import halves as even_split
+from ._threads import one_blas_thread
 from .methods._base import Learner, MeanLearner, Method, Sample
 from .methods._components import folds_of
 from .methods._mixing import dispersion_curves, dispersions
@@ -142,8 +143,9 @@ def select(
 
 def denoised(methods: Sequence[Method], counts: Counts, rng: np.random.Generator) -> Profiles:
     """Return the profiles that the best of what methods offer gives: chosen on halves of the counts, then refitted."""
-    selection = select(methods, counts, rng, average=len(methods) > 1, mix=False)
-    return combine(selection.refit(counts, rng), selection.weights)
+    with one_blas_thread():
+        selection = select(methods, counts, rng, average=len(methods) > 1, mix=False)
+        return combine(selection.refit(counts, rng), selection.weights)
 
 
 def learners_of(methods: Sequence[Method], counts: Counts, average: bool) -> tuple[list[Learner], bool]:
