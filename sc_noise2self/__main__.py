@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import os
 import re
 import sys
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
 
-_TYPED = {
-    "write_layer=False": "--factors",
-    "mix=True": "--mix",
-    "pass overwrite": "pass --overwrite",
-    "key_added": "--key-added",
-    "batch_key": "--batch-key",
-    "save_model": "--save-model",
-    "random_state": "--seed",
-}
+_COMMAS = re.compile(r""",(?![^(\[{]*[)\]}])""")  # but those within brackets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         args.run(args)
     except (ValueError, TypeError, OSError, ImportError, MemoryError, FloatingPointError) as error:
-        print(f"sc_noise2self: {_as_typed(str(error) or 'there is too little memory.')}", file=sys.stderr)
+        print(f"sc_noise2self: {' '.join(str(error).split()) or 'there is too little memory.'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sc_noise2self: interrupted.", file=sys.stderr)
@@ -36,31 +31,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _as_typed(message: str) -> str:
-    """Return a message with parameters as the options that they are here."""
-    message = re.sub(r"\b(method|device|layer)=(['\"])(\S*?)\2", r"--\1 \3", " ".join(message.split()))
-    for name, option in _TYPED.items():
-        message = re.sub(rf"(?<![\w/.-]){name}(?![\w/=]|\.\w)", option, message)
-    return message
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sc_noise2self", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     denoise = commands.add_parser("denoise", help="denoise the raw counts of a file into another")
-    denoise.add_argument("source", metavar="IN", help=".h5ad or .zarr with raw counts; it is not changed")
-    denoise.add_argument("target", metavar="OUT", help=".h5ad or .zarr to write; it must not exist")
-    denoise.add_argument("--method", default="pca", help="pca, autoencoder, diffusion, knn or ensemble (default: pca)")
-    denoise.add_argument("--mix", action="store_true", help="mix each cell's own counts back in")
-    denoise.add_argument("--layer", help="layer that holds raw counts (default: X)")
-    denoise.add_argument("--key-added", default="denoised", help="name of the result (default: %(default)s)")
-    denoise.add_argument("--batch-key", help="column of obs with each cell's batch, for the autoencoder")
-    denoise.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    denoise.add_argument("--save-model", help="file to write the fitted autoencoder to")
-    denoise.add_argument("--factors", action="store_true", help="write the factors alone, no dense layer")
-    denoise.add_argument("--overwrite", action="store_true", help="replace OUT.h5ad, in one step, once it is done")
-    denoise.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    denoise.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
+    add = denoise.add_argument
+    add("source", metavar="IN", help=".h5ad or .zarr with raw counts; it is not changed")
+    add("target", metavar="OUT", help=".h5ad or .zarr to write; it must not exist")
+    add(
+        "--method",
+        action="append",
+        metavar="NAME[:OPTION=VALUE,...]",
+        help="pca (default), autoencoder, diffusion, knn or ensemble; options are those of the method, e.g. "
+        "autoencoder:width=32,device=cpu or knn:n_pcs=(10,20); given several times, the mean of all is taken",
+    )
+    add("--mix", action="store_true", help="mix each cell's own counts back in")
+    add("--scale", default="counts", metavar="NAME[:OPTION=VALUE]", help="scale of the layer (default: %(default)s)")
+    add("--layer", help="layer that holds raw counts (default: X)")
+    add("--key-added", default="denoised", help="name of the result (default: %(default)s)")
+    add("--save-model", help="file to write the fitted model to, e.g. model.npz")
+    add("--factors", action="store_true", help="write the factors alone, no dense layer")
+    add("--overwrite", action="store_true", help="replace OUT.h5ad, in one step, once it is done")
+    add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    add("--quiet", action="store_true", help="print nothing but warnings and errors")
     denoise.set_defaults(run=_denoise)
     return parser
 
@@ -69,30 +62,61 @@ def _denoise(args: argparse.Namespace) -> None:
     import scanpy as sc
 
     from ._files import denoise_file, expanded
+    from .methods import REGISTRY
+    from .scales import SCALES
 
+    methods = [_made("method", each, REGISTRY) for each in args.method or ["pca"]]
     if not args.quiet:
         sc.settings.verbosity = "info"
-    # Only what was given: what belongs to another method is refused.
-    options = {name: getattr(args, name) for name in ("batch_key", "save_model") if getattr(args, name) is not None}
-    if args.save_model is not None:
-        options["save_model"] = expanded(args.save_model)
     with warnings.catch_warnings():
         warnings.showwarning = _print_warning
         said = denoise_file(
             args.source,
             args.target,
+            methods if len(methods) > 1 else methods[0],
             layer=args.layer,
             key_added=args.key_added,
             write_layer=not args.factors,
             overwrite=args.overwrite,
-            method=args.method,
             mix=args.mix,
-            device=args.device,
+            scale=_made("scale", args.scale, {name: [each] for name, each in SCALES.items()}),
+            save_model=None if args.save_model is None else expanded(args.save_model),
             random_state=args.seed,
-            **options,
         )
     if not args.quiet:
         _print_done(f"{args.target}, result {args.key_added!r}\n{textwrap.fill(said, 100)}")
+
+
+def _made(what: str, given: str, classes: Mapping[str, Sequence[type]]) -> Any:
+    """Return the object that `name:option=value,...` describes; a name alone as it is.
+
+    Values are Python literals, or else text; commas within brackets are the value's.
+
+    Raises
+    ------
+    ValueError
+        If there is no such option; what is wrong with a value, the object itself says.
+    """
+    name, _, options = given.partition(":")
+    if not options or name not in classes:
+        return given
+    if len(classes[name]) > 1:
+        raise ValueError(f"--{what} {given}: {name} stands for several, so give each with its options, --{what} again.")
+    (made,) = classes[name]
+    known = [each.name for each in fields(made)]
+    found = {}
+    for option in _COMMAS.split(options):
+        key, equals, value = option.partition("=")
+        if key.strip() not in known or not equals:
+            raise ValueError(
+                f"--{what} {given}: {option!r} is no option of {name}, which are NAME=VALUE with the names "
+                f"{', '.join(known) or 'none'}."
+            )
+        try:
+            found[key.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            found[key.strip()] = value.strip()
+    return made(**found)
 
 
 def _print_done(text: str) -> None:

@@ -157,12 +157,15 @@ def learners_of(methods: Sequence[Method], counts: Counts, average: bool) -> tup
     learners: list[Learner] = [MeanLearner()] if average else []
     for method in methods:
         learners += method.learners(counts)
-    taken: dict[str, int] = {}
-    for learner in learners:
-        taken[learner.name] = number = taken.get(learner.name, 0) + 1
-        if number > 1:
-            learner.name = f"{learner.name} {number}"
+    for learner, name in zip(learners, numbered([learner.name for learner in learners]), strict=True):
+        learner.name = name
     return learners, average or any(method.is_average for method in methods)
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Return names, the second of the same name with a 2, and so on."""
+    counted = [names[: i + 1].count(name) for i, name in enumerate(names)]
+    return [name if number == 1 else f"{name} {number}" for name, number in zip(names, counted, strict=True)]
 
 
 def _compared(

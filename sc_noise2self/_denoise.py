@@ -175,7 +175,7 @@ def denoise(
         counts = as_counts(adata, layer, mask_var, [key for each in methods for key in each.columns])
         check_key(adata, key_added, layer)
         methods = [each.checked(counts) for each in methods]
-        _check_room(adata, methods, counts, write_layer, copy)
+        check_room(adata, methods, counts, write_layer, copy)
         _check_model_file(save_model, methods, counts)
         start = logg.info(f"denoising {describe_counts(adata, layer)}")
         selection = select(methods, counts, rng, average=is_ensemble(method), mix=mix, n_splits=n_splits)
@@ -212,7 +212,7 @@ def _check_options(layer: str | None, n_splits: int, **flags: bool) -> None:
     as_positive("n_splits", n_splits)
 
 
-def _check_room(adata: AnnData, methods: Sequence[Method], counts: Counts, write_layer: bool, copy: bool) -> None:
+def check_room(adata: AnnData, methods: Sequence[Method], counts: Counts, write_layer: bool, copy: bool) -> None:
     """Refuse what does not fit in memory, or cannot be made of counts that are not in memory."""
     if not write_layer and not all(method.has_factors for method in methods):
         raise ValueError("write_layer=False was given with a function, which has no factors: leave it out.")
@@ -287,6 +287,8 @@ def _result(
         beats_mean=selection.beats_mean,
         **mixed,
     )
+    if not write_layer and not result.has_factors:
+        raise ValueError("write_layer=False was given with a method that returns no factors: leave it out.")
     if not write_layer:
         return result
     if not isinstance(counts.chunks, InMemory):

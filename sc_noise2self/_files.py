@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -23,21 +23,21 @@ from anndata import AnnData
 from packaging.version import Version
 from scanpy import logging as logg
 
-from ._anndata import chunks_of
 from ._checks import check_flag, check_name
 from ._denoise import denoise
-from ._estimates import estimate
 from ._memory import check_fits_disk
+from ._progress import progress_bar
 from ._read import profiles, sizes
 from ._replace import check_target, replaced
 from ._report import report
 from ._slots import check_key_name, kind_of
 from ._threads import in_threads
+from .methods import Method, as_methods
+from .methods._profiles import Profiles
 from .scales import Scale, as_scale
 
 _FORMATS = (".h5ad", ".zarr")
 _SLOTS = ("obs", "var", "obsm", "varm", "uns")  # that a result is written to, besides its layer
-_COMPONENTS = 100  # that an estimate assumes
 _ROWS, _COLUMNS = 1000, 500  # of a chunk of the layer, at most: 2 MB
 _COPIED = 1 << 20  # bytes of a chunk of what is copied from one format to the other
 _URL = re.compile(r"\w{2,}:/")  # a path keeps one slash of two
@@ -46,6 +46,7 @@ _URL = re.compile(r"\w{2,}:/")  # a path keeps one slash of two
 def denoise_file(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
+    method: str | Method | Sequence[str | Method] = "pca",
     *,
     layer: str | None = None,
     key_added: str = "denoised",
@@ -66,8 +67,8 @@ def denoise_file(
     overwrite
         Replace an existing `.h5ad` target, in one step, when the new one is whole. It keeps its permissions; where it
         is a link, the file that it leads to is replaced.
-    layer, key_added, options
-        As in `denoise`. Methods other than `"pca"`, and `mix`, load the counts.
+    method, layer, key_added, options
+        As in `denoise`. Counts stay on disk, but for a method that needs them in memory (`sc_noise2self.Function`).
 
     Returns
     -------
@@ -86,6 +87,7 @@ def denoise_file(
     --------
     >>> import sc_noise2self as n2s
     >>> n2s.denoise_file("big.h5ad", "big.zarr", write_layer=False)  # doctest: +SKIP
+    >>> n2s.denoise_file("big.h5ad", "mixed.h5ad", n2s.Diffusion(t=3), mix=True)  # doctest: +SKIP
     """
     source, target = expanded(source), expanded(target)
     if "copy" in options:
@@ -95,12 +97,12 @@ def denoise_file(
     check_key_name(key_added)
     if layer is not None:
         check_name("layer", layer)
+    _, methods = as_methods(method)
     _check_paths(source, target, overwrite)
     with _read(source) as stored:
-        in_memory = options.get("method", "pca") != "pca" or bool(options.get("mix"))
         with _readable(source):
             adata = _without_matrices(stored)
-            counts = _counts(stored, layer, in_memory)
+            counts = _counts(stored, layer, any(each.needs_memory for each in methods))
             if layer is None:
                 adata.X = counts
             else:
@@ -108,11 +110,10 @@ def denoise_file(
         _check_layer(stored, adata, key_added)
         n_bytes = _size(source) + 4 * adata.n_obs * (adata.n_vars if write_layer else 0)
         check_fits_disk(n_bytes, target.resolve().parent)
-        if not in_memory:
-            said = estimate(chunks_of(counts, "X" if layer is None else f'layer "{layer}"'), _COMPONENTS)
-            logg.info("" if said is None else str(said))
-        denoise(adata, layer=layer, key_added=key_added, write_layer=False, **options)
+        in_memory = write_layer and not all(each.has_factors for each in methods)
+        denoise(adata, method, layer=layer, key_added=key_added, write_layer=in_memory, **options)
         reported = report(adata, key=key_added)
+        scale = as_scale(options.get("scale", "counts"))
         with replaced(target, overwrite=overwrite, like=source) as partial, _readable(source, OSError):
             start = logg.info(f"writing {target}")
             if source.suffix == target.suffix:
@@ -120,7 +121,9 @@ def denoise_file(
             with _written(partial) as (out, check):
                 if source.suffix != target.suffix:
                     _copy_matrices(stored, out, check)
-                _write_result(out, adata, key_added, write_layer, options, check)
+                _write_result(out, adata, key_added, check)
+                if write_layer:
+                    _write_layer(out["layers"], adata, key_added, scale, check)
             logg.info("    written", time=start)
     return reported
 
@@ -317,9 +320,8 @@ def _counts(stored: Any, layer: str | None, in_memory: bool) -> Any:
     return element if hasattr(element, "shape") else ad.io.sparse_dataset(element)
 
 
-def _write_result(
-    out: Any, adata: AnnData, key: str, write_layer: bool, options: dict[str, Any], check: Callable[[], None]
-) -> None:
+def _write_result(out: Any, adata: AnnData, key: str, check: Callable[[], None]) -> None:
+    """Write all of a result but its layer, and remove that of an earlier one."""
     for slot in _SLOTS:
         check()
         value = getattr(adata, slot)
@@ -327,30 +329,36 @@ def _write_result(
     if "layers" not in out:
         ad.io.write_elem(out, "layers", {})
     if key in out["layers"]:
-        del out["layers"][key]  # of an earlier result
-    if write_layer:
-        _write_layer(out["layers"], adata, key, check, as_scale(options.get("scale", "counts")))
+        del out["layers"][key]
 
 
-def _write_layer(out: Any, adata: AnnData, key: str, check: Callable[[], None], scale: Scale) -> None:
-    """Write the dense layer, a chunk at a time."""
+def _write_layer(out: Any, adata: AnnData, key: str, scale: Scale, check: Callable[[], None]) -> None:
+    """Write the dense layer: the one in memory, or what factors give on that scale, a chunk at a time."""
+    if key in adata.layers:
+        ad.io.write_elem(out, key, adata.layers[key])
+        return
     rebuilt, size = profiles(adata, key), sizes(adata, key)
     scale = scale.settled(size)
     n_rows, n_columns = _even(adata.n_obs, _ROWS), _even(adata.n_vars, _COLUMNS)
     made = _create(out, key, adata.shape, np.dtype(np.float32), (n_rows, n_columns))
     made.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-    parts = [
-        (slice(row, min(row + n_rows, adata.n_obs)), slice(column, min(column + n_columns, adata.n_vars)))
-        for row in range(0, adata.n_obs, n_rows)
-        for column in range(0, adata.n_vars, n_columns)
-    ]
 
-    def values(part: tuple[slice, slice]) -> np.ndarray:
-        return scale.apply(rebuilt.counts(*part), size[part[0]])
+    def chunks() -> Iterator[tuple[slice, slice, Profiles]]:
+        for row in range(0, adata.n_obs, n_rows):
+            cells = slice(row, min(row + n_rows, adata.n_obs))
+            own = rebuilt.of_cells(np.arange(cells.start, cells.stop))  # reads counts that are mixed in, once
+            for column in range(0, adata.n_vars, n_columns):
+                yield cells, slice(column, min(column + n_columns, adata.n_vars)), own
 
-    for part, block in zip(parts, in_threads(values, parts), strict=True):
-        made[part] = block
-        check()
+    def values(chunk: tuple[slice, slice, Profiles]) -> tuple[slice, slice, np.ndarray]:
+        cells, genes, own = chunk
+        return cells, genes, scale.apply(own.counts(genes=genes), size[cells])
+
+    with progress_bar("writing the layer", adata.n_obs) as bar:
+        for cells, genes, block in in_threads(values, chunks()):
+            made[cells, genes] = block
+            check()
+            bar.update(cells.stop - cells.start if genes.stop == adata.n_vars else 0)
 
 
 def _even(n: int, most: int) -> int:

@@ -13,7 +13,7 @@ import os
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
@@ -251,6 +251,15 @@ def save(path: str | os.PathLike[str], saved: Saved) -> None:
         raise ValueError(f"the model cannot be saved: {wrong}.") from None
     with replaced(Path(path)) as partial, partial.open("xb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def of_genes(state: State, order: np.ndarray) -> State:
+    """Return a state with its genes in another order: new gene i is old gene `order[i]`."""
+    arrays = dict(state.arrays)
+    for name, shape in SCHEMAS[state.method].arrays.items():
+        if "genes" in shape.sizes:
+            arrays[name] = arrays[name].take(order, axis=shape.sizes.index("genes"))
+    return replace(state, arrays=arrays)
 
 
 def load(path: str | os.PathLike[str]) -> Saved:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -13,17 +14,21 @@ from anndata import AnnData
 from scanpy import logging as logg
 
 from . import _model
-from ._anndata import read_batches, read_csr
-from ._checks import check_flag, check_name, seed_of
-from ._choose import check_enough
-from ._counts import column_sums, row_sums
+from ._anndata import as_counts
+from ._blocks import Block, Counts, InMemory, Partial
+from ._checks import check_flag, check_name, describe_counts, seed_of
+from ._choose import check_enough, numbered
+from ._denoise import check_room
 from ._loss import Gain, GeneGains
-from ._random import RandomState, as_generator
+from ._random import RandomState, as_generator, as_key
 from ._result import Member, Result, write
 from ._slots import check_key
-from ._split import split_matrix
+from ._split import halves
+from ._threads import one_blas_thread
 from ._warnings import recorded_warnings, warn
+from .get import lazy_layer
 from .methods import model_of
+from .methods._base import Sample
 from .methods._profiles import LowRankProfiles, Profiles, combine
 from .scales import Scale, as_scale
 
@@ -46,7 +51,7 @@ def denoise_with(
     Parameters
     ----------
     adata, layer, scale, key_added, write_layer, copy
-        As in `denoise`. Genes are matched by `var_names`, in any order.
+        As in `denoise`; counts may be on disk or Dask's. Genes are matched by `var_names`, in any order.
     model
         File that `denoise(..., save_model=)` wrote. It is read as data alone: a file from elsewhere can run no code.
     batch_key
@@ -84,109 +89,141 @@ def denoise_with(
         check_flag(name, flag)
     check_name("device", device)
     scale, rng = as_scale(scale), as_generator(random_state)
-    with recorded_warnings() as warned:
-        counts = read_csr(adata, layer)
+    with recorded_warnings() as warned, one_blas_thread():
+        counts = as_counts(adata, layer, columns=() if batch_key is None else (batch_key,))
         check_key(adata, key_added, layer)
-        saved = _model.load(model)
-        models = [model_of(state, device) for state in saved.states]
-        order = _order_of_genes(adata, saved.genes)
-        codes = _codes_of_batches(adata, batch_key, saved.batches)
-        start = logg.info(f"denoising {adata.n_obs} cells with {os.fspath(model)}")
-        counts, back = counts[:, order], np.argsort(order)
-
-        def predicted(part: sp.csr_matrix) -> list[LowRankProfiles]:
-            return [each.predict(part, codes) for each in models]
-
-        halves = split_matrix(counts, random_state=rng)
-        check_enough(halves)
-        gain, gene_gains = _gains([combine(predicted(half), saved.weights) for half in halves], halves)
+        check_room(adata, (), counts, write_layer, copy)
+        fitted = _Fitted.of(_model.load(model), counts, batch_key, device)
+        start = logg.info(f"denoising {describe_counts(adata, layer)} with {os.fspath(model)}")
+        gain, gene_gains = _gains(fitted, counts, as_key(rng))
         if not gain.is_clear:
             warn(
                 "the model predicts held-out molecules of these cells no better than their own mean profile (gain "
                 f"{gain.mean:.4f} +- {gain.error:.4f}): fit one to them with sc_noise2self.denoise."
             )
-        fitted = [_with_genes(profiles, back) for profiles in predicted(counts)]
-    size = row_sums(counts)
-    scale = scale.settled(size)
-    params = {
-        **({} if layer is None else {"layer": layer}),
-        "model": os.fspath(model),
-        "mix": False,
-        "device": device,
-        "random_state": seed_of(random_state),
-        **({} if batch_key is None else {"batch_key": batch_key}),
-    }
-    result = Result(
-        "model",
-        params,
-        scale,
-        [
-            Member(own.name, found.title, found.described, "", found.rank, weight, profiles, found.values)
-            for own, found, weight, profiles in zip(
-                models, [each.learned() for each in models], saved.weights, fitted, strict=True
-            )
-        ],
-        gain,
-        (gene_gains[0][back], gene_gains[1][back]),
-        size,
-        column_sums(counts)[back],
-        warned,
-        layer=scale.apply(combine(fitted, saved.weights).counts(), size) if write_layer else None,
-    )
+        result = Result(
+            "model",
+            {
+                **({} if layer is None else {"layer": layer}),
+                "model": os.fspath(model),
+                "mix": False,
+                "device": device,
+                "random_state": seed_of(random_state),
+                **({} if batch_key is None else {"batch_key": batch_key}),
+            },
+            scale.settled(counts.size),
+            fitted.members(counts),
+            gain,
+            gene_gains,
+            counts.size,
+            counts.totals,
+            warned,
+        )
+        if write_layer:
+            result = replace(result, layer=_layer(result, counts))
     target = adata.copy() if copy else adata
     with write(target, key_added, result):
         pass
-    logg.info(f"    {gain.mean:.4f} +- {gain.error:.4f} nats per held-out molecule", time=start)
+    logg.info(f"    {gain}", time=start)
     return target if copy else None
 
 
-def _with_genes(profiles: LowRankProfiles, order: np.ndarray) -> LowRankProfiles:
-    """Return profiles with their genes in another order."""
-    return replace(
-        profiles, **{name: getattr(profiles, name)[order] for name in ("loadings", "gene_scale", "gene_share")}
-    )
+@dataclass(frozen=True, eq=False)
+class _Fitted:
+    """Models whose genes stand in the order of the counts, their weights, and the code of each cell's batch."""
+
+    models: Sequence[Any]
+    weights: Sequence[float]
+    codes: np.ndarray | None
+
+    @classmethod
+    def of(cls, saved: _model.Saved, counts: Counts, batch_key: str | None, device: str) -> _Fitted:
+        """Return what a file holds, for these counts."""
+        order = _order_of_genes(counts.gene_names, saved.genes)
+        models = [model_of(_model.of_genes(state, order), device) for state in saved.states]
+        return cls(models, saved.weights, _codes_of_batches(counts, batch_key, saved.batches))
+
+    def predict(self, counts: sp.csr_matrix, cells: np.ndarray) -> list[LowRankProfiles]:
+        """Return what each model predicts of some cells, CSR of shape (cells, genes)."""
+        codes = None if self.codes is None else self.codes[cells]
+        return [model.predict(counts, codes) for model in self.models]
+
+    def members(self, counts: Counts) -> list[Member]:
+        """Return the profiles of all cells as members of the result, in one pass over the counts."""
+
+        def of_cells(block: Block) -> Partial:
+            found = self.predict(block.counts, block.cells)
+            scales = [np.column_stack([own.cell_scale, own.row_scale]) for own in found]
+            return Partial(rows=[*(own.scores for own in found), *scales])
+
+        first = np.arange(2)
+        some = self.predict(counts.chunks.take(first), first)
+        widths = [own.scores.shape[1] for own in some] + [2] * len(some)
+        rows = cast("list[np.ndarray]", counts.chunks.rows(of_cells, widths))  # or Dask's
+        size, learned = counts.size.astype(np.float32), [model.learned() for model in self.models]
+        fitted = [
+            replace(own, scores=scores, cell_scale=scales[:, 0], row_scale=scales[:, 1], size=size)
+            for own, scores, scales in zip(some, rows[: len(some)], rows[len(some) :], strict=True)
+        ]
+        names = numbered([model.name for model in self.models])
+        return [
+            Member(name, own.title, own.described, "", own.rank, weight, profiles, own.values)
+            for name, own, weight, profiles in zip(names, learned, self.weights, fitted, strict=True)
+        ]
 
 
-def _gains(
-    predictions: Sequence[Profiles], halves: Sequence[sp.csr_matrix]
-) -> tuple[Gain, tuple[np.ndarray, np.ndarray]]:
-    """Return the gain, and that of each gene with its error, of what each half predicts of the other."""
-    held_out = halves[::-1]
-    gains = GeneGains([column_sums(seen) / seen.sum() for seen in halves], [column_sums(part) for part in held_out])
-    (sums,), (nats, molecules) = gains.of_cells(predictions, held_out)
+def _gains(fitted: _Fitted, counts: Counts, key: int) -> tuple[Gain, tuple[np.ndarray, np.ndarray]]:
+    """Return the gain, and that of each gene with its error, of what each half of a split predicts of the other."""
+    sample = Sample(counts.chunks, [key], np.arange(len(counts.size)))
+    totals = sample.totals()
+    if not all(total.any() for total in totals):  # so few molecules are in memory at once
+        check_enough(halves(counts.in_memory(), key, sample.cells))
+    gains = GeneGains([total / total.sum() for total in totals], totals[::-1])
+
+    def of_cells(cells: np.ndarray, parts: list[sp.csr_matrix]) -> Partial:
+        predictions: list[Profiles] = [combine(fitted.predict(seen, cells), fitted.weights) for seen in parts]
+        return gains.of_cells(predictions, parts[::-1])
+
+    (sums,), (nats, molecules) = sample.run(of_cells)
     return Gain(nats, molecules), gains.of_genes(sums)
 
 
-def _order_of_genes(adata: AnnData, names: np.ndarray) -> np.ndarray:
-    """Return where each gene of the model is in `adata`."""
-    if not adata.var_names.is_unique:
+def _layer(result: Result, counts: Counts) -> Any:
+    """Return the layer of a result: dense of counts in memory, else computed where it is read."""
+    if not isinstance(counts.chunks, InMemory):
+        return lazy_layer(result)
+    profiles = combine([each.profiles for each in result.members], [each.weight for each in result.members])
+    return result.scale.apply(profiles.counts(), result.size)
+
+
+def _order_of_genes(names: pd.Index, known: np.ndarray) -> np.ndarray:
+    """Return where each gene of the counts is in the model, whose genes are `known`."""
+    if not names.is_unique:
         raise ValueError("gene names are not unique: call adata.var_names_make_unique().")
-    order = adata.var_names.get_indexer(names)
-    missing, extra = names[order < 0], adata.var_names.difference(names, sort=False)
+    fitted_to = pd.Index(known)
+    missing, extra = fitted_to.difference(names, sort=False), names.difference(fitted_to, sort=False)
     if len(missing) or len(extra):
         raise ValueError(
             f"the model was fitted to other genes: {len(missing)} of them are missing here{_some(missing)}, and "
             f"{len(extra)} here are not in it{_some(extra)}. Fit and denoise with the same genes."
         )
-    return order
+    return fitted_to.get_indexer(names)
 
 
 def _some(names: Sequence[str]) -> str:
     return f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if len(names) else ""
 
 
-def _codes_of_batches(adata: AnnData, key: str | None, names: Sequence[str]) -> np.ndarray | None:
-    """Return the model's code of each cell's batch."""
-    if not len(names):
+def _codes_of_batches(counts: Counts, key: str | None, known: Sequence[str]) -> np.ndarray | None:
+    """Return the model's code of each cell's batch; `known` are the batches it was fitted to."""
+    if not known:
         if key is not None:
             raise ValueError(f"batch_key={key!r} was given, but the model was fitted without batches: leave it out.")
         return None
     if key is None:
-        raise ValueError(f"the model was fitted with batches ({', '.join(names)}): pass batch_key.")
-    labels = read_batches(adata, key)
-    unknown = [name for name in labels.cat.categories if str(name) not in names]
+        raise ValueError(f"the model was fitted with batches ({', '.join(known)}): pass batch_key.")
+    labels = counts.columns[key].astype(str)
+    unknown = [name for name in labels.unique() if name not in known]
     if unknown:
-        raise ValueError(
-            f"batches unknown to the model: {', '.join(map(str, unknown[:5]))}. It knows {', '.join(names)}."
-        )
-    return pd.Index(names).get_indexer(labels.astype(str))
+        raise ValueError(f"batches unknown to the model: {', '.join(unknown[:5])}. It knows {', '.join(known)}.")
+    return pd.Index(known).get_indexer(labels)

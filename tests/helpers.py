@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import scipy.sparse as sp
 
+from sc_noise2self.methods._components import learn_components
+
 
 def low_rank_profiles(n_cells: int, n_genes: int, rank: int, seed: int) -> np.ndarray:
     """Profiles (rows sum to 1) that are mixtures of `rank` random programmes: a matrix of exactly that rank."""
@@ -29,8 +31,29 @@ def layer_names(adata) -> set[str]:
     return set(adata.layers) - {None}
 
 
-def divergence(truth: np.ndarray, profiles) -> float:
-    """Mean KL(truth || profile) over cells, in nats."""
-    p = profiles.counts().astype(np.float64)
+def divergence(truth: np.ndarray, denoised) -> float:
+    """Mean KL(truth || profile) over cells, in nats; of expected counts, or of profiles that give them."""
+    p = np.array(denoised.counts() if hasattr(denoised, "counts") else denoised, np.float64)
     p /= p.sum(axis=1, keepdims=True)
     return (truth * np.log(truth / np.maximum(p, 1e-12))).sum(axis=1).mean()
+
+
+def mean_divergence(truth: np.ndarray, counts: sp.csr_matrix) -> float:
+    """The same of the mean profile."""
+    return divergence(truth, np.tile(np.asarray(counts.sum(axis=0)), (len(truth), 1)))
+
+
+class PCAEstimator:
+    """PCA as an estimator of somebody else's: `rank` says how many components `predict` keeps."""
+
+    def __init__(self, transform="log1p", *, n_components=100):
+        self.transform = transform
+        self.n_components = n_components
+
+    def fit(self, counts):
+        (self.components_,) = learn_components(counts, self.transform, self.n_components, np.random.default_rng(0))
+        return self
+
+    def predict(self, counts, *, rank):
+        weights = (np.arange(self.n_components) < rank).astype(float)
+        return self.components_.weighted_profiles(counts, weights).scaled()

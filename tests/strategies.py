@@ -1,18 +1,22 @@
 """Random counts in every shape that the package takes, for Hypothesis and for `benchmarks/fuzz.py`.
 
 A `Data` says in a few words what is made; the same words make the same object, so a failure can be read and run again.
+`on_examples` says how many of them a test sees.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
+import pytest
 import scipy.sparse as sp
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 KINDS = ("programmes", "sparse", "single molecules", "equal", "duplicates", "huge", "one deep cell", "one gene")
@@ -249,3 +253,30 @@ def random_data(rng: np.random.Generator, smallest: int = 2, largest: int = 30, 
     drawn = {name: values[rng.integers(len(values))] for name, values in CHOICES.items()}
     shape = {name: int(rng.integers(smallest, largest + 1)) for name in ("n_cells", "n_genes")}
     return Data(**{**shape, "seed": int(rng.integers(1000)), **drawn, **fixed})
+
+
+def on_examples(
+    *drawn: st.SearchStrategy[Any], few: int = 8, many: int = 100
+) -> Callable[[Callable[..., None]], Callable[[int], None]]:
+    """Return a decorator that runs a test on a few examples, always the same, and on many with `-m slow`.
+
+    What failed is told in a few words as it is (`Data`); making it smaller would take minutes.
+    """
+
+    def decorate(test: Callable[..., None]) -> Callable[[int], None]:
+        @pytest.mark.parametrize("n_examples", [few, pytest.param(many, marks=pytest.mark.slow)])
+        def on_random(n_examples: int) -> None:
+            on_so_many = settings(
+                derandomize=True,
+                deadline=None,
+                max_examples=n_examples,
+                phases=(Phase.explicit, Phase.generate),
+                report_multiple_bugs=False,
+                suppress_health_check=list(HealthCheck),
+            )
+            on_so_many(given(*drawn)(test))()
+
+        on_random.__name__, on_random.__doc__ = test.__name__, test.__doc__
+        return on_random
+
+    return decorate

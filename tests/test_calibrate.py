@@ -17,15 +17,14 @@ import pandas as pd
 import pytest
 import scanpy as sc
 import scipy.sparse as sp
-from helpers import divergence
+from helpers import PCAEstimator, divergence
 
 import sc_noise2self as n2s
+from sc_noise2self._blocks import Counts
 from sc_noise2self._compare import COLUMNS, Comparison
 from sc_noise2self._loss import Gain, Score
-from sc_noise2self.methods._base import About, Method
-from sc_noise2self.methods._function import Function, OwnDepth
-from sc_noise2self.methods._neighbors import DiffusionDenoiser, KNNDenoiser
-from sc_noise2self.methods._pca import PCADenoiser
+from sc_noise2self.methods import Function, Method
+from sc_noise2self.methods._function import OwnDepth
 
 
 def toward_mean(counts, share):
@@ -44,9 +43,9 @@ def kernel(counts, bandwidth):
 
 
 DENOISERS = {
-    "rank": (PCADenoiser("log1p", n_components=12), list(range(12))),
-    "t": (DiffusionDenoiser(15, n_pcs=8, n_components=20), list(range(8))),
-    "n_neighbors": (KNNDenoiser(n_pcs=8, n_components=20), [2, 4, 8, 16, 32, 64, 128, 256]),
+    "rank": (PCAEstimator("log1p", n_components=12), list(range(12))),
+    "t": (n2s.Diffusion(n_neighbors=15, n_pcs=8, n_components=20), list(range(8))),
+    "n_neighbors": (n2s.KNN(n_pcs=8, n_components=20), [2, 4, 8, 16, 32, 64, 128, 256]),
     "bandwidth": (kernel, list(np.geomspace(0.005, 2, 10))),
 }
 
@@ -61,8 +60,9 @@ def true_errors(truth, counts):
             out = denoiser(counts, **{parameter: value})
             p = out / out.sum(axis=1, keepdims=True)
             return (truth * np.log(truth / np.maximum(p, 1e-12))).sum(axis=1).mean()
-        if parameter == "n_neighbors":
-            return divergence(truth, KNNDenoiser(value, n_pcs=8, n_components=20).fit(counts).predict(counts))
+        if isinstance(denoiser, Method):
+            method = dataclasses.replace(denoiser, **{parameter: value}).checked(Counts.of(counts))
+            return divergence(truth, method.denoise_counts(Counts.of(counts), np.random.default_rng(0)))
         return divergence(truth, denoiser.fit(counts).predict(counts, **{parameter: value}))
 
     return {parameter: [of(parameter, value) for value in grid] for parameter, (_, grid) in DENOISERS.items()}
@@ -218,7 +218,7 @@ def test_magic_works_as_it_is(pbmc):
 
 @pytest.mark.parametrize("loss", ["poisson", "mse", "mse_sqrt", "mse_log1p"])
 def test_losses_by_name_choose_alike(counts, loss):
-    found = n2s.calibrate(counts, PCADenoiser("log1p", n_components=8), {"rank": range(9)}, loss=loss)
+    found = n2s.calibrate(counts, PCAEstimator("log1p", n_components=8), {"rank": range(9)}, loss=loss)
     assert found.best["rank"] in (2, 3, 4)
     assert ("gain" in found.table) == (loss == "poisson")
 
@@ -227,7 +227,7 @@ def test_a_loss_may_be_a_function(counts):
     def chi2(expected, observed):
         return (np.square(observed - expected) / np.maximum(expected, 0.1)).sum(axis=1)
 
-    found = n2s.calibrate(counts, PCADenoiser("log1p", n_components=8), {"rank": range(9)}, loss=chi2)
+    found = n2s.calibrate(counts, PCAEstimator("log1p", n_components=8), {"rank": range(9)}, loss=chi2)
     assert found.best["rank"] in (2, 3, 4)
 
 
@@ -246,10 +246,10 @@ def test_a_parameter_may_be_called_loss(adata):
 def test_one_fit_serves_what_predict_is_told(counts):
     fits = []
 
-    class Counting(PCADenoiser):
-        def fit(self, counts, genes=None):
+    class Counting(PCAEstimator):
+        def fit(self, counts):
             fits.append(self.n_components)
-            return super().fit(counts, genes)
+            return super().fit(counts)
 
     estimator = Counting("log1p", n_components=3)
     n2s.calibrate(counts, estimator, {"n_components": [4, 6], "rank": [1, 3, 4]})
@@ -260,7 +260,7 @@ def test_one_fit_serves_what_predict_is_told(counts):
 
 def test_pathways_are_named_by_genes(adata):
     pathways = {"first": list(adata.var_names[:10]), "second": list(adata.var_names[10:15])}
-    found = n2s.calibrate(adata, PCADenoiser("log1p", n_components=8), {"rank": [0, 4]}, partition=pathways)
+    found = n2s.calibrate(adata, PCAEstimator("log1p", n_components=8), {"rank": [0, 4]}, partition=pathways)
     assert found.best["rank"] == 4
 
 
@@ -410,13 +410,13 @@ def test_no_structure_is_warned_about():
         ({"partition": np.ones(2)}, TypeError, r"partition is array\(.*: pass 'molecules', 'genes', 'blocks'"),
         ({"partition": {"a": 3}}, ValueError, "pathway 'a' is 3: pass a list of gene names"),
         (
-            {"denoiser": PCADenoiser},
+            {"denoiser": PCAEstimator},
             TypeError,
-            r"denoiser is the class PCADenoiser: pass an object",
+            r"denoiser is the class PCAEstimator: pass an object",
         ),
         ({"denoiser": 3}, TypeError, "denoiser is of type int"),
-        ({"denoiser": PCADenoiser(), "grid": {"k": [3]}}, ValueError, "PCADenoiser has no parameter k: it takes"),
-        ({"denoiser": PCADenoiser(), "transform": "log1p"}, ValueError, "estimators take counts"),
+        ({"denoiser": PCAEstimator(), "grid": {"k": [3]}}, ValueError, "PCAEstimator has no parameter k: it takes"),
+        ({"denoiser": PCAEstimator(), "transform": "log1p"}, ValueError, "estimators take counts"),
         ({"transform": "log"}, ValueError, "transform is 'log': pass one of log1p, sqrt, none"),
         ({"loss": "l2"}, ValueError, "loss is 'l2': pass one of poisson, mse, mse_sqrt, mse_log1p, or a function"),
         ({"rule": "best"}, ValueError, "rule is 'best': pass one of least, one_standard_error"),
@@ -1013,6 +1013,8 @@ class Shrinkage(Method):
     """Mix each cell with the mean profile, and with noise of its own."""
 
     name = "shrinkage"
+    title = "a mean with the mean profile"
+    has_factors = False
     share: float = 0.5
     noise: float = 0.0
 
@@ -1020,10 +1022,11 @@ class Shrinkage(Method):
         if not 0 <= self.share <= 1:
             raise ValueError(f"share is {self.share}: pass a number from 0 to 1.")
 
-    def denoise_counts(self, counts, about, rng):
-        assert len(about.cell_names) == counts.shape[0]
-        out = toward_mean(counts, self.share)
-        return OwnDepth(out * np.exp(self.noise * rng.normal(size=out.shape)), counts)
+    def denoise_counts(self, counts, rng):
+        x = counts.in_memory()
+        assert len(counts.cell_names) == x.shape[0]
+        out = toward_mean(x, self.share)
+        return OwnDepth(out * np.exp(self.noise * rng.normal(size=out.shape)), x)
 
 
 def test_a_method_object_is_calibrated_by_its_fields(adata):
@@ -1054,14 +1057,11 @@ def test_a_function_object_is_calibrated_as_the_function_is(adata):
     np.testing.assert_array_equal(found.table["loss"], expected.table["loss"])
     assert adata.uns["calibrate"]["params"]["transform"] == "log1p"
     assert adata.uns["calibrate"]["denoiser"].endswith("mixed")
-    rows = function.rows(adata.X, adata.obs_names, adata.var_names)
     refitted = n2s.calibrate(adata, function, {}, refit=True).denoised
-    profiles = function.denoise_counts(adata.X, About(adata.obs_names, adata.var_names), np.random.default_rng(0))
-    np.testing.assert_array_equal(profiles.counts(), refitted)
-    np.testing.assert_array_equal(profiles.counts(slice(3, 9), np.arange(5)), refitted[3:9, :5])
-    some = rows[np.arange(3, 9)]
-    assert (some >= 0).all()
-    np.testing.assert_allclose(some / some.sum(axis=1)[:, None], (refitted.T / refitted.sum(axis=1)).T[3:9], rtol=1e-5)
+    np.testing.assert_allclose(refitted.sum(axis=1), adata.X.sum(axis=1).A1, rtol=1e-5)
+    profiles = function.denoise_counts(Counts.of(adata.X), np.random.default_rng(0))
+    np.testing.assert_allclose(profiles.counts().sum(axis=0), adata.X.sum(axis=0).A1, rtol=0.02)
+    np.testing.assert_array_equal(profiles.counts(slice(3, 9), np.arange(5)), profiles.counts()[3:9, :5])
     assert function == dataclasses.replace(function)
 
 
@@ -1072,7 +1072,7 @@ def test_a_function_object_is_calibrated_as_the_function_is(adata):
         (lambda adata: Function(Shrinkage), TypeError, "denoiser is the class Shrinkage: pass an object"),
         (lambda adata: Function(toward_mean, parameters=3), TypeError, "parameters is 3: pass a dictionary"),
         (
-            lambda adata: Function(toward_mean, parameters={"shre": 1}).rows(adata.X, adata.obs_names, adata.var_names),
+            lambda adata: n2s.denoise(adata, Function(toward_mean, parameters={"shre": 1})),
             ValueError,
             "toward_mean cannot be called with the parameters shre=1: .*; it takes share",
         ),

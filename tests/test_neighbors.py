@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from helpers import divergence, low_rank_profiles, poisson_counts
+from helpers import divergence, low_rank_profiles, mean_divergence, poisson_counts
 
 import sc_noise2self as n2s
-from sc_noise2self.methods._neighbor_member import GRIDS, NeighborsMember
-from sc_noise2self.methods._neighbors import DiffusionDenoiser, KNNDenoiser, diffusion_walk, nearest, uniform_walk
-from sc_noise2self.methods._pca import PCADenoiser
+from sc_noise2self._blocks import Counts
+from sc_noise2self.methods._components import learn_components
+from sc_noise2self.methods._neighbors import nearest, walked
 
 SMALL = {"n_pcs": 5, "n_components": 10}
+ONE_OF_EACH = [n2s.KNN(n_neighbors=20, **SMALL), n2s.Diffusion(n_neighbors=10, t=2, **SMALL)]
+each_kind = pytest.mark.parametrize("method", ONE_OF_EACH, ids=lambda method: method.name)
+
+
+def denoised(method, counts, genes=None):
+    counts = Counts.of(counts, genes)
+    return method.checked(counts).denoise_counts(counts, np.random.default_rng(0))
 
 
 @pytest.fixture
@@ -37,6 +45,7 @@ def test_a_point_comes_first_among_others_at_its_place():
     np.testing.assert_array_equal(indices[:, 0], np.arange(6))
 
 
+@pytest.mark.slow  # to compile PyNNDescent takes half a minute
 def test_many_points_are_searched_approximately(points, monkeypatch):
     monkeypatch.setattr("sc_noise2self.methods._neighbors._EXACT_CELLS", 100)
     distances, indices = nearest(points, 7, np.random.default_rng(0))
@@ -51,125 +60,140 @@ def test_many_points_are_searched_approximately(points, monkeypatch):
 
 def test_rows_of_a_walk_sum_to_one_and_neighbours_weigh_their_molecules(points):
     size = np.random.default_rng(1).integers(1, 100, 200).astype(float)
-    distances, indices = nearest(points, 7, np.random.default_rng(0))
-    for walk in (uniform_walk(indices, size), diffusion_walk(distances, indices, size)):
-        np.testing.assert_allclose(walk.sum(axis=1), 1)
-    row = uniform_walk(indices, size)[[3]].toarray().ravel()
-    np.testing.assert_allclose(row[indices[3]], size[indices[3]] / size[indices[3]].sum())
+    found = nearest(points, 7, np.random.default_rng(0))
+    mean, diffusion = n2s.KNN(n_neighbors=5), n2s.Diffusion(n_neighbors=5)
+    for method in (mean, diffusion):
+        np.testing.assert_allclose(method.walk(*found, size).sum(axis=1), 1)
+    row, own = mean.walk(*found, size)[[3]].toarray().ravel(), found[1][3, :5]
+    assert np.count_nonzero(row) == 5  # the cell itself among them
+    np.testing.assert_allclose(row[own], size[own] / size[own].sum())
     # the affinity behind the walk is symmetric: cell i's molecules x its row sum
-    walk = diffusion_walk(distances, indices, np.ones(200))
+    walk = diffusion.walk(*found, np.ones(200))
     assert ((walk > 0) != (walk > 0).T).nnz == 0
 
 
-def test_empty_cells_neither_fail_nor_weigh_anything(counts):
+@each_kind
+def test_empty_cells_neither_fail_nor_weigh_anything(counts, method):
     dense = counts.toarray()
     dense[[0, 5]] = 0
-    denoised = DiffusionDenoiser(10, **SMALL).fit(sp.csr_matrix(dense)).predict(sp.csr_matrix(dense))
-    assert np.isfinite(denoised.counts()).all()
-    assert (denoised.counts()[[0, 5]] == 0).all()
+    found = denoised(method, sp.csr_matrix(dense)).counts()
+    assert np.isfinite(found).all()
+    assert (found[[0, 5]] == 0).all()
+    others = np.delete(dense, [0, 5], axis=0)
+    totals = found.sum(axis=0)
+    np.testing.assert_allclose(totals, others.sum(axis=0), rtol=0.01)
 
 
-@pytest.mark.parametrize("denoiser", [KNNDenoiser(20, **SMALL), DiffusionDenoiser(10, **SMALL)])
-def test_denoised_counts_are_nearer_the_truth_and_keep_totals(truth, counts, denoiser):
+@each_kind
+def test_denoised_counts_are_nearer_the_truth_and_keep_totals(truth, counts, method):
     before = counts.copy()
-    denoised = denoiser.fit(counts).predict(counts)
-    mean = np.tile(counts.sum(axis=0) / counts.sum(), (len(truth), 1))
-    to_mean = (truth * np.log(truth / np.asarray(mean))).sum(axis=1).mean()
-    assert divergence(truth, denoised) < 0.15 * to_mean
-    np.testing.assert_allclose(denoised.counts().sum(axis=1), counts.sum(axis=1).A1, rtol=1e-4)
-    np.testing.assert_allclose(denoised.counts().sum(axis=0), counts.sum(axis=0).A1, rtol=0.01)
+    found = denoised(method, counts)
+    assert divergence(truth, found) < 0.15 * mean_divergence(truth, counts)
+    np.testing.assert_allclose(found.counts().sum(axis=1), counts.sum(axis=1).A1, rtol=1e-4)
+    np.testing.assert_allclose(found.counts().sum(axis=0), counts.sum(axis=0).A1, rtol=0.01)
     assert (counts != before).nnz == 0
 
 
-def test_every_t_comes_from_one_walk(counts):
-    fitted = DiffusionDenoiser(10, **SMALL).fit(counts)
-    late = fitted.predict(counts, t=4).scores
-    expected = fitted.pca_.coordinates(counts)
+def test_t_steps_average_coordinates_t_times(counts):
+    method, about = n2s.Diffusion(n_neighbors=10, t=4, **SMALL), Counts.of(counts)
+    components, start = method.coordinates(about, 4, np.random.default_rng(0))
+    walk = method.walk(*nearest(start[:, :5], 10, np.random.default_rng(0)), about.size)
+    expected = start
     for _ in range(4):
-        expected = fitted.walk_ @ expected
-    np.testing.assert_allclose(late[:, 1:], expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(
-        fitted.predict(counts, t=1).scores, DiffusionDenoiser(10, **SMALL).fit(counts).predict(counts, t=1).scores
-    )
-    np.testing.assert_allclose(fitted.predict(counts, t=0).scores, fitted.pca_.predict(counts).scores, rtol=1e-5)
+        expected = walk @ expected
+    np.testing.assert_allclose(denoised(method, counts).scores[:, 1:], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(walked(walk, walked(walk, start, 1), 3), walked(walk, start, 4))
+    still = components.weighted_profiles(counts, np.ones(10)).scaled()
+    np.testing.assert_allclose(denoised(replace(method, t=0), counts).scores, still.scores, rtol=1e-5)
+
+
+def test_a_walk_that_moves_nothing_more_has_arrived():
+    walk = sp.csr_matrix(np.full((4, 4), 0.25))
+    found = walked(walk, np.arange(8, dtype=np.float64).reshape(4, 2), 10**9)  # as many steps would take for ever
+    np.testing.assert_allclose(found, np.tile([3.0, 4.0], (4, 1)))
 
 
 @pytest.mark.parametrize(
-    ("denoiser", "message"),
+    ("make", "message"),
     [
-        (KNNDenoiser(0), "n_neighbors is 0: with 400 cells pass a whole number from 1 to 399"),
-        (KNNDenoiser(400), "n_neighbors is 400"),
-        (KNNDenoiser(2.5), "n_neighbors is 2.5"),
-        (DiffusionDenoiser(n_pcs=11, n_components=10), "n_pcs is 11: with 10 components"),
+        (lambda: n2s.KNN(n_neighbors=0), "n_neighbors is 0: pass a whole number, 1 or more"),
+        (lambda: n2s.KNN(n_neighbors=2.5), "n_neighbors is 2.5: pass a whole number, 1 or more"),
+        (lambda: n2s.KNN(n_neighbors=300), "n_neighbors is 300: 299 is the most that 300 cells allow"),
+        (lambda: n2s.KNN(n_neighbors=[5, 300]), "n_neighbors is 300: 299 is the most"),
+        (lambda: n2s.KNN(n_neighbors=[]), "n_neighbors is empty: pass a whole number, or several"),
+        (lambda: n2s.Diffusion(n_pcs=11, n_components=10), "n_pcs is 11: 10 is the most that 10 components allow"),
+        (lambda: n2s.Diffusion(n_pcs=120), "n_pcs is 120: 100 is the most"),
+        (lambda: n2s.Diffusion(n_components=120), "n_components is 120: 300 cells x 120 genes have at most 119"),
+        (lambda: n2s.Diffusion(t=-1), "t is -1: pass a whole number, 0 or more"),
+        (lambda: n2s.Diffusion(t=[1, 2.5]), "t is 2.5: pass a whole number, 0 or more"),
+        (lambda: n2s.Diffusion(t=[]), "t is empty: pass a whole number, or several"),
     ],
 )
-def test_impossible_neighbours_are_refused(counts, denoiser, message):
+def test_what_cannot_be_is_refused(adata, make, message):
     with pytest.raises(ValueError, match=message):
-        denoiser.fit(counts)
-
-
-def test_other_cells_and_negative_steps_are_refused(counts):
-    fitted = DiffusionDenoiser(10, **SMALL).fit(counts)
-    with pytest.raises(ValueError, match="other counts than those fitted"):
-        fitted.predict(counts[:10])
-    with pytest.raises(ValueError, match="t is -1: pass a whole number of steps, 0 or more"):
-        fitted.predict(counts, t=-1)
-
-
-@pytest.mark.parametrize("kind", ["knn", "diffusion"])
-def test_denoise_chooses_what_is_near_the_best_against_the_truth(truth, counts, kind):
-    adata = ad.AnnData(counts)
-    n2s.denoise(adata, method=kind)
-    found = _divergence(truth, adata.layers["denoised"])
-    grid = GRIDS[kind]
-    best = np.inf
-    for n_pcs, n_neighbors in product(grid["n_pcs"], grid["n_neighbors"]):
-        denoiser = {"knn": KNNDenoiser, "diffusion": DiffusionDenoiser}[kind](n_neighbors, n_pcs=n_pcs).fit(counts)
-        for t in grid["t"]:
-            steps = {"t": t} if kind == "diffusion" else {}
-            best = min(best, divergence(truth, denoiser.predict(counts, **steps)))
-    assert found < 1.1 * best
-    table = adata.uns["denoised"]["learned"][kind]["table"]
-    assert list(table) == ["n_pcs", "n_neighbors", "t", "loss", "error", "gain", "chosen"]
-    assert table["error"][table["gain"].argmax()] == 0
-    assert list(adata.uns["denoised"]["members"]["name"]) == [kind]
-
-
-def _divergence(truth, denoised):
-    p = np.maximum(np.asarray(denoised, np.float64), 1e-12)
-    p /= p.sum(axis=1, keepdims=True)
-    return (truth * np.log(truth / p)).sum(axis=1).mean()
-
-
-def test_parameters_given_are_used_alone(adata):
-    n2s.denoise(adata, method="diffusion", neighbors={"n_neighbors": 12, "t": [2, 3], "n_pcs": 6})
-    record = adata.uns["denoised"]["learned"]["diffusion"]["table"]
-    assert set(record["n_neighbors"]) == {12}
-    assert set(record["n_pcs"]) == {6}
-    assert set(record["t"]) <= {2, 3}
-    assert adata.uns["denoised"]["params"]["neighbors"]["n_neighbors"] == 12
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"method": "pca", "neighbors": {"t": 2}}, "neighbors was given, but neither diffusion nor knn is used"),
-        ({"method": "knn", "neighbors": {"t": 2}}, "neighbors has t: it takes n_neighbors, n_pcs"),
-        ({"method": "diffusion", "neighbors": {"knn": 2}}, "neighbors has knn: it takes n_neighbors, n_pcs, t"),
-        ({"method": "diffusion", "neighbors": {"t": 0}}, "t is 0: pass a whole number, 1 or more"),
-        ({"method": "diffusion", "neighbors": {"t": []}}, "t is 0"),
-        ({"method": "diffusion", "neighbors": {"n_neighbors": 300}}, "n_neighbors is 300: 299 is the most"),
-        ({"method": "diffusion", "neighbors": {"n_pcs": 120}}, "n_pcs is 120: 100 is the most"),
-    ],
-)
-def test_parameters_that_do_nothing_or_cannot_be_are_refused(adata, options, message):
-    with pytest.raises(ValueError, match=message):
-        n2s.denoise(adata, **options)
+        n2s.denoise(adata, make())
     assert not adata.uns
+    assert not adata.obsm
+
+
+def test_the_usual_values_are_cut_to_what_few_cells_have(simulated):
+    few = Counts.of(simulated[:12])
+    method = n2s.Diffusion().checked(few)
+    assert (method.n_components, method.n_pcs, method.n_neighbors) == (11, (11,), (8, 11))
+    assert method.checked(few) == method
+
+
+@pytest.mark.parametrize("several", [list, tuple, np.array])
+def test_values_come_in_any_sequence(simulated, several):
+    adata = ad.AnnData(simulated.copy())
+    n2s.denoise(adata, n2s.KNN(n_pcs=several([5, 8]), n_neighbors=several([20, 10])), write_layer=False)
+    table = adata.uns["denoised"]["learned"]["knn"]["table"]
+    assert sorted(zip(table["n_pcs"], table["n_neighbors"], strict=True)) == [(5, 10), (5, 20), (8, 10), (8, 20)]
+
+
+@pytest.mark.parametrize("kind", [n2s.KNN, n2s.Diffusion], ids=lambda kind: kind.name)
+def test_what_is_chosen_is_near_the_best_against_the_truth(truth, counts, kind):
+    adata = ad.AnnData(counts)
+    n2s.denoise(adata, kind())
+    about = Counts.of(counts)
+    usual = kind().checked(about)
+    components, start = usual.coordinates(about, 4, np.random.default_rng(0))
+    best = np.inf
+    for n_pcs, n_neighbors in product(usual.n_pcs, usual.n_neighbors):
+        method = replace(usual, n_pcs=n_pcs, n_neighbors=n_neighbors)
+        walk = method.walk(*nearest(start[:, :n_pcs], n_neighbors, np.random.default_rng(0)), about.size)
+        moved = start
+        for _ in usual.steps:
+            moved = walk @ moved
+            best = min(best, divergence(truth, components.profiles(moved, about.size).scaled(2)))
+    assert divergence(truth, adata.layers["denoised"]) < 1.1 * best
+
+
+def test_the_table_says_what_was_compared(adata):
+    for method, names in (
+        (n2s.KNN(n_neighbors=[10, 40], n_pcs=[5, 10]), ["n_pcs", "n_neighbors"]),
+        (n2s.Diffusion(n_neighbors=[12, 20], t=[3, 2], n_pcs=6), ["n_pcs", "n_neighbors", "t"]),
+    ):
+        n2s.denoise(adata, method, write_layer=False, key_added=method.name)
+        record = adata.uns[method.name]
+        table = record["learned"][method.name]["table"]
+        assert list(table) == [*names, "loss", "error", "gain", "chosen"]
+        np.testing.assert_array_equal(table["gain"], -table["loss"])
+        assert list(np.flatnonzero(table["chosen"])) == [table["gain"].argmax()]
+        assert table["error"][table["gain"].argmax()] == 0
+        assert (table["error"].drop(table["gain"].argmax()) > 0).all()
+        for name in names:
+            assert set(table[name]) <= set(np.atleast_1d(getattr(method, name)))
+        assert list(record["members"]["name"]) == [method.name]
+        chosen = table[table["chosen"]].iloc[0]
+        setting = f"{chosen['n_pcs']} PCs, {chosen['n_neighbors']} neighbors"
+        assert record["members"]["setting"][0] == setting + (f", t {chosen['t']}" if "t" in names else "")
+    assert set(table["t"]) == {2, 3}  # in rising order, a walk going on as long as it gains
+    np.testing.assert_array_equal(record["params"]["methods"]["0 diffusion"]["n_neighbors"], [12, 20])
 
 
 def test_neighbours_join_the_ensemble_and_survive_a_file(adata, tmp_path):
-    n2s.denoise(adata, method="ensemble", members=("pca", "diffusion", "knn"))
+    n2s.denoise(adata, ["pca", *ONE_OF_EACH])
     names = set(adata.uns["denoised"]["members"]["name"])
     assert names & {"diffusion", "knn"}
     adata.write_h5ad(tmp_path / "a.h5ad")
@@ -182,23 +206,28 @@ def test_same_seed_same_bytes(simulated):
     layers = []
     for _ in range(2):
         adata = ad.AnnData(simulated.copy())
-        n2s.denoise(adata, method="diffusion")
+        n2s.denoise(adata, n2s.Diffusion(n_pcs=(5, 10), n_neighbors=(8, 15)))
         layers.append(adata.layers["denoised"].tobytes())
     assert layers[0] == layers[1]
 
 
 def test_only_the_genes_asked_for_say_who_is_near(counts):
     genes = np.arange(counts.shape[1]) % 2 == 0
-    found = KNNDenoiser(10, **SMALL).fit(counts, genes)
-    scores = PCADenoiser("log1p", n_components=10).fit(counts, genes).coordinates(counts)[:, :5]
-    _, indices = nearest(scores, 10, np.random.default_rng(0))
-    expected = uniform_walk(indices[:, :10], np.asarray(counts.sum(axis=1)).ravel())
-    assert (found.walk_ != expected).nnz == 0
+    found = denoised(n2s.KNN(n_neighbors=10, **SMALL), counts, genes)
+    (components,) = learn_components(counts, "log1p", 10, np.random.default_rng(0), used=genes)
+    start, size = components.coordinates(counts), np.asarray(counts.sum(axis=1)).ravel()
+    near = nearest(start[:, :5], 10, np.random.default_rng(0))[1][:, :10]
+    expected = np.array([np.average(start[own], axis=0, weights=size[own]) for own in near])
+    np.testing.assert_allclose(found.scores[:, 1:], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_few_cells_are_chosen_by_where_there_are_many(monkeypatch):
-    monkeypatch.setattr("sc_noise2self.methods._neighbor_member._ENOUGH_CELLS", 100)
-    counts = poisson_counts(low_rank_profiles(250, 80, 3, seed=0), 500, seed=1)
-    member = NeighborsMember("diffusion", 20, grid={"n_neighbors": (8,), "n_pcs": (5,), "t": (1, 2)})
-    member.prepare(counts, np.arange(250), np.random.default_rng(0))
-    assert all(len(gain.sums) == 100 for gain in member._tried.values())
+    monkeypatch.setattr("sc_noise2self.methods._base._ENOUGH_CELLS", 100)
+    counts = Counts.of(poisson_counts(low_rank_profiles(250, 80, 3, seed=0), 500, seed=1))
+    (learner,) = n2s.Diffusion(n_neighbors=8, n_pcs=5, t=(1, 2), n_components=20).checked(counts).learners(counts)
+    compare, folds = learner.compare, []
+    monkeypatch.setattr(learner, "compare", lambda fold, rng: folds.append(fold) or compare(fold, rng))
+    learner.prepare(counts.in_memory(), np.arange(250), np.random.default_rng(0))
+    assert [fold.seen.shape[0] for fold in folds] == [100]
+    assert len(np.unique(folds[0].cells)) == 100
+    assert folds[0].cells.max() > 100  # from anywhere

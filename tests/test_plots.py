@@ -44,7 +44,7 @@ def _written():
     out.obs["group"] = pd.Categorical(np.array(["alpha", "beta", "gamma"])[groups])
     out.uns["group_colors"] = ["#0072B2", "#E69F00", "#009E73"]
     out.obsm["X_umap"] = mixed[:, :2] + 0.03 * rng.normal(size=(300, 2))
-    n2s.denoise(out, transform="log1p", write_layer=False)
+    n2s.denoise(out, n2s.PCA(transform="log1p"), write_layer=False)
     n2s.denoise(out, "diffusion", key_added="walk", write_layer=False)
     n2s.select_rank(out, max_rank=20)
     n2s.select_rank(out, max_rank=20, protocol="mcv", key_added="mcv")
@@ -167,7 +167,7 @@ def test_loss_of_a_walk_is_minus_its_gain(written):
 
 
 def test_loss_of_a_member_of_an_ensemble(adata):
-    n2s.denoise(adata, "ensemble", members=("pca", "knn", "diffusion"), write_layer=False)
+    n2s.denoise(adata, ["pca", "knn", "diffusion"], write_layer=False)
     if {"knn", "diffusion"} <= set(adata.uns["denoised"]["learned"]):
         assert n2s.pl.loss(adata, key="denoised", member="knn").get_xlabel() == "n_neighbors"
     with pytest.raises(KeyError, match="has no member 'autoencoder': it has"):
@@ -316,13 +316,11 @@ def test_spectrum_has_the_noise_edge_where_components_stop_to_gain(written):
 
 def test_the_noise_edge_is_the_largest_singular_value_of_noise(simulated):
     from sc_noise2self._blocks import InMemory
-    from sc_noise2self.methods._pca import PCADenoiser, fit_together, halves_of, noise_edge
+    from sc_noise2self.methods._components import halves_of, learn_components, noise_edge
 
     chunks, halves = InMemory(n2s.null_counts(simulated), rows=100), halves_of([5])
-    pair = [PCADenoiser("log1p", n_components=20) for _ in range(2)]
-    fit_together(pair, chunks, halves)
-    edge = noise_edge(pair[0], chunks, halves, np.random.default_rng(0))
-    assert edge == pytest.approx(pair[0].singular_values_[0], rel=0.05)
+    first, _ = learn_components(chunks, "log1p", 20, np.random.default_rng(0), parts=halves)
+    assert noise_edge(first, chunks, halves) == pytest.approx(first.singular_values[0], rel=0.05)
 
 
 @pytest.mark.parametrize("autoshow", [True, False])

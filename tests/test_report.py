@@ -62,7 +62,7 @@ def test_report_says_what_was_done_and_what_it_gained(pbmc):
 
 def test_report_of_mixing_layers_scales_and_ensembles(adata):
     adata.layers["counts"], adata.X = adata.X, None
-    n2s.denoise(adata, "ensemble", members=("pca", "knn"), layer="counts", mix=True, scale="rates", key_added="m")
+    n2s.denoise(adata, ["pca", "knn"], layer="counts", mix=True, scale="rates", key_added="m")
     text = n2s.report(adata, key="m")
     assert "of the counts in layer 'counts', with each cell's own count of a gene mixed back in" in text
     assert "share of each gene in the cell's molecules" in text
@@ -121,8 +121,8 @@ def test_report_of_some_cells_and_of_genes_that_are_not_scored(adata):
 def test_report_of_a_model_applied_to_other_cells(adata, tmp_path):
     pytest.importorskip("torch")
     old, new = adata[:200].copy(), adata[200:].copy()
-    quick = {"n_hidden": 32, "n_epochs": 40}
-    n2s.denoise(old, "autoencoder", width=8, device="cpu", autoencoder=quick, save_model=tmp_path / "m.pt")
+    network = n2s.Autoencoder(width=8, device="cpu", n_hidden=32, n_epochs=40)
+    n2s.denoise(old, network, save_model=tmp_path / "m.pt")
     assert n2s.report(old).startswith("An autoencoder (width 8) of the counts in X")
     n2s.denoise_with(new, tmp_path / "m.pt", device="cpu")
     text = n2s.report(new)

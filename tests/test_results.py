@@ -17,11 +17,11 @@ from sc_noise2self import _result
 from sc_noise2self._blocks import OnDask, OnDisk
 from sc_noise2self._loss import Gain
 from sc_noise2self._result import Member, Result
-from sc_noise2self.methods._profiles import Profiles
+from sc_noise2self.methods._profiles import TableProfiles
 
 SLOTS = ("layers", "obsm", "varm", "obs", "var", "uns")
-TINY = {"width": 2, "n_components": 3, "device": "cpu", "autoencoder": {"n_hidden": 16, "n_epochs": 40}}
-QUICK = {"transform": "none", "n_components": 3}
+TINY = {"width": 2, "n_components": 3, "device": "cpu", "n_hidden": 16, "n_epochs": 40}
+QUICK = {"method": n2s.PCA(transform="none", n_components=3)}
 PACKAGE = str(next(iter(n2s.__path__)))
 
 
@@ -69,7 +69,7 @@ READERS = {
 def model(tmp_path_factory):
     pytest.importorskip("torch")
     path = tmp_path_factory.mktemp("model") / "m.pt"
-    n2s.denoise(cells(300), "autoencoder", save_model=path, **TINY)
+    n2s.denoise(cells(300), n2s.Autoencoder(**TINY), save_model=path)
     return path
 
 
@@ -278,7 +278,7 @@ class TestCounts:
             np.testing.assert_allclose(before, after)
 
     def test_the_usual_next_step(self, pbmc):
-        n2s.denoise(pbmc, transform="log1p", write_layer=False)
+        n2s.denoise(pbmc, n2s.PCA(transform="log1p"), write_layer=False)
         pbmc.layers["counts"] = pbmc.X.copy()
         sc.pp.normalize_total(pbmc)
         sc.pp.log1p(pbmc)
@@ -352,20 +352,6 @@ class TestCounts:
         np.testing.assert_allclose(drawn(n2s.pl.markers(adata, ["gene-0", "gene-1"]))[0], expected, rtol=1e-5)
 
 
-class Values(Profiles):
-    """Profiles that are a matrix."""
-
-    def __init__(self, values):
-        self.values = values
-
-    @property
-    def shape(self):
-        return self.values.shape
-
-    def counts(self, cells=slice(None), genes=slice(None)):
-        return self.values[cells][:, genes].astype(np.float32)
-
-
 def with_values(scale="counts", seed=0):
     """What a method leaves that returns a matrix, and no factors."""
     adata, scale = cells(seed=seed), n2s.scales.SCALES[scale]()
@@ -376,7 +362,18 @@ def with_values(scale="counts", seed=0):
         method="function",
         params={"mix": False, "random_state": 0},
         scale=scale,
-        members=[Member("identity", "identity", "identity (share 0.5)", "", 0, 1.0, Values(values), {"table": table})],
+        members=[
+            Member(
+                "identity",
+                "identity",
+                "identity (share 0.5)",
+                "",
+                0,
+                1.0,
+                TableProfiles.of(values, size, totals / totals.sum()).scaled(),
+                {"table": table},
+            )
+        ],
         gain=Gain(0.1 * size, size),
         gene_gains=(ones, 0.1 * ones),
         size=size,

@@ -5,64 +5,54 @@ import pytest
 import scipy.sparse as sp
 from helpers import divergence, low_rank_profiles, poisson_counts
 
-from sc_noise2self._blocks import InMemory, Survey
-from sc_noise2self._choose import combine, mixture_weights, n_steps, select
-from sc_noise2self.methods._base import MeanMember, PCAMember
-from sc_noise2self.methods._mixing import PHI, dispersion_curves, dispersions
-from sc_noise2self.methods._neighbor_member import NeighborsMember
-from sc_noise2self.methods._profiles import LowRankProfiles, MixedProfiles, WeightedProfiles
+import sc_noise2self as n2s
+from sc_noise2self._blocks import Counts, InMemory
+from sc_noise2self._choose import denoised, mixture_weights, select
+from sc_noise2self.methods._mixing import PHI, dispersion_curves, dispersions, scales_of_cells
+from sc_noise2self.methods._profiles import MixedProfiles, WeightedProfiles, combine, mean_profiles
 
 
-def members(*transforms, n_components=20):
-    return [PCAMember(transform, n_components) for transform in transforms]
+def pca(*transforms):
+    return [n2s.PCA(transform=transform, n_components=20) for transform in transforms]
 
 
-def run(members, counts, **options):
+def run(methods, counts, **options):
     options = {"average": False, "mix": False, **options}
-    return select(members, InMemory(counts), np.random.default_rng(0), **options)
+    return select(methods, Counts.of(counts), np.random.default_rng(0), **options)
 
 
 def refit(selection, counts):
-    size, totals = (np.asarray(counts.sum(axis=axis), dtype=np.float64).ravel() for axis in (1, 0))
-    return selection.refit(Survey(InMemory(counts), size, totals), np.random.default_rng(0))
+    return selection.refit(Counts.of(counts), np.random.default_rng(0))
+
+
+@pytest.fixture(scope="module")
+def ensemble(counts):
+    return run(pca("log1p", "sqrt", "none"), counts, average=True)
 
 
 def test_the_best_gain_is_chosen_and_every_candidate_reported(counts, truth):
-    steps = []
-    two = members("log1p", "none")
-    announced = n_steps(two, average=False, n_splits=2)
-    selection = run(two, counts, n_splits=2, on_step=lambda: steps.append(1))
-    # Two members: prepared, then learned from both halves of two splits; six candidates scored.
-    assert len(steps) == announced == 2 + 8 + 6
-    assert len(selection.gains) == 6  # one setting of the loser, five of the winner
+    selection = run(pca("log1p", "none"), counts, n_splits=2)
+    table = selection.comparison.table(gain=True)
+    assert len(table) == 6  # one setting of the loser, five of the winner
     (choice,) = selection.choices
     assert choice.weight == 1
-    assert selection.gain.mean == pytest.approx(max(gain.mean for gain in selection.gains.values()))
-    assert selection.gain.mean == pytest.approx(selection.gains[choice.label].mean, rel=1e-5)
+    assert list(table["label"][table["chosen"]]) == [choice.label]
+    assert table["gain"][table["chosen"]].item() == table["gain"].max()
+    assert selection.gain.mean == pytest.approx(table["gain"].max(), rel=1e-5)
     assert selection.gain.weights.sum() == 2 * counts.sum()  # each molecule is held out once a split
     assert selection.beats_mean
-    assert choice.member.record(choice.setting)["rank"] == 3
+    assert choice.learner.learned(choice.setting).rank == 3
     # The gain of the truth itself bounds it; a good choice comes near.
     share = np.asarray(counts.sum(axis=0)).ravel() / counts.sum()
     bound = (truth * np.log(truth / share)).sum(axis=1).mean()
     assert 0.7 * bound < selection.gain.mean < bound + 3 * selection.gain.error
 
 
-@pytest.mark.parametrize("average", [False, True])
-def test_the_steps_announced_are_those_made(counts, average):
-    walk = NeighborsMember("diffusion", 20)
-    chosen_among = [MeanMember(), PCAMember("log1p", 20), PCAMember("sqrt", 20), walk] if average else [walk]
-    steps = []
-    announced = n_steps(chosen_among, average, n_splits=1)
-    run(chosen_among, counts, average=average, on_step=lambda: steps.append(1))
-    assert len(steps) == announced
-
-
 def test_nothing_to_gain_leaves_the_mean_profile():
     flat = poisson_counts(np.tile(low_rank_profiles(1, 80, 1, seed=0), (200, 1)), 300, seed=1)
-    selection = run(members("log1p", "sqrt"), flat)
+    selection = run(pca("log1p", "sqrt"), flat)
     assert not selection.beats_mean
-    assert [choice.member.name for choice in selection.choices] == ["mean"]
+    assert [choice.learner.name for choice in selection.choices] == ["mean"]
     (profiles,) = refit(selection, flat)
     expected = np.outer(flat.sum(axis=1), flat.sum(axis=0)) / flat.sum()
     np.testing.assert_allclose(profiles.counts(), expected, rtol=1e-5)
@@ -84,28 +74,34 @@ def test_mixture_weights_are_the_likeliest():
         assert log_likelihood(weights) >= log_likelihood(other)
 
 
-def test_an_ensemble_gains_at_least_as_much_as_its_best_member(counts, truth):
-    selection = run([MeanMember(), *members("log1p", "sqrt", "none")], counts, average=True)
-    assert len(selection.gains) == 1 + 3 * 5
-    assert selection.gain.mean >= max(gain.mean for gain in selection.gains.values())
-    weights = [choice.weight for choice in selection.choices]
-    assert sum(weights) == pytest.approx(1)
-    assert min(weights) >= 0.01
-    fitted = refit(selection, counts)
-    together = divergence(truth, combine(fitted, weights))
-    assert together < 1.02 * min(divergence(truth, profiles) for profiles in fitted)
+def test_an_ensemble_gains_at_least_as_much_as_its_best_member(counts, truth, ensemble):
+    gains = ensemble.comparison.table(gain=True)["gain"]
+    assert len(gains) == 1 + 3 * 5
+    assert ensemble.gain.mean >= gains.max()
+    assert sum(ensemble.weights) == pytest.approx(1)
+    assert min(ensemble.weights) >= 0.01
+    fitted = refit(ensemble, counts)
+    together = combine(fitted, ensemble.weights)
+    assert divergence(truth, together) < 1.02 * min(divergence(truth, profiles) for profiles in fitted)
+    again = denoised(pca("log1p", "sqrt", "none"), Counts.of(counts), np.random.default_rng(0))
+    assert divergence(truth, again) == pytest.approx(divergence(truth, together), rel=0.02)
 
 
-def test_the_mean_profile_gets_no_weight_where_cells_are_told_apart(counts):
-    selection = run([MeanMember(), *members("log1p")], counts, average=True)
-    weights = {choice.member.name: choice.weight for choice in selection.choices}
-    assert weights["pca log1p"] > 0.9
+def test_the_mean_profile_is_a_member_that_gets_no_weight_where_cells_are_told_apart(ensemble):
+    assert "mean, as it is" in list(ensemble.comparison.table()["label"])
+    weights = {choice.learner.name: choice.weight for choice in ensemble.choices}
+    assert weights.get("mean", 0) < 0.05
+
+
+def test_methods_of_one_name_are_told_apart(counts):
+    two = [n2s.KNN(n_neighbors=n, n_pcs=5, n_components=10).checked(Counts.of(counts)) for n in (10, 40)]
+    labels = list(run(two, counts, average=True).comparison.table()["label"])
+    assert labels == ["mean, as it is", "knn, 5 PCs, 10 neighbors", "knn 2, 5 PCs, 40 neighbors"]
 
 
 def flat_profiles(n_cells, share, size):
     """Every cell has the same profile; nothing is so rare that the floor shows."""
-    one, sizes = np.ones((n_cells, 1), np.float32), np.full(n_cells, size)
-    return LowRankProfiles.with_totals("none", one, share.astype(np.float32)[:, None], sizes, share, 0)
+    return mean_profiles(np.full(n_cells, size), share)
 
 
 def test_dispersions_are_those_of_the_counts():
@@ -153,11 +149,14 @@ def test_mixing_is_the_posterior_mean_and_keeps_the_size_of_cells():
     expected = m * (1 + phi * x.toarray()) / (1 + phi * m)
     size = np.asarray(x.sum(axis=1))
     expected *= size / expected.sum(axis=1, keepdims=True)
-    mixed = MixedProfiles.with_totals(profiles, x, phi)
-    np.testing.assert_allclose(mixed.counts(), expected, rtol=1e-5)
     cells, genes = np.array([3, 1]), np.array([11, 0, 5])
-    np.testing.assert_allclose(mixed.counts(cells, genes), expected[cells][:, genes], rtol=1e-5)
-    np.testing.assert_allclose(mixed.share_of_count(), (phi * m / (1 + phi * m)).mean(axis=0), rtol=1e-5)
+    cell_scale, weight = scales_of_cells(InMemory(x, rows=7), profiles, phi)
+    for observed in (x, InMemory(x, rows=7)):
+        mixed = MixedProfiles(profiles, observed, phi, cell_scale)
+        np.testing.assert_allclose(mixed.counts(), expected, rtol=1e-5)
+        np.testing.assert_allclose(mixed.counts(cells, genes), expected[cells][:, genes], rtol=1e-5)
+        np.testing.assert_allclose(mixed.of_cells(cells).counts(), expected[cells], rtol=1e-5)
+    np.testing.assert_allclose(weight, (phi * m / (1 + phi * m)).mean(axis=0), rtol=1e-5)
 
 
 def test_mixing_pays_where_the_denoiser_leaves_something_unexplained(truth, counts):
@@ -166,16 +165,19 @@ def test_mixing_pays_where_the_denoiser_leaves_something_unexplained(truth, coun
     noisy = truth * rng.gamma(1.0, 1.0, size=truth.shape)  # phi = 1, new in every entry: nothing to learn from others
     noisy /= noisy.sum(axis=1, keepdims=True)
     overdispersed = sp.csr_matrix(rng.poisson(noisy * size).astype(np.float32))
-    selection = run(members("log1p"), overdispersed, mix=True)
+    selection = run(pca("log1p"), overdispersed, mix=True)
     assert selection.gain.mean > selection.unmixed_gain.mean + 5 * selection.gain.error_of_difference(
         selection.unmixed_gain
     )
     assert np.median(selection.phi) > 0.5
     (profiles,) = refit(selection, overdispersed)
-    mixed = MixedProfiles.with_totals(profiles, overdispersed, selection.phi)
+    cell_scale, _ = scales_of_cells(InMemory(overdispersed), profiles, selection.phi)
+    mixed = MixedProfiles(profiles, overdispersed, selection.phi, cell_scale)
     assert divergence(noisy, mixed) < 0.8 * divergence(noisy, profiles)
 
-    selection = run(members("log1p"), counts, mix=True)
+
+def test_mixing_adds_nothing_where_all_is_explained(counts):
+    selection = run(pca("log1p"), counts, mix=True)
     assert np.median(selection.phi) < 0.1
     assert abs(selection.gain.mean - selection.unmixed_gain.mean) < 0.01 * selection.gain.mean
 
@@ -187,3 +189,4 @@ def test_weighted_profiles_are_the_mean():
     np.testing.assert_allclose(mean.counts(), expected, rtol=1e-6)
     np.testing.assert_allclose(mean.counts(np.array([1]), np.array([1])), expected[1:2, 1:], rtol=1e-6)
     np.testing.assert_allclose(np.concatenate([block for _, block in mean.blocks()]), expected, rtol=1e-6)
+    np.testing.assert_allclose(mean.of_cells(np.array([4, 2])).counts(), expected[[4, 2]], rtol=1e-6)

@@ -5,19 +5,29 @@ from __future__ import annotations
 import threading
 import tracemalloc
 import warnings
+from importlib.util import find_spec
 
 import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from strategies import on_examples
 from threadpoolctl import threadpool_info
 
 import sc_noise2self as n2s
 
 TOO_FEW = "too few to split into halves"
-METHODS = ("pca", "knn", "diffusion", "autoencoder", "ensemble")
+NETWORK = n2s.Autoencoder(width=2, n_epochs=2, device="cpu")
+METHODS = {
+    "pca": n2s.PCA(),
+    "knn": n2s.KNN(),
+    "diffusion": n2s.Diffusion(),
+    "autoencoder": NETWORK,
+    "ensemble": [n2s.PCA(), NETWORK, n2s.Diffusion()],
+}
+NEEDS_TORCH = ("autoencoder", "ensemble")
+HAS_TORCH = find_spec("torch") is not None
 
 
 @st.composite
@@ -38,12 +48,10 @@ def tiny_counts(draw) -> np.ndarray:
     return x.astype(np.float32)
 
 
-def denoised(x: np.ndarray, **options) -> ad.AnnData | None:
+def denoised(x: np.ndarray, method: str, **options) -> ad.AnnData | None:
     """Denoise, with warnings of arithmetic as errors; None where there are too few molecules."""
     adata = ad.AnnData(sp.csr_matrix(x))
-    if options["method"] in ("autoencoder", "ensemble"):
-        options |= {"device": "cpu", "width": 2, "autoencoder": {"n_epochs": 2}}
-    refused = _refused(n2s.denoise, adata, **options)
+    refused = _refused(n2s.denoise, adata, method=METHODS[method], **options)
     assert not refused or x.sum() < 50
     return None if refused else adata
 
@@ -75,30 +83,32 @@ def check(x: np.ndarray, adata: ad.AnnData) -> None:
     assert "inf" not in n2s.report(adata)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@settings(max_examples=10, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
-@given(x=tiny_counts(), mix=st.booleans(), n_splits=st.integers(1, 2), masked=st.booleans())
+@on_examples(
+    st.sampled_from([name for name in METHODS if HAS_TORCH or name not in NEEDS_TORCH]),
+    tiny_counts(),
+    st.booleans(),
+    st.integers(1, 2),
+    st.booleans(),
+    few=20,
+    many=60,
+)
 def test_every_method_works_on_tiny_counts_or_refuses(method, x, mix, n_splits, masked):
-    if method in ("autoencoder", "ensemble"):
-        pytest.importorskip("torch")
     mask = np.arange(x.shape[1]) < max(2, x.shape[1] // 2) if masked else None
-    adata = denoised(x, method=method, mix=mix, n_splits=n_splits, mask_var=mask)
+    adata = denoised(x, method, mix=mix, n_splits=n_splits, mask_var=mask)
     if adata is not None:
         check(x, adata)
 
 
-@pytest.mark.parametrize("protocol", ["loo", "noise2self", "mcv", "bcv"])
-@settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
-@given(x=tiny_counts(), n_splits=st.integers(1, 2))
+@on_examples(st.sampled_from(["loo", "noise2self", "mcv", "bcv"]), tiny_counts(), st.integers(1, 2), few=30, many=100)
 def test_every_protocol_ranks_tiny_counts_or_refuses(protocol, x, n_splits):
     adata = ad.AnnData(x)
     if _refused(n2s.select_rank, adata, protocol=protocol, n_splits=n_splits):
         return
-    curve = adata.uns["select_rank"]
-    assert np.isfinite(curve["table"]["loss"]).all()
-    assert np.isfinite(curve["splits"]).all()
-    assert curve["rank"] in set(curve["table"]["rank"])
-    assert len(curve["within_one_error"])
+    found = adata.uns["select_rank"]
+    assert np.isfinite(found["table"]["loss"]).all()
+    assert np.isfinite(found["splits"]).all()
+    assert found["rank"] in found["table"]["rank"]
+    assert len(found["within_one_error"])
 
 
 def test_sparse_cells_train_an_autoencoder():
@@ -107,12 +117,12 @@ def test_sparse_cells_train_an_autoencoder():
     rng = np.random.default_rng(0)
     x = rng.poisson(rng.gamma(0.3, 0.06, size=262), size=(349, 262))
     x[:, 0] += x.sum(axis=1) == 0
-    check(x, denoised(x.astype(np.float32), method="autoencoder"))
+    check(x, denoised(x.astype(np.float32), "autoencoder"))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_molecule_is_refused(method):
-    if method in ("autoencoder", "ensemble"):
+    if method in NEEDS_TORCH:
         pytest.importorskip("torch")
     x = np.zeros((5, 4), np.float32)
     x[2, 1] = 1
@@ -146,7 +156,7 @@ def test_a_long_walk_ends_where_it_stands_still():
     for t in (10**5, 10**9):
         adata = ad.AnnData(x.copy())
         tracemalloc.start()
-        n2s.denoise(adata, method="diffusion", neighbors={"t": t, "n_neighbors": 20, "n_pcs": 3})
+        n2s.denoise(adata, n2s.Diffusion(t=t, n_neighbors=20, n_pcs=3))
         assert tracemalloc.get_traced_memory()[1] < 100e6
         tracemalloc.stop()
         layers.append(adata.layers["denoised"])
@@ -175,15 +185,16 @@ def test_threads_that_call_at_once_get_the_bytes_of_one_alone(simulated, method)
         ({"write_layer": 1}, TypeError, "write_layer is 1: pass True or False"),
         ({"copy": None}, TypeError, "copy is None: pass True or False"),
         ({"layer": ["a"]}, TypeError, r"layer is \['a'\]: pass a name"),
-        ({"method": ["pca"]}, ValueError, r"method is \['pca'\]: pass one of pca"),
+        ({"method": ["magic"]}, ValueError, "method is 'magic': pass one of pca"),
+        ({"method": []}, ValueError, "method is empty: pass a name, a method such as"),
+        ({"method": 3}, TypeError, "method is 3: pass one of pca, .* a function goes in n2s.Function"),
+        ({"method": n2s.PCA}, TypeError, r"method is the class PCA: pass an object, e.g. PCA\(\)"),
+        ({"method": [n2s.PCA(), sum]}, TypeError, "method is <built-in function sum>: pass one of pca"),
         ({"scale": ["rates"]}, ValueError, r"scale is \['rates'\]: pass one of counts"),
-        ({"n_components": True}, ValueError, "n_components is True: pass a whole number"),
-        ({"method": "diffusion", "neighbors": [1]}, TypeError, r"neighbors is \[1\]: pass a dictionary, with any of"),
-        ({"method": "autoencoder", "autoencoder": 3}, TypeError, "autoencoder is 3: pass a dictionary"),
-        ({"method": "autoencoder", "batch_key": ["a"]}, TypeError, r"batch_key is \['a'\]: pass a name"),
-        ({"method": "autoencoder", "save_model": 1}, TypeError, "save_model is 1: pass the path of a file"),
-        ({"method": "ensemble", "members": 3}, ValueError, "members is 3: pass some of pca"),
-        ({"method": "ensemble", "members": ()}, ValueError, r"members is \(\): pass some of pca"),
+        ({"method": n2s.PCA(n_components=True)}, ValueError, "n_components is True: pass a whole number"),
+        ({"method": n2s.KNN(n_neighbors=())}, ValueError, "n_neighbors is empty: pass a whole number"),
+        ({"method": n2s.Diffusion(n_pcs="5")}, ValueError, "n_pcs is '5': pass a whole number"),
+        ({"save_model": 1}, TypeError, "save_model is 1: pass the path of a file"),
         ({"mask_var": [[True], [True, False]]}, ValueError, "pass booleans, one for each of 120 genes"),
         ({"mask_var": 5}, ValueError, "pass booleans, one for each of 120 genes"),
     ],
@@ -194,10 +205,30 @@ def test_arguments_of_a_wrong_kind_are_refused_in_a_sentence(adata, options, err
     assert not adata.uns
 
 
-def test_members_may_come_from_a_generator(adata):
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: n2s.PCA(transform="cp10k"), ValueError, "transform is 'cp10k': pass one of"),
+        (lambda: n2s.Diffusion(t=-1), ValueError, "t is -1: pass a whole number"),
+        (lambda: n2s.Diffusion(t=()), (ValueError, TypeError), "t is 'nothing'"),
+        (lambda: n2s.Autoencoder(batch_key=["a"]), TypeError, r"batch_key is \['a'\]: pass a name"),
+        (lambda: n2s.Autoencoder(n_epochs=0), ValueError, "n_epochs is 0: pass a whole number"),
+        (lambda: n2s.Autoencoder(learning_rate=0), ValueError, "learning_rate is 0: pass a number above"),
+        (lambda: n2s.Autoencoder(dropout=1.5), ValueError, "dropout is 1.5: pass a number"),
+        (lambda: n2s.Autoencoder(loss="zinb"), ValueError, "loss is 'zinb': pass one of multinomial, poisson"),
+        (lambda: n2s.Autoencoder(n_seeds=0), ValueError, "n_seeds is 0: pass a whole number"),
+        (lambda: n2s.Autoencoder(epochs=5), TypeError, "unexpected keyword argument 'epochs'"),
+    ],
+)
+def test_options_of_a_wrong_kind_are_refused_where_a_method_is_made(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_several_methods_are_any_sequence_of_names_and_objects(adata):
     again = adata.copy()
-    n2s.denoise(adata, "ensemble", members=(name for name in ("pca", "diffusion")))
-    n2s.denoise(again, "ensemble", members=["pca", "diffusion"])
+    n2s.denoise(adata, ("pca", n2s.Diffusion()))
+    n2s.denoise(again, [n2s.PCA(), "diffusion"])
     np.testing.assert_array_equal(adata.layers["denoised"], again.layers["denoised"])
     assert set(adata.uns["denoised"]["members"]["name"]) - {"mean"}
 
@@ -208,7 +239,7 @@ def test_the_gain_is_measured_on_all_cells():
     programmes = rng.dirichlet(np.full(200, 0.2), size=3)
     x = sp.csr_matrix(rng.poisson(300 * programmes[rng.integers(3, size=6000)]).astype(np.float32))
     adata = ad.AnnData(x)
-    n2s.denoise(adata, transform="log1p", n_components=5, write_layer=False)
+    n2s.denoise(adata, n2s.PCA(transform="log1p", n_components=5), write_layer=False)
     record = adata.uns["denoised"]
     assert record["gain_cells"] == record["n_cells"] == 6000
     assert record["gain_molecules"] == pytest.approx(x.sum(), rel=1e-4)  # but those of genes that one half lacks

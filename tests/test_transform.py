@@ -6,6 +6,7 @@ import scipy.sparse as sp
 from helpers import poisson_counts
 
 from sc_noise2self._transform import PoissonExpectation, Transform, rates
+from sc_noise2self.methods._profiles import LowRankProfiles, TableProfiles
 
 MEANS = np.array([0.01, 0.3, 1.0, 4.0, 25.0, 59.0, 61.0, 300.0])
 
@@ -100,34 +101,56 @@ def test_refuses_unknown_transform_and_depth():
         Transform("log1p", 0)
 
 
-def test_gene_totals_and_cell_sizes_are_kept(simulated):
-    from sc_noise2self.methods._profiles import LowRankProfiles
-
-    rng = np.random.default_rng(0)
-    size = np.asarray(simulated.sum(axis=1)).ravel()
+@pytest.fixture
+def size_and_share(simulated):
+    """Sizes of cells, and the mean profile with one gene that nothing expresses."""
     share = np.asarray(simulated.sum(axis=0)).ravel() / simulated.sum()
     share[3] = 0
-    share /= share.sum()
-    scores = np.column_stack([np.ones(300), 0.1 * rng.normal(size=(300, 2))]).astype(np.float32)
-    loadings = rng.uniform(0.1, 1, size=(120, 3)).astype(np.float32)
-    profiles = LowRankProfiles.with_totals("log1p", scores, loadings, size, share, 4)
+    return np.asarray(simulated.sum(axis=1)).ravel(), share / share.sum()
+
+
+def keeps_sizes_and_totals(profiles, size, share):
     counts = profiles.counts()
     assert counts.dtype == np.float32
     assert counts.flags.c_contiguous
     np.testing.assert_allclose(counts.sum(axis=1), size, rtol=1e-5)
     np.testing.assert_allclose(counts.sum(axis=0), share * size.sum(), rtol=1e-3)
+    assert (counts[:, 3] == 0).all()
+    cells, genes = np.array([5, 0, 299]), np.array([7, 3])
+    np.testing.assert_array_equal(profiles.counts(cells, genes), counts[cells][:, genes])
+    np.testing.assert_array_equal(profiles.of_cells(cells).counts(), counts[cells])
+    np.testing.assert_array_equal(np.concatenate([block for _, block in profiles.blocks()]), counts)
+
+
+def test_factors_keep_gene_totals_and_cell_sizes(size_and_share):
+    rng, (size, share) = np.random.default_rng(0), size_and_share
+    scores = np.column_stack([np.ones(300), 0.1 * rng.normal(size=(300, 2))]).astype(np.float32)
+    loadings = rng.uniform(0.1, 1, size=(120, 3)).astype(np.float32)
+    keeps_sizes_and_totals(LowRankProfiles.unscaled("log1p", scores, loadings, size, share).scaled(4), size, share)
     # The floor: cells whose factors call every gene absent keep the floor, which follows the mean profile.
     absent = scores.copy()
     absent[:20] = -1
-    low = LowRankProfiles.with_totals("log1p", absent, loadings, size, share, 0).counts()
+    low = LowRankProfiles.unscaled("log1p", absent, loadings, size, share).scaled(0).counts()
     floor = np.minimum(np.outer(size, share), 0.3)
     np.testing.assert_allclose(low[:20], floor[:20] * (size[:20] / floor[:20].sum(axis=1))[:, None], rtol=1e-4)
     assert (low[:, share > 0] > 0).all()
-    assert (low[:, 3] == 0).all()
-    some_cells, some_genes = np.array([5, 0, 299]), np.array([7, 3])
-    np.testing.assert_array_equal(profiles.counts(some_cells, some_genes), counts[some_cells][:, some_genes])
-    blocks = np.concatenate([block for _, block in profiles.blocks()])
-    np.testing.assert_array_equal(blocks, counts)
+
+
+def test_tables_keep_gene_totals_and_cell_sizes(size_and_share):
+    """Each cell is on a scale of its own; negative values are 0, and a cell without any has the mean profile."""
+    rng, (size, share) = np.random.default_rng(0), size_and_share
+    values = rng.gamma(2, size=(300, 120)) * share * rng.uniform(1, 100, (300, 1))
+    values[rng.random(values.shape) < 0.05] *= -1
+    values[[0, 7]] = -1
+    profiles = TableProfiles.of(values, size, share).scaled()
+    totals = profiles.counts().sum(axis=0, dtype=float) / size.sum()
+    assert np.abs(totals / np.where(share > 0, share, 1) - (share > 0)).mean() <= 1e-3
+    keeps_sizes_and_totals(TableProfiles.of(values, size, share).scaled(10), size, share)
+    rescaled = TableProfiles.of(values * rng.uniform(1, 100, (300, 1)), size, share).scaled()
+    np.testing.assert_allclose(rescaled.counts(), profiles.counts(), rtol=1e-4)
+    mean = profiles.gene_scale * share
+    unfloored = np.outer(size[[0, 7]] / mean.sum(), mean)
+    assert np.corrcoef(profiles.counts(np.array([0, 7])).ravel(), unfloored.ravel())[0, 1] > 0.999
 
 
 def test_depth_of_simulated_counts_is_what_the_tests_assume():

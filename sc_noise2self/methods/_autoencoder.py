@@ -155,9 +155,7 @@ class Autoencoder(Method):
         if self.batch_key is not None and len(counts.columns[self.batch_key].cat.categories) < 2:
             raise ValueError(f"adata.obs[{self.batch_key!r}] has one batch: leave batch_key out.")
         n_genes = counts.chunks.shape[1]
-        width = bounded_values(
-            "width", self.width, n_genes, f"{n_genes} genes", is_default=self.width == type(self).width
-        )
+        width = bounded_values("width", self.width, type(self).width, n_genes, f"{n_genes} genes")
         return replace(self, width=width, n_components=n_components_of(self.n_components, counts))
 
     def learners(self, counts: Counts) -> Sequence[Learner]:
@@ -232,7 +230,10 @@ class _AutoencoderLearner(Learner):
                 cells = np.sort(rng.choice(n_cells, _LEARNED_CELLS, replace=False))
                 data = _TrainingData(counts.chunks.take(cells), self._used, self._codes, counts, cells)
             self._fitted = _fit(self._options, [self.width], data, rng)
-        return self._fitted.model.profiles(counts, self._codes)
+        profiles = self._fitted.model.profiles(counts, self._codes)
+        model = replace(self._fitted.model, gene_scale=profiles.gene_scale)  # a saved model gives these cells the same
+        self._fitted = replace(self._fitted, model=model)
+        return profiles
 
     def learned(self, setting: Any) -> Learned:
         """See `Learner`."""

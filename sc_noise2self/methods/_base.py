@@ -414,7 +414,7 @@ def described_options(method: Method, comparison: Comparison) -> str:
     return ", ".join(f"{name}={getattr(method, name)}" for name in comparison.parameters(0))
 
 
-def bounded_values(name: str, value: Any, bound: int, why: str, *, is_default: bool) -> Any:
+def bounded_values(name: str, value: Any, usual: Any, bound: int, why: str) -> Any:
     """Return an option of one or several whole numbers from 1, the usual ones cut to what is allowed.
 
     Raises
@@ -426,7 +426,7 @@ def bounded_values(name: str, value: Any, bound: int, why: str, *, is_default: b
     if not values:
         raise ValueError(f"{name} is empty: pass a whole number, or several.")
     values = tuple(as_positive(name, each) for each in values)
-    if is_default:
+    if values == usual:
         values = tuple(sorted({min(each, bound) for each in values}))
     elif max(values) > bound:
         raise ValueError(f"{name} is {max(values)}: {bound} is the most that {why} allow.")

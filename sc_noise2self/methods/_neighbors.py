@@ -63,7 +63,7 @@ class _Neighbors(Method):
         }
         usual = {each.name: each.default for each in fields(self)}
         found = {
-            name: bounded_values(name, getattr(self, name), bound, why, is_default=getattr(self, name) == usual[name])
+            name: bounded_values(name, getattr(self, name), usual[name], bound, why)
             for name, (bound, why) in bounds.items()
         }
         return replace(self, n_components=n_components, **found)
@@ -140,15 +140,15 @@ class Diffusion(_Neighbors):
     t: int | Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8)
 
     def __post_init__(self) -> None:
-        if not self.steps:
-            raise ValueError("t is empty: pass a whole number of steps, or several.")
-        for each in self.steps:
+        if not (steps := _values(self.t)):
+            raise ValueError("t is empty: pass a whole number, or several.")
+        for each in steps:
             check_whole("t", each)
 
     @property
     def steps(self) -> Sequence[int]:
         """Numbers of steps to compare, rising."""
-        return sorted(self.t) if is_several(self.t) else (self.t,)  # type: ignore[arg-type, return-value]
+        return sorted(_values(self.t))
 
     def walk(self, distances: np.ndarray, neighbors: np.ndarray, size: np.ndarray) -> sp.csr_matrix:
         """Return the probabilities of one step of the walk."""
@@ -175,7 +175,7 @@ class _NeighborsLearner(TrialLearner):
         """See `TrialLearner`; a walk goes on as long as it gains."""
         method, size = self.method, row_sums(fold.seen)
         components, start = method.coordinates(self._counts.part(fold.seen, fold.cells), 3, rng)
-        several = [(name, _values(getattr(method, name))) for name in ("n_pcs", "n_neighbors")]
+        several = [(name, sorted(_values(getattr(method, name)))) for name in ("n_pcs", "n_neighbors")]
         for n_pcs in several[0][1]:
             distances, neighbors = nearest(start[:, :n_pcs], max(several[1][1]), rng)
             for n_neighbors in several[1][1]:
@@ -201,7 +201,7 @@ class _NeighborsLearner(TrialLearner):
 
 
 def _values(value: Any) -> tuple[int, ...]:
-    return tuple(sorted(value)) if is_several(value) else (value,)
+    return tuple(value) if is_several(value) else (value,)
 
 
 def nearest(points: np.ndarray, n_neighbors: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
