@@ -12,8 +12,9 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ from .methods import Method, as_methods
 from .methods._profiles import Profiles
 from .scales import Scale, as_scale
 
-_FORMATS = (".h5ad", ".zarr")
 _SLOTS = ("obs", "var", "obsm", "varm", "uns")  # that a result is written to, besides its layer
 _ROWS, _COLUMNS = 1000, 500  # of a chunk of the layer, at most: 2 MB
 _COPIED = 1 << 20  # bytes of a chunk of what is copied from one format to the other
@@ -107,7 +107,8 @@ def denoise_file(
                 adata.X = counts
             else:
                 adata.layers[layer] = counts
-        _check_layer(stored, adata, key_added)
+        if key_added in stored.get("layers", ()) and kind_of(adata, key_added) != "denoise":
+            raise ValueError(f"layer {key_added!r} exists and is not an earlier result: choose another key_added.")
         n_bytes = _size(source) + 4 * adata.n_obs * (adata.n_vars if write_layer else 0)
         check_fits_disk(n_bytes, target.resolve().parent)
         in_memory = write_layer and not all(each.has_factors for each in methods)
@@ -149,7 +150,7 @@ def _check_paths(source: Path, target: Path, overwrite: bool) -> None:
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist: pass an .h5ad or .zarr file with raw counts.")
     for path, does in ((source, "read"), (target, "written")):
-        if path.suffix not in _FORMATS:
+        if path.suffix not in (".h5ad", ".zarr"):
             raise ValueError(f"{path} does not end in .h5ad or .zarr: those are the formats {does}.")
     if source.suffix == ".h5ad" and not source.is_file():
         raise ValueError(f"{source} is not a file: an .h5ad is one; rename the folder if it is a .zarr.")
@@ -157,8 +158,8 @@ def _check_paths(source: Path, target: Path, overwrite: bool) -> None:
         raise ValueError(f"{source} is not a folder: a .zarr is one; unpack it, or rename it if it is an .h5ad.")
     if not os.access(source, os.R_OK):
         raise PermissionError(f"{source} may not be read by this user: ask its owner, or chmod u+r.")
-    if ".zarr" in (source.suffix, target.suffix):
-        _require_zarr()
+    if ".zarr" in (source.suffix, target.suffix) and find_spec("zarr") is None:
+        raise ImportError('a .zarr needs zarr: pip install "sc-noise2self[zarr]".')
     if target.exists() and source.samefile(target):
         raise FileExistsError(f"{target} is the source: choose another name.")
     if source.resolve() in target.resolve().parents:
@@ -166,18 +167,6 @@ def _check_paths(source: Path, target: Path, overwrite: bool) -> None:
     check_target(target, overwrite)
     if not os.access(target.resolve().parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{target.resolve().parent} may not be written to by this user: choose another folder.")
-
-
-def _check_layer(stored: Any, adata: AnnData, key: str) -> None:
-    if key in stored.get("layers", ()) and kind_of(adata, key) != "denoise":
-        raise ValueError(f"layer {key!r} exists and is not an earlier result: choose another key_added.")
-
-
-def _require_zarr() -> None:
-    try:
-        import zarr  # noqa: F401
-    except ImportError as error:
-        raise ImportError('a .zarr needs zarr: pip install "sc-noise2self[zarr]".') from error
 
 
 @contextmanager
@@ -204,18 +193,16 @@ class _Refused(ValueError):
 def _read(path: Path) -> Iterator[Any]:
     """Open the file to read, as a group of h5py or zarr."""
     if path.suffix == ".h5ad":
-        import h5py
-
-        with _readable(path):
-            file = h5py.File(path, "r")
-        with closing(file):
-            yield file
+        from h5py import File as opened
     else:
-        import zarr
-
-        with _readable(path):
-            group = zarr.open_group(path, mode="r")
-        yield group
+        from zarr import open_group as opened
+    with _readable(path):
+        stored = opened(path, mode="r")
+    try:
+        yield stored
+    finally:
+        if path.suffix == ".h5ad":
+            stored.close()
 
 
 class _Steady(io.FileIO):

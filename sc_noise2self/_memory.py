@@ -6,18 +6,10 @@ import os
 import shutil
 from pathlib import Path
 
-_BYTES = 4  # of a float32
-
 
 def check_fits_memory(n_cells: int, n_genes: int) -> None:
-    """Raise if a dense layer would not fit in the memory that is free.
-
-    Raises
-    ------
-    MemoryError
-        Naming the gigabytes.
-    """
-    needed, free = n_cells * n_genes * _BYTES, available_memory()
+    """Raise a MemoryError that names the gigabytes if a dense layer would not fit in the memory that is free."""
+    needed, free = 4 * n_cells * n_genes, available_memory()
     if needed > free:
         raise MemoryError(
             f"the layer of {n_cells} cells x {n_genes} genes takes {gigabytes(needed)} and {gigabytes(free)} of memory "
@@ -26,13 +18,7 @@ def check_fits_memory(n_cells: int, n_genes: int) -> None:
 
 
 def check_fits_disk(n_bytes: int, folder: Path) -> None:
-    """Raise if a file would not fit on the disk of a folder.
-
-    Raises
-    ------
-    OSError
-        Naming the gigabytes.
-    """
+    """Raise an OSError that names the gigabytes if a file would not fit on the disk of a folder."""
     free = shutil.disk_usage(folder).free
     if n_bytes > free:
         raise OSError(

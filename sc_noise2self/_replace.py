@@ -47,7 +47,8 @@ def replaced(target: Path, *, overwrite: bool = False, like: Path | None = None)
     """
     check_target(target, overwrite)
     place = Path(os.path.realpath(target))
-    own = _private_folder(place.parent)
+    prefix = f"{_MARK}-{socket.gethostname()}-{os.getpid()}-{_started(os.getpid())}-"
+    own = Path(tempfile.mkdtemp(prefix=prefix, dir=place.parent))
     try:
         _remove_leftovers(own)
         written = own / place.name
@@ -74,10 +75,8 @@ def check_target(target: Path, overwrite: bool) -> None:
 
     Raises
     ------
-    FileNotFoundError
-        If its folder does not exist, or it is a link to nothing.
-    FileExistsError
-        If it exists and is not to be overwritten, or is a folder.
+    FileNotFoundError, FileExistsError
+        If it has no folder or is a link to nothing; if it exists and is not to be overwritten, or is a folder.
     """
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target.parent} is not a folder: make it first.")
@@ -114,26 +113,17 @@ def _move(written: Path, place: Path, overwrite: bool) -> None:
         os.replace(written, place)
 
 
-def _private_folder(parent: Path) -> Path:
-    prefix = f"{_MARK}-{socket.gethostname()}-{os.getpid()}-{_started(os.getpid())}-"
-    return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-
-
 def _remove_leftovers(own: Path) -> None:
     """Remove the folders of this user's runs on this machine that have ended, whatever their target was."""
     for left in own.parent.glob(f"{_MARK}-*"):
         name = _NAME.fullmatch(left.name)
-        if name is None or name["host"] != socket.gethostname() or _is_running(name):
+        if name is None or name["host"] != socket.gethostname():
             continue
-        found = left.lstat()
+        started, found = _started(int(name["process"])), left.lstat()
+        if started is not None and started <= int(name["started"]) + _CLOCKS_DIFFER:
+            continue  # it may still run; a process that started much later only has its number
         if stat.S_ISDIR(found.st_mode) and found.st_uid == own.stat().st_uid:  # not a link, not somebody else's
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_running(name: re.Match[str]) -> bool:
-    """Return whether the process in the name may still run; one that started much later only has its number."""
-    started = _started(int(name["process"]))
-    return started is not None and started <= int(name["started"]) + _CLOCKS_DIFFER
 
 
 def _started(process: int) -> int | None:

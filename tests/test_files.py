@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,10 @@ import pytest
 from helpers import low_rank_profiles, poisson_counts
 
 import sc_noise2self as n2s
+from sc_noise2self import _files
 from sc_noise2self.__main__ import main
+from sc_noise2self._blocks import OnDisk
+from sc_noise2self.methods import REGISTRY
 
 pytest.importorskip("zarr")
 
@@ -78,12 +82,55 @@ def test_a_file_holds_what_was_there_and_the_result(source, suffix, write_layer)
     assert found.uns["note"]["by"] == "hand"
 
 
-def test_zarr_to_h5ad_and_methods_that_load_the_counts(source):
+LOG1P = n2s.PCA(transform="log1p")
+
+
+def halved(counts):
+    return counts.toarray() / 2 + counts.mean(axis=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (LOG1P, {"mix": True, "scale": "rates"}),
+        (n2s.KNN(n_pcs=3, n_neighbors=10), {"mix": True}),
+        ([LOG1P, n2s.Diffusion(n_pcs=3, n_neighbors=10, t=2)], {}),
+        (n2s.Function(halved), {"scale": "rates"}),
+        pytest.param(n2s.Autoencoder(width=2, n_epochs=2, device="cpu"), {}, marks=pytest.mark.slow),
+    ],
+    ids=["pca mixed", "knn mixed", "ensemble", "function", "autoencoder"],
+)
+def test_every_method_gives_what_it_gives_in_memory(source, monkeypatch, method, options):
+    """Counts stay on disk; those that are mixed in are read once for every stretch of cells that is written."""
+    if isinstance(method, n2s.Autoencoder):
+        pytest.importorskip("torch")
+    monkeypatch.setattr(_files, "_ROWS", 60)
+    monkeypatch.setattr(_files, "_COLUMNS", 15)
+    part, counts_of, read, loaded = OnDisk.part, _files._counts, [], []
+
+    def counted(chunks, cells, genes=slice(None)):
+        read.append((cells[0], cells[-1] + 1, genes))
+        return part(chunks, cells, genes)
+
+    monkeypatch.setattr(OnDisk, "part", counted)
+    monkeypatch.setattr(_files, "_counts", lambda *args: loaded.append(args[-1]) or counts_of(*args))
+    target = source.with_name("out.h5ad")
+    n2s.denoise_file(source, target, method, layer="counts", **options)
+    assert loaded == [isinstance(method, n2s.Function)]
+    whole = slice(None)
+    assert read == ([(0, 50, whole), (50, 100, whole), (100, 150, whole)] if options.get("mix") else [])
+    expected, found = ad.read_h5ad(source), ad.read_h5ad(target)
+    n2s.denoise(expected, method, layer="counts", **options)
+    np.testing.assert_allclose(found.layers["denoised"], expected.layers["denoised"], rtol=1e-4, atol=1e-6)
+    assert n2s.report(found) == n2s.report(expected)
+
+
+def test_zarr_to_h5ad_beside_an_earlier_result(source):
     middle, target = source.with_name("middle.zarr"), source.with_name("out.h5ad")
     n2s.denoise_file(source, middle, layer="counts", write_layer=False)
-    n2s.denoise_file(middle, target, layer="counts", key_added="mixed", mix=True, transform="log1p")
+    n2s.denoise_file(middle, target, LOG1P, layer="counts", key_added="mixed", mix=True)
     expected, found = ad.read_h5ad(source), ad.read_h5ad(target)
-    n2s.denoise(expected, layer="counts", key_added="mixed", mix=True, transform="log1p")
+    n2s.denoise(expected, LOG1P, layer="counts", key_added="mixed", mix=True)
     np.testing.assert_allclose(found.layers["mixed"], expected.layers["mixed"], rtol=1e-4, atol=1e-6)
     assert "denoised" in found.obsm
 
@@ -114,6 +161,8 @@ def test_an_earlier_target_is_replaced_only_when_asked(source):
         ({"layer": None}, ValueError, 'X holds [0-9.]*5 at cell "c0", gene "g'),
         ({"key_added": "counts", "layer": "counts"}, ValueError, "key_added is 'counts'|layer 'counts' exists"),
         ({"n_splits": 0}, ValueError, "n_splits is 0"),
+        ({"method": "nonsense"}, ValueError, "method is 'nonsense': pass one of pca, "),
+        ({"method": n2s.Function(len), "write_layer": False}, ValueError, "a function, which has no factors"),
         ({"copy": True}, TypeError, "copy was given: the target is the copy"),
     ],
 )
@@ -166,7 +215,7 @@ def test_an_error_while_writing_leaves_nothing(source, monkeypatch):
 @pytest.mark.parametrize("after", [False, True])
 def test_an_interrupt_while_writing_leaves_the_old_or_the_new(source, monkeypatch, owner, name, calls, after):
     target = source.with_name("out.h5ad")
-    options = {"layer": "counts", "overwrite": True, "transform": "log1p", "n_components": 3}
+    options = {"method": n2s.PCA(transform="log1p", n_components=3), "layer": "counts", "overwrite": True}
     n2s.denoise_file(source, target, **options)
     new = ad.read_h5ad(target)
     before, happened = source.read_bytes(), 0
@@ -197,6 +246,7 @@ def test_an_interrupt_while_writing_leaves_the_old_or_the_new(source, monkeypatc
     assert happened == len(calls)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked")
 def test_kills_and_interrupts_at_random_moments_leave_the_old_or_the_new():
     script = Path(__file__).parents[1] / "benchmarks" / "kills.py"
@@ -214,7 +264,7 @@ import os, signal, sys
 import sc_noise2self as n2s
 
 os.link = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
-n2s.denoise_file(sys.argv[1], sys.argv[2], layer="counts", write_layer=False, transform="log1p")
+n2s.denoise_file(sys.argv[1], sys.argv[2], layer="counts", write_layer=False)
 """
 
 
@@ -315,10 +365,11 @@ import sc_noise2self as n2s
 
 paths = sys.argv[1:]
 for i, (source, target) in enumerate(zip(paths, paths[1:])):
-    n2s.denoise_file(source, target, layer="counts", key_added=f"result{i}", transform="log1p")
+    n2s.denoise_file(source, target, layer="counts", key_added=f"result{i}")
 """
 
 
+@pytest.mark.slow
 def test_no_format_needs_dask(source):
     paths = [source, *(source.with_name(name) for name in ("b.h5ad", "c.zarr", "d.zarr", "e.h5ad"))]
     subprocess.run([sys.executable, "-c", WITHOUT_DASK, *paths], check=True)
@@ -496,17 +547,70 @@ def test_an_interrupt_of_the_command_line_is_a_line(source, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--key-added", "a/b"], "--key-added is 'a/b'"),
-        (["--batch-key", "batch"], "--batch-key was given, but no autoencoder is used: pass --method autoencoder"),
-        ([], "out.h5ad exists: nothing is overwritten, so choose another name, or pass --overwrite"),
+        (["--key-added", "a/b"], "key_added is 'a/b': pass a name"),
+        (["--method", "nonsense"], "method is 'nonsense': pass one of pca, "),
+        (["--method", "pca:width=3"], "--method pca:width=3: 'width=3' is no option of pca, which are NAME=VALUE with"),
+        (["--method", "knn:n_pcs"], "is no option of knn, which are NAME=VALUE with the names n_pcs, n_neighbors, n_"),
+        (["--method", "pca:transform=log"], "transform is 'log': pass one of auto, log1p, sqrt, none"),
+        (["--method", "pca:n_components=many"], "n_components is 'many': pass a whole number, 1 or more"),
+        (["--method", "autoencoder:batch_key=lane"], "batch_key 'lane' is missing: adata.obs has ['batch']"),
+        (["--method", "ensemble:width=3"], "ensemble stands for several, so give each with its options"),
+        (["--scale", "expected_log1p_cp10k:depth=-1"], "depth is -1: pass a number of molecules above 0"),
+        (["--scale", "log"], "scale is 'log': pass one of counts, rates"),
+        ([], "out.h5ad exists: nothing is overwritten, so choose another name, or pass overwrite"),
     ],
 )
-def test_the_command_line_names_options_as_they_are_typed(source, options, message, capsys):
+def test_what_is_wrong_on_the_command_line_is_one_line(source, options, message, capsys):
     target = source.with_name("out.h5ad")
     if not options:
         target.write_text("mine")
     assert main(["denoise", str(source), str(target), "--layer", "counts", "--quiet", *options]) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registered(n2s.PCA):
+    name = "mine"
+    title = "somebody's PCA"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["pca"], "pca"),
+        (["pca:transform=log1p"], LOG1P),
+        (["knn:n_pcs=(3, 5),n_neighbors=[10],n_components=None"], n2s.KNN(n_pcs=(3, 5), n_neighbors=[10])),
+        (["mine:transform=sqrt, n_components=4"], Registered(transform="sqrt", n_components=4)),
+        (
+            ["autoencoder:width=(8, 32),device=cuda:0,batch_key=the lane,dropout=0.2"],
+            n2s.Autoencoder(width=(8, 32), device="cuda:0", batch_key="the lane", dropout=0.2),
+        ),
+        (["pca:transform=none", "diffusion"], [n2s.PCA(transform="none"), "diffusion"]),
+        (["ensemble"], "ensemble"),
+    ],
+)
+def test_methods_have_their_options_on_the_command_line(source, monkeypatch, given, expected):
+    monkeypatch.setitem(REGISTRY, "mine", [Registered])
+    seen = {}
+
+    def keeps(*args, **options):
+        seen.update(options, method=args[2])
+        return ""
+
+    monkeypatch.setattr(_files, "denoise_file", keeps)
+    methods = [part for each in given for part in ("--method", each)]
+    others = ["--scale", "expected_log1p_cp10k:depth=200", "--mix", "--seed", "3", "--save-model", "m.npz"]
+    assert main(["denoise", str(source), "out.h5ad", *methods, *others, "--quiet"]) == 0
+    assert seen["method"] == expected
+    assert seen["scale"] == n2s.scales.ExpectedLog1pCP10k(depth=200)
+    assert (seen["mix"], seen["random_state"], seen["save_model"], seen["write_layer"]) == (
+        True,
+        3,
+        Path("m.npz"),
+        True,
+    )
 
 
 def test_the_command_line(source, capsys):
@@ -532,7 +636,9 @@ sys.exit(main(["denoise", source, target, "--layer", "counts", "--quiet"]))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit of file sizes")
-@pytest.mark.parametrize("more", [1000, 15_000, 30_000])
+@pytest.mark.parametrize(
+    "more", [pytest.param(1000, marks=pytest.mark.slow), 15_000, pytest.param(30_000, marks=pytest.mark.slow)]
+)
 def test_a_full_disk_is_a_sentence_and_leaves_nothing(source, more):
     target = source.with_name("out.h5ad")
     done = subprocess.run(

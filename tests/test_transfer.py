@@ -1,10 +1,12 @@
-"""`denoise(method="autoencoder")` on AnnData, the file that it saves, and cells that it was not fitted to."""
+"""The autoencoder on AnnData, the files that models are saved to, and cells that a model was not fitted to."""
 
 from __future__ import annotations
 
 import os
 import stat
-from typing import get_args
+import subprocess
+import sys
+from dataclasses import replace
 
 import anndata as ad
 import numpy as np
@@ -15,12 +17,12 @@ from model_files import claims, read_parts, write_parts
 import sc_noise2self as n2s
 from sc_noise2self import _model
 from sc_noise2self._model import Saved, State
-from sc_noise2self.methods._autoencoder import LossName
 
 torch = pytest.importorskip("torch")
 
-QUICK = {"n_hidden": 32, "n_epochs": 40}
-OPTIONS = {"method": "autoencoder", "width": 16, "n_components": 10, "device": "cpu", "autoencoder": QUICK}
+METHOD = n2s.Autoencoder(width=16, n_components=10, n_hidden=32, n_epochs=40, device="cpu")
+TINY = n2s.Autoencoder(width=16, n_components=10, n_epochs=8, device="cpu")
+PCAS = [n2s.PCA(transform=name) for name in ("log1p", "sqrt", "none")]
 
 
 def cells(n, seed, batch_effect=0.0):
@@ -36,22 +38,22 @@ def cells(n, seed, batch_effect=0.0):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "model.pt"
-    n2s.denoise(cells(300, 0), **OPTIONS, save_model=path)
+    path = tmp_path_factory.mktemp("model") / "model.npz"
+    n2s.denoise(cells(300, 0), METHOD, save_model=path)
     return path
 
 
 @pytest.fixture(scope="module")
 def batch_model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "model.pt"
-    n2s.denoise(cells(300, 0, batch_effect=1), **OPTIONS, batch_key="batch", save_model=path)
+    path = tmp_path_factory.mktemp("model") / "model.npz"
+    n2s.denoise(cells(300, 0, batch_effect=1), replace(METHOD, batch_key="batch"), save_model=path)
     return path
 
 
 def test_writes_what_every_method_writes(tmp_path):
     adata = cells(300, 0)
     before = adata.X.copy()
-    n2s.denoise(adata, **OPTIONS)
+    n2s.denoise(adata, METHOD)
     assert (before != adata.X).nnz == 0
     layer = adata.layers["denoised"]
     assert layer.dtype == np.float32
@@ -88,14 +90,14 @@ def test_one_molecule_is_refused(model):
 def test_same_seed_same_bytes():
     first, second, other = (cells(120, 0) for _ in range(3))
     for adata, seed in ((first, 0), (second, 0), (other, 1)):
-        n2s.denoise(adata, **OPTIONS, random_state=seed)
+        n2s.denoise(adata, METHOD, random_state=seed)
     assert first.layers["denoised"].tobytes() == second.layers["denoised"].tobytes()
     assert first.layers["denoised"].tobytes() != other.layers["denoised"].tobytes()
 
 
 def test_the_width_is_chosen_and_recorded():
     adata = cells(300, 0)
-    n2s.denoise(adata, **{**OPTIONS, "width": [16, 1]})
+    n2s.denoise(adata, replace(METHOD, width=[16, 1]))
     learned = adata.uns["denoised"]["learned"]["autoencoder"]
     table = learned["table"]
     assert list(table["width"]) == [16, 1]
@@ -108,13 +110,13 @@ def test_the_width_is_chosen_and_recorded():
 
 def test_of_very_many_cells_some_choose_and_all_are_fitted(monkeypatch):
     """The limit is lowered, so that a few hundred cells are very many."""
-    from sc_noise2self.methods import _base
+    from sc_noise2self.methods import _autoencoder
 
-    monkeypatch.setattr(_base, "_LEARNED_CELLS", 150)
+    monkeypatch.setattr(_autoencoder, "_LEARNED_CELLS", 150)
     adata = cells(300, 0, batch_effect=1)
-    n2s.denoise(adata, **{**OPTIONS, "width": [16, 1]}, batch_key="batch")
+    n2s.denoise(adata, replace(METHOD, width=[16, 1], batch_key="batch"))
     record = adata.uns["denoised"]
-    assert list(record["learned"]["autoencoder"]["widths"]) == [16, 1]
+    assert list(record["learned"]["autoencoder"]["table"]["width"]) == [16, 1]
     assert len(record["learned"]["autoencoder"]["epoch_losses"]) == 40
     assert record["gain_cells"] == record["n_cells"] == 300  # and all are measured
     assert adata.layers["denoised"].shape == adata.shape
@@ -123,7 +125,7 @@ def test_of_very_many_cells_some_choose_and_all_are_fitted(monkeypatch):
 
 def test_several_seeds_are_averaged():
     adata = cells(300, 0)
-    n2s.denoise(adata, **OPTIONS, n_seeds=2)
+    n2s.denoise(adata, replace(METHOD, n_seeds=2))
     record = adata.uns["denoised"]
     assert list(record["members"]["name"]) == ["autoencoder", "autoencoder 2"]
     assert record["members"]["weight"].sum() == pytest.approx(1)
@@ -132,7 +134,7 @@ def test_several_seeds_are_averaged():
 
 def test_it_joins_the_ensemble_and_mixing():
     adata = cells(300, 0)
-    n2s.denoise(adata, **{**OPTIONS, "method": "ensemble"}, mix=True)
+    n2s.denoise(adata, ["pca", METHOD, "diffusion"], mix=True)
     record = adata.uns["denoised"]
     assert "autoencoder" in record["members"]["name"]
     assert record["unmixed_gain"] >= record["candidates"]["gain"].max() - 1e-4
@@ -144,7 +146,7 @@ def test_counts_without_structure_get_the_mean_profile_and_no_model(tmp_path):
     profile = np.random.default_rng(0).dirichlet(np.full(120, 0.5))
     adata = ad.AnnData(poisson_counts(np.tile(profile, (300, 1)), depth=600, seed=0))
     with pytest.warns(UserWarning, match=r"the mean profile is written.*No model is saved"):
-        n2s.denoise(adata, **OPTIONS, save_model=tmp_path / "model.pt")
+        n2s.denoise(adata, METHOD, save_model=tmp_path / "model.npz")
     assert list(adata.uns["denoised"]["members"]["name"]) == ["mean"]
     assert not list(tmp_path.iterdir())
 
@@ -163,7 +165,7 @@ def test_an_interrupt_leaves_everything_as_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training.torch.optim.Adam, "step", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        n2s.denoise(adata, **OPTIONS, save_model=tmp_path / "model.pt")
+        n2s.denoise(adata, METHOD, save_model=tmp_path / "model.npz")
     assert not adata.uns
     assert not adata.obsm
     assert "denoised" not in adata.layers
@@ -173,7 +175,7 @@ def test_an_interrupt_leaves_everything_as_it_was(tmp_path, monkeypatch):
 def test_an_existing_model_is_not_overwritten(model):
     before = model.read_bytes()
     with pytest.raises(FileExistsError, match="nothing is overwritten"):
-        n2s.denoise(cells(120, 0), **OPTIONS, save_model=model)
+        n2s.denoise(cells(120, 0), METHOD, save_model=model)
     assert model.read_bytes() == before
 
 
@@ -239,22 +241,120 @@ def test_batches_that_do_not_fit_are_refused(model, batch_model):
         n2s.denoise_with(adata, batch_model, batch_key="batch")
     adata.obs["batch"] = "a"
     with pytest.raises(ValueError, match="has one batch: leave batch_key out"):
-        n2s.denoise(adata, **OPTIONS, batch_key="batch")
+        n2s.denoise(adata, replace(METHOD, batch_key="batch"))
 
 
-def test_without_torch_it_says_how_to_get_it(monkeypatch):
+def test_without_torch_it_says_how_to_get_it(monkeypatch, model):
     from sc_noise2self.methods import _autoencoder as autoencoder
 
     monkeypatch.setattr(autoencoder, "find_spec", lambda name: None)
-    for call in (lambda a: n2s.denoise(a, method="ensemble"), lambda a: n2s.denoise_with(a, "model.pt")):
+    for call in (lambda a: n2s.denoise(a, method="ensemble"), lambda a: n2s.denoise_with(a, model)):
         with pytest.raises(ImportError, match=r"pip install .sc-noise2self\[autoencoder\]"):
             call(cells(100, 0))
 
 
+WITHOUT_TORCH = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocked())
+import anndata as ad, sc_noise2self as n2s
+
+adata = ad.read_h5ad(sys.argv[1])
+n2s.denoise_with(adata, sys.argv[2])
+adata.write_h5ad(sys.argv[1])
+"""
+
+
+def test_models_without_a_network_need_no_torch(tmp_path):
+    n2s.denoise(cells(300, 0), ["pca"], save_model=tmp_path / "m.npz")
+    new = cells(100, 3)
+    new.write_h5ad(tmp_path / "new.h5ad")
+    subprocess.run([sys.executable, "-c", WITHOUT_TORCH, tmp_path / "new.h5ad", tmp_path / "m.npz"], check=True)
+    n2s.denoise_with(new, tmp_path / "m.npz")
+    np.testing.assert_array_equal(ad.read_h5ad(tmp_path / "new.h5ad").layers["denoised"], new.layers["denoised"])
+
+
+TRANSFERRED = {
+    **{f"pca {method.transform}": method for method in PCAS},
+    "components and genes used": n2s.PCA(transform="log1p", n_components=7),
+    "an ensemble": [n2s.PCA(), n2s.Autoencoder(width=4, n_epochs=3, device="cpu")],
+    "two of one name": [n2s.PCA(transform="log1p", n_components=5), n2s.PCA(transform="log1p", n_components=20)],
+    "batches": replace(TINY, batch_key="batch"),
+    "a squared error": replace(TINY, loss="mse_sqrt"),
+}
+
+
+@pytest.mark.parametrize("method", TRANSFERRED.values(), ids=TRANSFERRED)
+def test_every_model_gives_its_own_cells_their_result_and_others_one_by_one(tmp_path, method):
+    """A model keeps the scales of genes that its result has, so its own cells get the same numbers.
+
+    Cells do not learn from each other: a few of them, the genes in another order, get what they get among all. Sums
+    over genes are then taken in another order, and matrix products of other sizes, which moves the last digits.
+    """
+    path, old, again = tmp_path / "m.npz", cells(300, 0, batch_effect=1), cells(300, 0, batch_effect=1)
+    given = {"batch_key": "batch"} if getattr(method, "batch_key", None) else {}
+    mask = np.arange(120) < 100 if method == TRANSFERRED["components and genes used"] else None
+    n2s.denoise(old, method, mask_var=mask, save_model=path)
+    n2s.denoise_with(again, path, **given)
+    np.testing.assert_allclose(again.layers["denoised"], old.layers["denoised"], rtol=1e-5, atol=1e-7)
+    members, record = old.uns["denoised"]["members"], again.uns["denoised"]
+    for name in ("name", "weight", "link", "n_factors"):
+        np.testing.assert_array_equal(record["members"][name], members[name])
+    assert set(record["learned"]) == set(members["name"])
+    new = cells(100, 3, batch_effect=1)
+    few = new[::-7, np.random.default_rng(0).permutation(120)].copy()
+    for adata in (new, few):
+        n2s.denoise_with(adata, path, **given)
+    assert new.uns["denoised"]["gain"] > 4 * new.uns["denoised"]["gain_error"]
+    one = few.to_df("denoised")
+    np.testing.assert_allclose(one, new.to_df("denoised").loc[one.index, one.columns], rtol=1e-3, atol=1e-5)
+
+
+def test_an_ensemble_with_the_mean_profile_is_transferred(tmp_path):
+    """Its weight is set, because on cells this different the mean profile is left out of the mean."""
+    share = np.random.default_rng(0).dirichlet(np.ones(120))
+    names = np.array([f"gene-{i}" for i in range(120)])
+    n2s.denoise(cells(300, 0), PCAS[0], save_model=tmp_path / "pca.npz")
+    (state,) = _model.load(tmp_path / "pca.npz").states
+    mean = State("mean", {}, {"gene_share": share})
+    _model.save(tmp_path / "both.npz", Saved((state, mean), (0.75, 0.25), names))
+    both, pca = cells(100, 3), cells(100, 3)
+    n2s.denoise_with(both, tmp_path / "both.npz")
+    n2s.denoise_with(pca, tmp_path / "pca.npz")
+    assert list(both.uns["denoised"]["members"]["name"]) == ["pca log1p", "mean"]
+    expected = 0.75 * pca.layers["denoised"] + 0.25 * dense(both.X).sum(axis=1, keepdims=True) * share
+    np.testing.assert_allclose(both.layers["denoised"], expected, rtol=1e-4)
+    assert "A model fitted to other cells" in n2s.report(both)
+
+
+def test_counts_on_disk_and_of_dask_are_read_in_blocks(model, tmp_path, monkeypatch):
+    da = pytest.importorskip("dask.array")
+    expected = cells(100, 3)
+    expected.write_h5ad(tmp_path / "new.h5ad")
+    n2s.denoise_with(expected, model, device="cpu")
+    monkeypatch.setattr("sc_noise2self._blocks.block_rows", lambda n_genes: 20)
+    backed, lazy = ad.read_h5ad(tmp_path / "new.h5ad", backed="r"), cells(100, 3)
+    lazy.X = da.from_array(lazy.X.toarray(), chunks=(40, 120))
+    for adata in (backed, lazy):
+        n2s.denoise_with(adata, model, device="cpu")
+        assert hasattr(adata.layers["denoised"], "__dask_graph__")
+        np.testing.assert_allclose(
+            adata.layers["denoised"].compute(), expected.layers["denoised"], rtol=1e-4, atol=1e-6
+        )
+        assert adata.uns["denoised"]["gain"] == pytest.approx(expected.uns["denoised"]["gain"], rel=1e-4)
+    with pytest.raises(ValueError, match="copy=True was given with a backed object"):
+        n2s.denoise_with(backed, model, copy=True, device="cpu")
+
+
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "tiny.pt"
-    n2s.denoise(cells(300, 0), **{**OPTIONS, "autoencoder": {"n_epochs": 8}}, save_model=path)
+    path = tmp_path_factory.mktemp("model") / "tiny.npz"
+    n2s.denoise(cells(300, 0), TINY, save_model=path)
     return path
 
 
@@ -303,20 +403,14 @@ def units(n, stored):
 HOSTILE = {
     "an unknown loss": (put("loss", "mse"), "its loss is 'mse'"),
     "a loss of a wrong type": (put("loss", ["multinomial"]), "its loss is of type list"),
-    "an unknown link": (put("link", "cube"), "its link is 'cube'"),
-    "another link": (put("link", "sqrt"), "its link 'sqrt' is not that of its loss, 'multinomial'"),
     "a method among values": (put("predict", 3), "its autoencoder has in excess 'predict'"),
     "a method among arrays": (array("save", np.zeros(120)), "the file has in excess '0/save'"),
     "a width that is huge": (put("width", 10**30), "its width is 10000"),
     "a width that is another": (put("width", 17), r"code.weight has shape \(16, 64\) instead of \(17, 64\)"),
     "a width that is no number": (put("width", "16"), "its width is '16'"),
     "a width that is true": (put("width", True), "its width is True"),
-    "widths that are none": (put("widths", []), "its widths is of type list"),
-    "widths that are one": (put("widths", 16), "its widths is 16"),
     "batches without names": (put("n_batches", 10**9), "it names 0 batches and has 1000000000"),
-    "hidden units that differ": (put("n_hidden", 10**9), r"shape \(64, 10\) instead of \(1000000000, 10\)"),
-    "a dropout": (put("dropout", float("nan")), "its dropout is nan"),
-    "a huge number": (put("learning_rate", 10**400), "its learning_rate is 1000"),
+    "a huge number": (put("depth", 10**400), "its depth is 1000"),
     "a depth": (put("depth", 0.0), "its depth is 0.0"),
     "no weights": (lack("encoder.weight"), "the file lacks '0/encoder.weight'"),
     "weights that are text": (array("encoder.weight", np.array(["a"])), "its encoder.weight is of type <U1"),
@@ -342,32 +436,24 @@ HOSTILE = {
 def test_a_model_file_that_is_none_is_refused_in_a_sentence(tiny_model, tmp_path, edit, message):
     text, arrays = read_parts(tiny_model)
     edit(text, arrays)
-    write_parts(tmp_path / "model.pt", text, arrays)
+    write_parts(tmp_path / "model.npz", text, arrays)
     adata = cells(100, 3)
     with pytest.raises(ValueError, match=message):
-        n2s.denoise_with(adata, tmp_path / "model.pt", device="cpu")
+        n2s.denoise_with(adata, tmp_path / "model.npz", device="cpu")
     assert not adata.uns
     assert not adata.obsm
 
 
 def test_a_model_file_that_is_cut_is_refused_and_one_put_together_again_is_not(tiny_model, tmp_path):
     whole = tiny_model.read_bytes()
-    cut, again, adata = tmp_path / "cut.pt", tmp_path / "again.pt", cells(100, 3)
+    cut, again, adata = tmp_path / "cut.npz", tmp_path / "again.npz", cells(100, 3)
     for n in (0, 10, len(whole) // 2, len(whole) - 10):
         cut.write_bytes(whole[:n])
-        with pytest.raises(ValueError, match="cut.pt is not a model that sc_noise2self saved"):
+        with pytest.raises(ValueError, match="cut.npz is not a model that sc_noise2self saved"):
             n2s.denoise_with(adata, cut, device="cpu")
     write_parts(again, *read_parts(tiny_model))
     n2s.denoise_with(adata, again, device="cpu")
     assert "denoised" in adata.layers
-
-
-def test_the_model_of_another_method_is_refused(tiny_model, tmp_path):
-    share = np.full(120, 1 / 120)
-    genes = np.array([f"gene-{i}" for i in range(120)])
-    _model.save(tmp_path / "mean.npz", Saved((State("mean", {}, {"gene_share": share}),), (1.0,), genes))
-    with pytest.raises(ValueError, match="is not the model of one autoencoder"):
-        n2s.denoise_with(cells(100, 3), tmp_path / "mean.npz", device="cpu")
 
 
 def test_several_models_are_one_file(tiny_model, batch_model, tmp_path):
@@ -400,7 +486,7 @@ def test_the_schema_knows_every_loss_and_every_parameter_of_the_network():
     for name, loss in LOSSES.items():
         assert _model.SCHEMAS["autoencoder"].values["loss"](name)
         assert _model.LINKS[name] == loss(counts, 0.5).link
-    assert set(_model.LINKS) == set(LOSSES) == set(get_args(LossName))
+    assert set(_model.LINKS) == set(LOSSES)
     scores = PrincipalScores(np.ones((6, 2)), np.ones(6), np.ones(2), 5, np.ones(6), np.ones(6), 1)
     network = Network(scores, 3, 4, np.zeros(6), 2, 0.1)
     arrays = network.arrays()
@@ -411,7 +497,7 @@ def test_the_schema_knows_every_loss_and_every_parameter_of_the_network():
 
 
 def test_a_model_is_written_whole_or_not_at_all_and_for_whom_the_user_says(tmp_path, monkeypatch):
-    options = {**OPTIONS, "autoencoder": {"n_epochs": 8}, "save_model": tmp_path / "model.pt"}
+    options = {"method": TINY, "save_model": tmp_path / "model.npz"}
 
     def interrupt(*args, **given):
         raise KeyboardInterrupt
@@ -430,12 +516,12 @@ def test_a_model_is_written_whole_or_not_at_all_and_for_whom_the_user_says(tmp_p
         n2s.denoise(cells(300, 0), **options)
     finally:
         os.umask(before)
-    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
-    assert stat.S_IMODE((tmp_path / "model.pt").stat().st_mode) == 0o640
+    assert [path.name for path in tmp_path.iterdir()] == ["model.npz"]
+    assert stat.S_IMODE((tmp_path / "model.npz").stat().st_mode) == 0o640
 
 
 def test_a_model_of_genes_whose_names_repeat_is_refused_before_it_is_fitted(tmp_path):
     adata = cells(120, 0)
     adata.var_names = ["gene"] * 120
     with pytest.raises(ValueError, match=r"gene names are not unique, and a model knows genes by name"):
-        n2s.denoise(adata, **OPTIONS, save_model=tmp_path / "model.pt")
+        n2s.denoise(adata, METHOD, save_model=tmp_path / "model.npz")
