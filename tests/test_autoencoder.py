@@ -32,6 +32,15 @@ CPU = torch.device("cpu")
 LOSSES = tuple(LINKS)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small gain nothing from several, which wait for each other where cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @dataclass
 class Fitted:
     profiles: LowRankProfiles
