@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import get_args
 
 import anndata as ad
 import numpy as np
@@ -29,8 +28,9 @@ import sc_noise2self as n2s
 from sc_noise2self._blocks import Counts
 from sc_noise2self._compare import Comparison
 from sc_noise2self._loss import Gain
+from sc_noise2self._model import LINKS
 from sc_noise2self.methods import _network
-from sc_noise2self.methods._autoencoder import LossName, narrowest_as_good
+from sc_noise2self.methods._autoencoder import narrowest_as_good
 from sc_noise2self.methods._base import Learner
 from sc_noise2self.partitions import fold_of
 
@@ -126,7 +126,7 @@ def main() -> None:
     for path in args.counts:
         seen, held_out = n2s.split_molecules(read(path), 0.9)
         if args.what == "losses":
-            for loss in get_args(LossName):
+            for loss in LINKS:
                 report(path, loss, seen, held_out, loss=loss)
         else:
             for seed in range(5):

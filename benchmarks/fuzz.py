@@ -107,34 +107,53 @@ _NAME = Kind(("denoised", "other", "é key"), lambda v: isinstance(v, str) and v
 _SEED = _whole(0, 1, 12345, least=0)
 _SCALE = _one_of("counts", "rates", "log1p_cp10k", "expected_log1p_cp10k")
 
-_ENSEMBLES = (("pca",), ("pca", "diffusion"), ("knn",), ("diffusion", "knn"))
 _DENOISE = {
     "scale": _SCALE,
     "mix": _FLAG,
     "write_layer": _FLAG,
     "key_added": _NAME,
-    "n_components": _optional(_whole(1, 2, 5)),
     "n_splits": _whole(1, 2),
     "mask_var": _optional(_one_of("chosen")),
     "random_state": _SEED,
 }
+_COMPONENTS = _optional(_whole(1, 2, 5))
+
+
+def _several(*values: Any) -> Kind:
+    """Return a whole number from 1, or some of them to choose from."""
+    return Kind(values, lambda v: _is_whole(v) or (_is_some(v) and all(map(_is_whole, v))))
+
+
+def _is_some(value: Any) -> bool:
+    return isinstance(value, list | tuple | np.ndarray) and len(value) > 0
+
+
 _OF_METHOD: dict[str, dict[str, Kind]] = {
-    "pca": {"transform": _one_of("auto", "log1p", "sqrt", "none")},
-    "knn": {
-        "neighbors": Kind(({"n_neighbors": 3}, {"n_neighbors": [2, 4], "n_pcs": 2}), lambda v: v is None or bool(v))
+    "PCA": {"transform": _one_of("auto", "log1p", "sqrt", "none"), "n_components": _COMPONENTS},
+    "KNN": {"n_neighbors": _several(3, [2, 4]), "n_pcs": _several(1, [1, 2]), "n_components": _COMPONENTS},
+    "Diffusion": {
+        "n_neighbors": _several(3, [2, 4]),
+        "n_pcs": _several(1, [1, 2]),
+        "t": Kind((0, 3, [1, 2]), lambda v: _is_whole(v, 0) or (_is_some(v) and all(_is_whole(t, 0) for t in v))),
+        "n_components": _COMPONENTS,
     },
-    "diffusion": {"neighbors": Kind(({"t": 3}, {"t": [1, 2], "n_neighbors": 3}), lambda v: v is None or bool(v))},
-    "autoencoder": {
-        "width": Kind((1, 2), lambda v: _is_whole(v) or (isinstance(v, list) and bool(v) and all(map(_is_whole, v)))),
+    "Autoencoder": {
+        "width": _several(1, 2),
         "n_seeds": _whole(1, 2),
         "batch_key": _optional(_one_of("lane")),
         "loss": _one_of(
             "multinomial", "poisson", "negative_binomial", "masked_multinomial", "mse_log1p", "noise2same_sqrt"
         ),
         "device": _one_of("auto", "cpu"),
+        "n_components": _COMPONENTS,
+        "n_epochs": _optional(_whole(2)),
     },
-    "ensemble": {"members": Kind(_ENSEMBLES, lambda v: isinstance(v, tuple | list) and bool(v) and v[0] != "a")},
+    "Function": {
+        "transform": _one_of("none", "log1p", "sqrt"),
+        "parameters": Kind(({"share": 0.3},), lambda v: isinstance(v, dict) and set(v) <= {"share"}),
+    },
 }
+_METHODS = ("PCA", "PCA", "PCA", "KNN", "Diffusion", "Function", "Autoencoder")
 _SPLIT = {
     "fraction": _SHARE,
     "folds": _optional(_whole(2, 3, 7, 12, least=2)),
@@ -230,21 +249,35 @@ class Call:
 
 def _denoised(call: Call, adata: Any, words: Any, **fixed: Any) -> tuple[Any, dict[str, Any]]:
     """Denoise a copy, check all that is promised of it, and return it with the options."""
-    from promises import PROMISES, Result, check
+    from promises import Result, check_all
 
     import sc_noise2self as n2s
 
-    method = call.choose(("pca", "pca", "pca", "knn", "diffusion", "ensemble", "autoencoder"))
-    options = {**call.options({**_DENOISE, **_OF_METHOD[method]}), **fixed, "method": method}
-    if method == "autoencoder":
-        options = {"autoencoder": {"n_epochs": 2}, "width": 2, **options}
-    call.made |= options
-    found = n2s.denoise(adata, layer=words.layer, copy=True, **options)
+    options = {**call.options(_DENOISE), **fixed}
+    method = _method(call)
+    if call.likely(0.2):
+        method = [method, *(_method(call) for _ in range(call.choose((1, 2))))]
+    call.made["method"] = method
+    found = n2s.denoise(adata, method, layer=words.layer, copy=True, **options)
     key = options.get("key_added", "denoised")
     if options.get("write_layer", True) is True and not call.hostile:
-        for promise in PROMISES:
-            check(promise, Result(found, words.counts().astype(float), key))
+        check_all(Result(found, words.counts().astype(float), key))
     return found, options
+
+
+def _method(call: Call) -> Any:
+    """Return a name, or a method object with some options."""
+    import sc_noise2self as n2s
+
+    name = call.choose(_METHODS)
+    if name in ("PCA", "KNN", "Diffusion") and call.likely(0.3):
+        return name.lower()
+    options = call.options(_OF_METHOD[name])
+    if name == "Autoencoder":
+        return n2s.Autoencoder(**{"n_epochs": 2, "width": 2, **options})
+    if name == "Function":
+        return n2s.Function(shrunken, **{"parameters": {"share": 0.5}, **options})
+    return getattr(n2s, name)(**options)
 
 
 def denoise(call: Call) -> None:
@@ -264,7 +297,7 @@ def denoise_in_place(call: Call) -> None:
 
     words = call.data(is_view=False)
     adata = words.adata()
-    n2s.denoise(adata, layer=words.layer, transform="log1p", mix=call.likely(0.5))
+    n2s.denoise(adata, n2s.PCA(transform="log1p"), layer=words.layer, mix=call.likely(0.5))
     call.spoiled(adata, words.layer)
     options = call.options(_DENOISE)
     before = fingerprint(adata)
@@ -289,14 +322,12 @@ def select_rank(call: Call) -> None:
     copied = adata.copy()
     with _unchanged(adata):
         rank = n2s.select_rank(copied, layer=words.layer, **options)
-    curve = copied.uns[options.get("key_added", "select_rank")]
-    table, last = curve["table"], curve["table"]["rank"].iloc[-1]
-    _demand(rank == curve["rank"] == table["rank"][table["chosen"]].item(), f"rank {rank} is not the one chosen")
-    _demand(0 <= rank <= last, f"rank {rank} of {last}")
-    losses = {"loss": table["loss"], "splits": curve["splits"], "full_depth_loss": table.get("full_depth_loss", 0)}
-    for name, values in losses.items():
-        _demand(np.isfinite(values).all(), f"{name} is not finite")
-    _demand((table["error"] >= 0).all(), "error is no error")  # infinite where one cell was scored
+    found = copied.uns[options.get("key_added", "select_rank")]
+    curve = found["table"]
+    _demand(rank == found["rank"] and 0 <= rank <= curve["rank"].max(), f"rank {rank} of {curve['rank'].max()}")
+    _demand(np.isfinite(curve["loss"]).all() and np.isfinite(found["splits"]).all(), "a loss is not finite")
+    _demand(np.isfinite(curve.get("full_depth_loss", 0)).all(), "full_depth_loss is not finite")
+    _demand((curve["error"] >= 0).all(), "error is no error")  # infinite where one cell was scored
 
 
 def split(call: Call) -> None:
@@ -376,9 +407,8 @@ def read(call: Call) -> None:
 
     words = call.data(has_extras=True)
     adata = words.adata().copy()
-    mix, method = call.likely(0.3), call.choose(("pca", "pca", "knn", "ensemble"))
-    of_method = {"members": ("pca",)} if method == "ensemble" else {}
-    n2s.denoise(adata, method, layer=words.layer, mix=mix, **of_method)
+    mix, method = call.likely(0.3), call.choose(("pca", "pca", "knn", ["pca"]))
+    n2s.denoise(adata, method, layer=words.layer, mix=mix)
     call.made |= {"method": method, "mix": mix}
     names = [*adata.var_names, "nobody"] if call.likely(0.1) else list(adata.var_names)
     genes = [call.choose(names) for _ in range(call.choose((1, 2, 3)))]
@@ -481,15 +511,16 @@ def file(call: Call) -> None:
 
 
 def model(call: Call) -> None:
-    """Denoise other cells by a saved autoencoder, whole or broken."""
+    """Denoise other cells by a saved model, whole or broken."""
     from promises import difference, fingerprint
 
     import sc_noise2self as n2s
 
     words = call.data(kind="programmes", depth=1000, is_view=False, smallest=20, largest=30, names="plain", layer=None,
                       empty_cells=0, empty_genes=0)  # fmt: skip
-    adata, path = words.adata(), call.folder / "model.pt"
-    n2s.denoise(adata.copy(), "autoencoder", width=2, autoencoder={"n_epochs": 2}, save_model=path)
+    adata, path = words.adata(), call.folder / "model.npz"
+    kind = call.choose(("pca", "autoencoder"))
+    n2s.denoise(adata.copy(), n2s.Autoencoder(width=2, n_epochs=2) if kind == "autoencoder" else kind, save_model=path)
     if not path.exists():  # nothing beat the mean profile
         return
     new = adata[:, call.rng.permutation(adata.n_vars)].copy()

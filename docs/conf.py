@@ -40,7 +40,7 @@ myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 600  # seconds a cell
+nb_execution_timeout = 1200  # seconds a cell
 nb_execution_in_temp = True  # what a notebook saves is not for the pages
 nb_execution_excludepatterns = (
     [] if os.environ.get("SC_NOISE2SELF_DATA") else [f"notebooks/{name}.ipynb" for name in NEED_REAL_COUNTS]

@@ -32,7 +32,6 @@ from ._loss import Loss
 from ._random import RandomState, as_generator
 from ._result import plain_table
 from ._slots import check_key, committed, marked, owned
-from ._threads import one_blas_thread
 from ._transform import TransformName
 from .methods import as_methods
 from .methods._base import Method
@@ -315,8 +314,7 @@ class _Runner:
         assert self.counts is not None  # methods denoise counts
         counts = self.counts.part(seen.copy(), np.arange(seen.shape[0]))
         method = replace(self.method, **parameters).checked(counts)
-        with one_blas_thread():
-            profiles = denoised([method], counts, np.random.default_rng(self.seed))
+        profiles = denoised([method], counts, np.random.default_rng(self.seed))
         return checked_rows(profiles, type(method).__name__, counts)
 
     def refitted(self, values: Any, best: Parameters) -> np.ndarray:

@@ -22,6 +22,7 @@ from ._loss import Gain, GeneGains
 from ._progress import progress_bar
 from ._random import as_key
 from ._split import halves as even_split
+from ._threads import one_blas_thread
 from .methods._base import Learner, MeanLearner, Method, Sample
 from .methods._components import folds_of
 from .methods._mixing import dispersion_curves, dispersions
@@ -142,14 +143,14 @@ def select(
 
 def denoised(methods: Sequence[Method], counts: Counts, rng: np.random.Generator) -> Profiles:
     """Return the profiles that the best of what methods offer gives: chosen on these counts, then refitted to them."""
-    learners, _ = learners_of(methods, counts, average=len(methods) > 1)
-    if len(learners) == 1:
-        (learner,) = learners
-        learner.prepare(counts.in_memory(), np.arange(counts.chunks.shape[0]), rng)
-        if len(learner.settings) == 1:  # nothing is left to be chosen on halves
-            return learner.refit(counts, learner.settings[0], rng)
-    selection = select(methods, counts, rng, average=len(methods) > 1, mix=False)
-    return combine(selection.refit(counts, rng), selection.weights)
+    with one_blas_thread():
+        learners, _ = learners_of(methods, counts, average=len(methods) > 1)
+        if len(learners) == 1:
+            learners[0].prepare(counts.in_memory(), np.arange(counts.chunks.shape[0]), rng)
+            if len(learners[0].settings) == 1:  # nothing is left to be chosen on halves
+                return learners[0].refit(counts, learners[0].settings[0], rng)
+        selection = select(methods, counts, rng, average=len(methods) > 1, mix=False)
+        return combine(selection.refit(counts, rng), selection.weights)
 
 
 def learners_of(methods: Sequence[Method], counts: Counts, average: bool) -> tuple[list[Learner], bool]:

@@ -501,15 +501,16 @@ def test_an_interrupt_writes_nothing(adata, monkeypatch):
     ("name", "method", "mix", "least"),
     [  # each method on some of the counts; all of them on all are in benchmarks/README.md
         ("paul15_myeloid", "pca", False, 0.103),
-        pytest.param("paul15_myeloid", "autoencoder", False, 0.111, marks=pytest.mark.slow),
+        ("paul15_myeloid", "autoencoder", False, 0.111),
         ("pbmc3k_10x", "pca", False, 0.136),
-        pytest.param("pbmc3k_10x", "diffusion", False, 0.124, marks=pytest.mark.slow),
-        pytest.param("pbmc3k_10x", ["pca"], True, 0.180, marks=pytest.mark.slow),
-        pytest.param("baron_human1_pancreas", "pca", False, 0.457, marks=pytest.mark.slow),
-        pytest.param("baron_human1_pancreas", "knn", False, 0.433, marks=pytest.mark.slow),
+        ("pbmc3k_10x", "diffusion", False, 0.124),
+        ("pbmc3k_10x", ["pca"], True, 0.180),
+        ("baron_human1_pancreas", "pca", False, 0.457),
+        ("baron_human1_pancreas", "knn", False, 0.433),
     ],
 )
 @pytest.mark.real
+@pytest.mark.slow
 def test_held_out_gain_on_real_counts(real_data, name, method, mix, least):
     from sc_noise2self._loss import held_out_gain, held_out_probabilities
 

@@ -95,6 +95,7 @@ def of_methods(*few):
 few_methods = of_methods("pca log1p", "knn", "autoencoder", "pca and diffusion", "function")
 quick_methods = of_methods("pca log1p", "knn")
 every_method = pytest.mark.parametrize("method", METHODS)
+mix_slowly = pytest.mark.parametrize("mix", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "mix"])
 with_and_without_mix = pytest.mark.parametrize("mix", [False, True], ids=["plain", "mix"])
 
 
@@ -135,8 +136,8 @@ def test_promises(method, mix):
     check_all(Result(fitted(method, mix), EXAMPLE.counts().astype(float)))
 
 
-@few_methods
-@pytest.mark.parametrize("mix", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "mix"])
+@of_methods("pca log1p", "knn", "pca and diffusion", "function")
+@mix_slowly
 @pytest.mark.parametrize("scale", SCALES[1:])
 def test_scales_are_of_one_result(method, mix, scale):
     found = fitted(method, mix, scale)
@@ -147,7 +148,7 @@ def test_scales_are_of_one_result(method, mix, scale):
 
 
 @every_method
-@with_and_without_mix
+@mix_slowly
 def test_the_same_seed_gives_the_same_bytes_and_leaves_the_rest(method, mix):
     adata = EXAMPLE.adata()
     before = fingerprint(adata)
@@ -192,7 +193,7 @@ def on_logarithms(adata):
 
 
 @few_methods
-@pytest.mark.parametrize("mix", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "mix"])
+@mix_slowly
 def test_another_seed_differs_a_little(method, mix):
     one, other = (fitted(method, mix, seed=seed) for seed in (0, 1))
     assert record(one)["gain"] != record(other)["gain"]
@@ -304,11 +305,21 @@ def elsewhere(where, folder):
     return adata
 
 
-@every_method
-@with_and_without_mix
+@of_methods("pca log1p", "knn", "pca and diffusion", "autoencoder", "function", "pca and function", "contributed")
+@mix_slowly
 @pytest.mark.parametrize("where", ["backed", "zarr", "dask"])
 @pytest.mark.filterwarnings("ignore:Writing zarr v2")
 def test_disk_and_dask_give_what_memory_gives_or_say_the_way_out(method, mix, where, tmp_path):
+    check_elsewhere(method, mix, where, tmp_path)
+
+
+@pytest.mark.parametrize("where", ["backed", "zarr", "dask"])
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+def test_disk_and_dask_are_mixed_in_as_memory_is(where, tmp_path):
+    check_elsewhere("pca and diffusion", True, where, tmp_path)
+
+
+def check_elsewhere(method, mix, where, tmp_path):
     adata = elsewhere(where, tmp_path)
     methods = as_methods(METHODS[method])[1]
     has_factors = all(each.has_factors for each in methods)
@@ -488,7 +499,7 @@ def beginning(earlier):
 # Files
 
 
-@few_methods
+@of_methods("pca log1p", "pca and diffusion", "function")
 @with_and_without_mix
 @pytest.mark.parametrize("format", ["h5ad", "zarr"])
 @pytest.mark.filterwarnings("ignore:Writing zarr v2")
@@ -510,7 +521,7 @@ def test_files_keep_everything_readable(method, mix, format, tmp_path):
         n2s.denoise(back, n2s.PCA(transform="log1p"))  # an earlier result is known as one, and replaced
 
 
-@of_methods("pca log1p", "pca and diffusion")
+@of_methods("pca log1p")
 @pytest.mark.parametrize("source", ["h5ad", "zarr"])
 @pytest.mark.parametrize("target", ["h5ad", "zarr"])
 @pytest.mark.filterwarnings("ignore:Writing zarr v2")

@@ -151,6 +151,18 @@ def test_values_come_in_any_sequence(simulated, several):
     assert sorted(zip(table["n_pcs"], table["n_neighbors"], strict=True)) == [(5, 10), (5, 20), (8, 10), (8, 20)]
 
 
+@pytest.mark.parametrize("several", [list, np.array])
+def test_methods_of_equal_values_are_equal(several):
+    for kind, options in (
+        (n2s.KNN, {"n_pcs": [5, 8]}),
+        (n2s.Diffusion, {"t": [1, 2]}),
+        (n2s.Autoencoder, {"width": [2, 4]}),
+    ):
+        one, other = (kind(**{name: make(value) for name, value in options.items()}) for make in (several, tuple))
+        assert one == other
+        assert hash(one) == hash(other)
+
+
 @pytest.mark.parametrize("kind", [n2s.KNN, n2s.Diffusion], ids=lambda kind: kind.name)
 def test_what_is_chosen_is_near_the_best_against_the_truth(truth, counts, kind):
     adata = ad.AnnData(counts)

@@ -50,8 +50,8 @@ def test_examples_in_docstrings_are_true(module):
 
 ORDERS = [
     "import sc_noise2self as n2s; import scanpy as sc",
-    "import scanpy as sc; import sc_noise2self as n2s",
-    "import sc_noise2self as n2s; import scanpy.external; import scanpy as sc",
+    pytest.param("import scanpy as sc; import sc_noise2self as n2s", marks=pytest.mark.slow),
+    pytest.param("import sc_noise2self as n2s; import scanpy.external; import scanpy as sc", marks=pytest.mark.slow),
 ]
 
 

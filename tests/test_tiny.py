@@ -89,7 +89,7 @@ def check(x: np.ndarray, adata: ad.AnnData) -> None:
     st.booleans(),
     st.integers(1, 2),
     st.booleans(),
-    few=20,
+    few=12,
     many=60,
 )
 def test_every_method_works_on_tiny_counts_or_refuses(method, x, mix, n_splits, masked):

@@ -29,7 +29,7 @@ from .._loss import Gain
 from .._model import LINKS
 from .._transform import Link
 from ..partitions import Fold, fold_of
-from ._base import Learned, Learner, Method, bounded_values, is_several, set_aside
+from ._base import Learned, Learner, Method, bounded_values, is_several, set_aside, set_tuples
 from ._components import learn_components
 from ._pca import n_components_of
 from ._profiles import LowRankProfiles, profiles_in_blocks
@@ -126,6 +126,7 @@ class Autoencoder(Method):
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
+        set_tuples(self, "width")
         check_one_of("loss", self.loss, tuple(LINKS))
         as_positive("n_seeds", self.n_seeds)
         check_name("device", self.device)

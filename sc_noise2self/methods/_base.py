@@ -400,6 +400,13 @@ def is_several(value: Any) -> bool:
     return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)
 
 
+def set_tuples(method: Method, *names: str) -> None:
+    """Make tuples of the values of these options, where there are several, so that methods can be compared."""
+    for name in names:
+        if is_several(value := getattr(method, name)):
+            object.__setattr__(method, name, tuple(value))  # the method is being made, and frozen
+
+
 def combinations(method: Method) -> Iterator[dict[str, Any]]:
     """Yield every combination of the options that have several values, the last one running fastest."""
     grid = grid_of(method)

@@ -25,7 +25,7 @@ from .._blocks import Block, Counts, Partial
 from .._checks import check_whole
 from .._counts import row_sums
 from ..partitions import Fold
-from ._base import Learner, Method, TrialLearner, bounded_values, is_several
+from ._base import Learner, Method, TrialLearner, bounded_values, is_several, set_tuples
 from ._components import Components, learn_components
 from ._pca import n_components_of
 from ._profiles import LowRankProfiles
@@ -44,6 +44,9 @@ class _Neighbors(Method):
     n_pcs: int | Sequence[int] = (15, 30)
     n_neighbors: int | Sequence[int] = ()
     n_components: int | None = None
+
+    def __post_init__(self) -> None:
+        set_tuples(self, "n_pcs", "n_neighbors")
 
     @abstractmethod
     def walk(self, distances: np.ndarray, neighbors: np.ndarray, size: np.ndarray) -> sp.csr_matrix:
@@ -140,6 +143,8 @@ class Diffusion(_Neighbors):
     t: int | Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        set_tuples(self, "t")
         if not (steps := _values(self.t)):
             raise ValueError("t is empty: pass a whole number, or several.")
         for each in steps:
