@@ -499,7 +499,7 @@ def beginning(earlier):
 # Files
 
 
-@of_methods("pca log1p", "pca and diffusion", "function")
+@of_methods("pca log1p", "function")
 @with_and_without_mix
 @pytest.mark.parametrize("format", ["h5ad", "zarr"])
 @pytest.mark.filterwarnings("ignore:Writing zarr v2")
