@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
+from itertools import chain, islice
 from threading import Event, Lock, Thread, local
 from typing import TypeVar
 
@@ -30,11 +31,17 @@ def in_threads(work: Callable[[Item], Out], items: Iterable[Item]) -> Iterator[O
     if getattr(_thread, "is_ours", False):  # work within work: there are enough threads already
         yield from map(work, items)
         return
+    items = iter(items)
+    first = list(islice(items, 2))
+    if len(first) < 2:  # work within it may have the threads instead
+        with one_blas_thread():
+            yield from map(work, first)
+        return
     n_threads = cpu_count()
     pending: deque[Future[Out]] = deque()
     with one_blas_thread(), ThreadPoolExecutor(n_threads, initializer=_start) as pool:
         try:
-            for item in items:
+            for item in chain(first, items):
                 pending.append(pool.submit(work, item))
                 if len(pending) == n_threads:
                     yield pending.popleft().result()
