@@ -9,10 +9,10 @@ halves of the counts bring a `Learner` of their own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import scipy.sparse as sp
@@ -21,12 +21,10 @@ from .._blocks import Block, Chunks, Counts, Partial
 from .._checks import as_positive
 from .._compare import Comparison
 from .._counts import column_sums, row_sums
+from .._model import State
 from .._split import halves
 from ..partitions import Fold, fold_of
 from ._profiles import LowRankProfiles, Profiles, mean_profiles
-
-if TYPE_CHECKING:
-    from .._model import State
 
 _ENOUGH_CELLS = 20_000  # to choose the options of a method by
 _ASIDE = 0.1  # share of the molecules that validate a choice made before halves are looked at
@@ -91,10 +89,6 @@ class Method(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} is fitted by its learners.")
 
-    def replaced(self, **options: Any) -> Self:
-        """Return the method with other options."""
-        return replace(self, **options)  # type: ignore[type-var]  # methods are dataclasses
-
     def described(self, setting: Any) -> str:
         """Return the method as it is set, in words, for the report."""
         return f"{self.title}{f' ({setting})' if str(setting) else ''}"
@@ -104,14 +98,8 @@ class Method(ABC):
 class Learned:
     """What is worth writing down of a learner as it is set.
 
-    Attributes
-    ----------
-    title, described
-        In words, for the title of a plot and for the report.
-    rank
-        Components, or units of a bottleneck; 0 where the method has none.
-    values
-        Numbers, arrays and tables by name; `table` is what was compared inside the method.
+    `title` and `described` say it in words, for a plot and for the report; `rank` is the number of components, or the
+    width of a bottleneck, 0 where there is none; of `values`, `table` is what was compared inside the method.
     """
 
     title: str
@@ -123,10 +111,14 @@ class Learned:
 class Learner(ABC):
     """A method at work: learned from one half of the molecules, predicting the other, refitted to all.
 
+    `cells` says which of all cells those of some counts are, shape (cells,).
+
     Attributes
     ----------
     name
         Name in tables and results.
+    model
+        What `refit` fitted, where the method can transfer.
     enough_cells
         How many cells are enough to choose by; None where more always tell more.
     predicts_others
@@ -134,6 +126,7 @@ class Learner(ABC):
     """
 
     name: str
+    model: Any
     enough_cells: int | None = None
     predicts_others: bool = True
 
@@ -143,20 +136,14 @@ class Learner(ABC):
         """The ways to set it, each a word or two as a string; learners are compared at the first, then tuned."""
 
     def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:  # noqa: B027
-        """Settle what is chosen by molecules that the learner sets aside itself, if anything is.
-
-        `cells` says which of all these are, shape (cells,).
-        """
+        """Settle what is chosen by molecules that the learner sets aside itself, if anything is."""
 
     @abstractmethod
     def learn(self, half: Fold, rng: np.random.Generator) -> None:
         """Learn from `half.seen`, and, per fold of cells, what `half.held_out` says of the settings."""
 
     def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:  # noqa: B027
-        """Learn the halves again from all cells, where `learn` saw some of them and all would tell more.
-
-        `keys` are those of the splits that the halves are of.
-        """
+        """Learn the halves of the splits with these keys again from all cells, where `learn` saw some of them."""
 
     def forget(self) -> None:  # noqa: B027
         """Let go of what was learned from halves, where the learner was not chosen."""
@@ -166,10 +153,7 @@ class Learner(ABC):
 
     @abstractmethod
     def predict(self, half: int, setting: Any, seen: sp.csr_matrix, cells: np.ndarray) -> Profiles:
-        """Return profiles of cells from their part of what was seen in that half; no fold is used on its own cells.
-
-        `cells` says which of all these are, shape (cells,).
-        """
+        """Return profiles of cells from their part of what was seen in that half; no fold is used on its own cells."""
 
     @abstractmethod
     def refit(self, counts: Counts, setting: Any, rng: np.random.Generator) -> Profiles:
@@ -181,21 +165,14 @@ class Learner(ABC):
 
     def state(self) -> State:
         """Return what was refitted, for a model file, where the method can transfer."""
-        raise NotImplementedError
+        return self.model.state()
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
     """The cells that a choice is measured on: their halves are made anew, a block at a time, and never held.
 
-    Attributes
-    ----------
-    chunks
-        The counts of all cells.
-    keys
-        Keys of the splits.
-    cells
-        Which of all cells these are, in rising order.
+    `cells` are numbers among all cells of `chunks`, rising; `keys` are those of the splits.
     """
 
     chunks: Chunks
@@ -205,10 +182,7 @@ class Sample:
     def run(self, work: Callable[[np.ndarray, list[sp.csr_matrix]], Partial]) -> Partial:
         """Return the sums over cells and their rows: one pass.
 
-        Parameters
-        ----------
-        work
-            Takes the numbers of cells and both halves of each split; the other half of number i is number i ^ 1.
+        `work` takes numbers of cells and both halves of each split; the other half of number i is number i ^ 1.
         """
 
         def of_block(block: Block) -> Partial:
@@ -241,8 +215,6 @@ class MeanModel:
 
     def state(self) -> State:
         """Return what a model file keeps of it."""
-        from .._model import State
-
         return State(self.name, {}, {"gene_share": self.gene_share})
 
     @classmethod
@@ -262,33 +234,23 @@ class MeanLearner(Learner):
         self._totals: list[np.ndarray] = []
 
     def learn(self, half: Fold, rng: np.random.Generator) -> None:
-        """See `Learner`."""
         self._totals.append(column_sums(half.seen))
 
     def forget(self) -> None:
-        """See `Learner`."""
         self._totals.clear()
 
     def settle(self, setting: Any, sample: Sample) -> None:
-        """See `Learner`."""
         self._totals = sample.totals()
 
     def predict(self, half: int, setting: Any, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
-        """See `Learner`."""
         return mean_profiles(row_sums(seen), self._totals[half])
 
     def refit(self, counts: Counts, setting: Any, rng: np.random.Generator) -> LowRankProfiles:
-        """See `Learner`."""
-        self._model = MeanModel(counts.totals / counts.totals.sum())
+        self.model = MeanModel(counts.totals / counts.totals.sum())
         return mean_profiles(counts.size, counts.totals)
 
     def learned(self, setting: Any) -> Learned:
-        """See `Learner`."""
-        return Learned("the mean profile", "the mean profile")
-
-    def state(self) -> State:
-        """See `Learner`."""
-        return self._model.state()
+        return self.model.learned()
 
 
 class TrialLearner(Learner):
@@ -312,51 +274,47 @@ class TrialLearner(Learner):
 
     @property
     def settings(self) -> Sequence[Any]:
-        """The one that was chosen."""
-        return (described_options(self.method, self._comparison),)
+        """The one that was chosen, e.g. ``"t=2, n_pcs=30"``; nothing where none was to be chosen."""
+        names = self._comparison.parameters(0) if len(self._comparison) else ()
+        return (", ".join(f"{name}={getattr(self.method, name)}" for name in names),)
 
     def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:
-        """See `Learner`."""
-        if not grid_of(self.method):
+        grid = grid_of(self.method)
+        if not grid:
             return
         if counts.shape[0] > _ENOUGH_CELLS:
             some = np.sort(rng.choice(counts.shape[0], _ENOUGH_CELLS, replace=False))
             counts, cells = counts[some], cells[some]
-        fold = nine_tenths(counts, rng, cells)
-        self.compare(fold, rng)
-        self.method = self.method.replaced(**self._comparison.parameters(self._comparison.best()))
+        self.compare(grid, nine_tenths(counts, rng, cells), rng)
+        chosen = self._comparison.parameters(self._comparison.best())
+        self.method = replace(self.method, **chosen)  # type: ignore[type-var]  # methods are dataclasses
 
-    def compare(self, fold: Fold, rng: np.random.Generator) -> None:
-        """Score every combination of the options that have several values."""
-        for options in combinations(self.method):
-            method = self.method.replaced(**options)
+    def compare(self, grid: Mapping[str, tuple[Any, ...]], fold: Fold, rng: np.random.Generator) -> None:
+        """Score every combination of the options that have several values, the last option running fastest."""
+        for values in product(*grid.values()):
+            options = dict(zip(grid, values, strict=True))
+            method = replace(self.method, **options)  # type: ignore[type-var]
             profiles = method.denoise_counts(self._counts.part(fold.seen, fold.cells), rng)
             self._comparison.add(options, -fold.gain(profiles))
 
     def learn(self, half: Fold, rng: np.random.Generator) -> None:
-        """See `Learner`."""
         self._fits.append(self.method.denoise_counts(self._counts.part(half.seen, half.cells), rng))
         self._cells = half.cells
 
     def forget(self) -> None:
-        """See `Learner`."""
         self._fits.clear()
 
     def predict(self, half: int, setting: Any, seen: sp.csr_matrix, cells: np.ndarray) -> Profiles:
-        """See `Learner`; the cells are some of those that the half was learned from."""
+        """Return the profiles of some of the cells that the half was learned from."""
         return self._fits[half].of_cells(np.searchsorted(self._cells, cells))
 
     def refit(self, counts: Counts, setting: Any, rng: np.random.Generator) -> Profiles:
-        """See `Learner`."""
         return self.method.denoise_counts(counts, rng)
 
     def learned(self, setting: Any) -> Learned:
-        """See `Learner`."""
-        values = (
-            {"table": self._comparison.table(gain=True).drop(columns=["seconds", "failure"])}
-            if len(self._comparison)
-            else {}
-        )
+        values = {}
+        if len(self._comparison):
+            values["table"] = self._comparison.table(gain=True).drop(columns=["seconds", "failure"])
         rank = int(getattr(self.method, "n_pcs", 0) or 0)
         return Learned(self.method.title, self.method.described(setting), rank, values)
 
@@ -378,8 +336,7 @@ def set_aside(
     be stored.
     """
     own = counts[cells]
-    starts = counts.indptr[:-1][cells]
-    positions = np.arange(own.nnz) + np.repeat(starts - own.indptr[:-1], np.diff(own.indptr))
+    positions = np.arange(own.nnz) + np.repeat(counts.indptr[:-1][cells] - own.indptr[:-1], np.diff(own.indptr))
     size = row_sums(own)
     own.data = rng.binomial(own.data.astype(np.int64), _ASIDE).astype(np.float32)
     own.data *= np.repeat(row_sums(own) < size, np.diff(own.indptr))
@@ -400,6 +357,11 @@ def is_several(value: Any) -> bool:
     return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)
 
 
+def as_several(value: Any) -> tuple[Any, ...]:
+    """Return the values of an option, of which there may be one."""
+    return tuple(value) if is_several(value) else (value,)
+
+
 def set_tuples(method: Method, *names: str) -> None:
     """Make tuples of the values of these options, where there are several, so that methods can be compared."""
     for name in names:
@@ -407,30 +369,24 @@ def set_tuples(method: Method, *names: str) -> None:
             object.__setattr__(method, name, tuple(value))  # the method is being made, and frozen
 
 
-def combinations(method: Method) -> Iterator[dict[str, Any]]:
-    """Yield every combination of the options that have several values, the last one running fastest."""
-    grid = grid_of(method)
-    for values in product(*grid.values()):
-        yield dict(zip(grid, values, strict=True))
-
-
-def described_options(method: Method, comparison: Comparison) -> str:
-    """Return the options that were chosen, e.g. ``"t=2, n_pcs=30"``; nothing where none was to be chosen."""
-    if not len(comparison):
-        return ""
-    return ", ".join(f"{name}={getattr(method, name)}" for name in comparison.parameters(0))
-
-
 def bounded_values(name: str, value: Any, usual: Any, bound: int, why: str) -> Any:
     """Return an option of one or several whole numbers from 1, the usual ones cut to what is allowed.
+
+    Parameters
+    ----------
+    name, value
+        Name of the option and what it holds.
+    usual
+        Its default.
+    bound, why
+        The most that is allowed, and by what, e.g. `"60 cells"`.
 
     Raises
     ------
     ValueError
         If one that was given is beyond the bound.
     """
-    values = tuple(value) if is_several(value) else (value,)
-    if not values:
+    if not (values := as_several(value)):
         raise ValueError(f"{name} is empty: pass a whole number, or several.")
     values = tuple(as_positive(name, each) for each in values)
     if values == usual:

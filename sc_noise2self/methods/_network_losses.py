@@ -26,22 +26,14 @@ _NEVER = -1e9  # a log probability
 class Loss(nn.Module):
     """Loss of a network that sees one part of a cell's molecules and is compared with the other.
 
-    Attributes
-    ----------
-    link, depth
-        How an output becomes a rate, see `sc_noise2self._transform.rates`; for a square root, outputs times
-        sqrt(molecules of the cell / depth) are at the depth that it needs.
-    shares
-        Bounds of the share of molecules that the network sees, drawn anew for every cell and step.
-    invariance
-        Weight of the invariance term, which `Noise2Same` alone has.
-    start
-        Output that stands for the mean profile, shape (genes,).
+    `link` says how an output becomes a rate (`sc_noise2self._transform.rates`); for a square root, outputs times
+    sqrt(molecules of the cell / `depth`) are at the depth that it needs. `start` is the output that stands for the mean
+    profile, shape (genes,). `Noise2Same` alone has a weight of `invariance`.
     """
 
     link: Link = "exp"
     depth = 1.0
-    shares = (0.3, 0.9)
+    shares = (0.3, 0.9)  # bounds of the share of molecules that the network sees, drawn for every cell and step
 
     def __init__(self, counts: sp.csr_matrix, invariance: float = 0) -> None:
         super().__init__()
@@ -67,7 +59,6 @@ class Multinomial(Loss):
     """Nats per molecule: -sum x2 log softmax(output) / sum x2. Depth never enters."""
 
     def compare(self, output: Tensor, counts: Tensor) -> Tensor:
-        """See `Loss`."""
         return -(F.log_softmax(output, dim=1) * counts).sum() / counts.sum().clamp_min(1)
 
 
@@ -83,7 +74,6 @@ class MaskedMultinomial(Multinomial):
     shares = (0.1, 0.7)
 
     def forward(self, network: Network, entries: Entries) -> Tensor:
-        """See `Loss`."""
         seen, held_out = entries.hide(*self.shares)
         assert seen.hidden is not None
         return self.compare(network(seen).float().masked_fill(~seen.hidden, _NEVER), held_out.dense())
@@ -93,7 +83,6 @@ class Poisson(Loss):
     """Counts are Poisson with mean n2 exp(output), n2 the cell's held-out molecules; nats per molecule."""
 
     def compare(self, output: Tensor, counts: Tensor) -> Tensor:
-        """See `Loss`."""
         means = counts.sum(dim=1, keepdim=True) * torch.exp(output)
         return (means - counts * output).sum() / counts.sum().clamp_min(1)
 
@@ -106,7 +95,6 @@ class NegativeBinomial(Loss):
         self.log_r = nn.Parameter(torch.full((counts.shape[1],), 1.0))
 
     def compare(self, output: Tensor, counts: Tensor) -> Tensor:
-        """See `Loss`."""
         sizes = counts.sum(dim=1, keepdim=True)
         r = torch.exp(self.log_r.clamp(-7, 12))
         log_means = output + torch.log(sizes.clamp_min(1))
@@ -132,16 +120,11 @@ class SquaredError(Loss):
         super().__init__(counts, invariance)
 
     def mean_output(self, counts: sp.csr_matrix) -> np.ndarray:
-        """See `Loss`."""
         return column_sums(self.transform.apply(counts, row_sums(counts))) / counts.shape[0]
 
     def compare(self, output: Tensor, counts: Tensor) -> Tensor:
-        """See `Loss`."""
-        return F.mse_loss(output, self._transformed(counts))
-
-    def _transformed(self, counts: Tensor) -> Tensor:
         scaled = counts * (self.transform.target / counts.sum(dim=1, keepdim=True).clamp_min(1))
-        return torch.log1p(scaled) if self.transform.name == "log1p" else torch.sqrt(scaled)
+        return F.mse_loss(output, torch.log1p(scaled) if self.transform.name == "log1p" else torch.sqrt(scaled))
 
 
 class Noise2Same(SquaredError):
@@ -159,7 +142,6 @@ class Noise2Same(SquaredError):
         self.sigma = float(np.sqrt(self.transform.noise_variance(counts, row_sums(counts)).mean()))
 
     def forward(self, network: Network, entries: Entries) -> Tensor:
-        """See `Loss`."""
         part, _ = entries.split(*self.shares)
         full = network(entries).float()
         change = F.mse_loss(full, network(part).float())
