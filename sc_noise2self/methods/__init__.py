@@ -58,16 +58,5 @@ def model_of(state: State, device: str = "auto") -> Any:
     return _MODELS[state.method].from_state(state, device)
 
 
-__all__ = [
-    "KNN",
-    "PCA",
-    "REGISTRY",
-    "Autoencoder",
-    "Diffusion",
-    "Function",
-    "LowRankProfiles",
-    "Method",
-    "TableProfiles",
-    "as_methods",
-    "bounded_values",
-]
+__all__ = ["KNN", "PCA", "Autoencoder", "Diffusion", "Function", "LowRankProfiles", "Method", "TableProfiles"]
+__all__ += ["bounded_values"]

@@ -36,7 +36,6 @@ from ._profiles import LowRankProfiles, profiles_in_blocks
 
 if TYPE_CHECKING:
     from ._network import Network, PrincipalScores
-    from ._network_losses import Loss
     from ._training import History
 
 _LEARNED_CELLS = 50_000  # of a half that the autoencoder learns from: enough to choose by
@@ -170,11 +169,10 @@ class _AutoencoderLearner(Learner):
 
     def __init__(self, options: Autoencoder, counts: Counts, like: _AutoencoderLearner | None = None) -> None:
         """Take the width of `like`, another learner, instead of choosing one: this one then differs by its seed."""
-        self.name = options.name
+        super().__init__(options.name)
         self._options, self._like, self._used = options, like, counts.used
         key = options.batch_key
         self._codes = None if key is None else counts.columns[key].cat.codes.to_numpy()
-        self._fits: list[AutoencoderModel] = []
 
     @property
     def settings(self) -> Sequence[Any]:
@@ -192,9 +190,6 @@ class _AutoencoderLearner(Learner):
 
     def learn(self, half: Fold, rng: np.random.Generator) -> None:
         self._fits.append(self._fit(*_enough(half.seen, half.cells, rng), (self.width,), rng).model)
-
-    def forget(self) -> None:
-        self._fits.clear()
 
     def predict(self, half: int, setting: Any, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
         return self._fits[half].predict(seen, _of_cells(self._codes, cells))
@@ -248,14 +243,14 @@ class _AutoencoderLearner(Learner):
         seen, aside = set_aside(counts, held, rng)
         fold = fold_of(seen[held], aside, cells[held], share=column_sums(seen) / seen.sum())
         few = fold.of_cells(np.arange(len(held))[: max(2, _CHECKED_ENTRIES // n_genes)])
-        scores = self._principal_scores(seen, rng)
+        scores, ones = self._principal_scores(seen, rng), np.ones(n_genes, np.float32)
         loss = LOSSES[options.loss](seen, options.invariance)
         n_trained = n_cells if streamed is None else streamed.chunks.shape[0]
         n_epochs = options.n_epochs or int(np.clip(_CELLS_SHOWN // n_trained, _LEAST_EPOCHS, _MOST_EPOCHS))
         usual_size = 128 if device.type == "cpu" else int(np.clip(n_trained // 200, 128, 4096))
         batch_size = options.batch_size or usual_size
         n_batches = 0 if self._codes is None else int(self._codes.max()) + 1
-        comparison, networks, histories = Comparison(), [], []
+        comparison, models, histories = Comparison(), [], []
         on_device: DeviceCounts | StreamedCounts
         try:
             if streamed is None:
@@ -267,14 +262,14 @@ class _AutoencoderLearner(Learner):
                     torch.manual_seed(int(rng.integers(2**63)))
                     n_hidden = options.n_hidden or max(64, 2 * width)
                     network = Network(scores, width, n_hidden, loss.start, n_batches, options.dropout).to(device)
-                    check = partial(self._gain, network, loss, few)
+                    model = AutoencoderModel(network, options.loss, int(width), loss.depth, fold.share, ones)
                     about = (n_epochs, batch_size, options.learning_rate, options.prior_scale)
                     schedule = Schedule(f"autoencoder, width {width}", *about)
-                    own_loss = copy.deepcopy(loss).to(device)
+                    check, own_loss = partial(self._gain, model, few), copy.deepcopy(loss).to(device)
                     histories.append(train(network, own_loss, on_device, rng, check, schedule))
-                    networks.append(network)
-                    comparison.add({"width": int(width)}, -self._gain(network, loss, fold))
-                    if narrowest_as_good(comparison) < len(networks) - 1:
+                    models.append(model)
+                    comparison.add({"width": model.width}, -self._gain(model, fold))
+                    if narrowest_as_good(comparison) < len(models) - 1:
                         break
         except torch.OutOfMemoryError as error:
             raise MemoryError(
@@ -282,17 +277,15 @@ class _AutoencoderLearner(Learner):
             ) from error
         best = narrowest_as_good(comparison)
         totals = column_sums(counts) if streamed is None else streamed.totals
-        width, ones = comparison.parameters(best)["width"], np.ones(n_genes, np.float32)
-        model = AutoencoderModel(networks[best], options.loss, width, loss.depth, totals / totals.sum(), ones)
+        model = replace(models[best], gene_share=totals / totals.sum())
         if model.link != "exp":
             model = replace(model, gene_scale=self._learned_gene_scale(model, counts, cells, rng))
         return _Training(model, comparison, histories[best])
 
-    def _gain(self, network: Network, loss: Loss, fold: Fold) -> Gain:
-        """Return what a network gains on molecules set aside."""
-        codes = _of_cells(self._codes, fold.cells)
-        profiles = _unscaled(network, loss.link, loss.depth, fold.seen, codes, fold.share)
-        return fold.gain(profiles.scaled(n_rounds=int(loss.link != "exp")))
+    def _gain(self, model: AutoencoderModel, fold: Fold) -> Gain:
+        """Return what a model gains on molecules set aside."""
+        profiles = model.unscaled(fold.seen, _of_cells(self._codes, fold.cells))
+        return fold.gain(profiles.scaled(n_rounds=int(model.link != "exp")))
 
     def _learned_gene_scale(
         self, model: AutoencoderModel, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator
@@ -300,8 +293,8 @@ class _AutoencoderLearner(Learner):
         """Return what gives every gene the total that it has in some of the cells, shape (genes,)."""
         rows = np.sort(rng.choice(counts.shape[0], min(counts.shape[0], _SCALED_CELLS), replace=False))
         some, codes = counts[rows], _of_cells(self._codes, cells[rows])
-        share = column_sums(some) / max(1, some.sum())
-        return _unscaled(model.network, model.link, model.depth, some, codes, share).scaled(n_rounds=2).gene_scale
+        model = replace(model, gene_share=column_sums(some) / max(1, some.sum()))
+        return model.unscaled(some, codes).scaled(n_rounds=2).gene_scale
 
     def _principal_scores(self, counts: sp.csr_matrix, rng: np.random.Generator) -> PrincipalScores:
         """Return the first layer of the network, which is learned beforehand."""
@@ -368,21 +361,38 @@ class AutoencoderModel:
 
     def predict(self, counts: sp.csr_matrix, codes: np.ndarray | None = None) -> LowRankProfiles:
         """Return the denoised profiles of cells with codes of batches; genes keep the scale of the fit."""
-        found = self._unscaled(counts, codes, self.gene_scale)
+        found = self.unscaled(counts, codes, self.gene_scale)
         return found.checked("the autoencoder's output").scaled(n_rounds=0)
 
     def profiles(self, counts: Counts, codes: np.ndarray | None) -> LowRankProfiles:
         """Return the denoised profiles of all cells, wherever their counts are, every gene with its total."""
 
         def unscaled(block: Block, gene_scale: np.ndarray) -> LowRankProfiles:
-            return self._unscaled(block.counts, _of_cells(codes, block.cells), gene_scale)
+            return self.unscaled(block.counts, _of_cells(codes, block.cells), gene_scale)
 
         first = np.arange(min(counts.chunks.shape[0], 2))
         some = self.predict(counts.chunks.take(first), _of_cells(codes, first))
         return profiles_in_blocks(counts.chunks, counts.size, some, unscaled)
 
-    def _unscaled(self, counts: sp.csr_matrix, codes: np.ndarray | None, gene_scale: np.ndarray) -> LowRankProfiles:
-        return _unscaled(self.network, self.link, self.depth, counts, codes, self.gene_share, gene_scale)
+    def unscaled(
+        self, counts: sp.csr_matrix, codes: np.ndarray | None, gene_scale: np.ndarray | None = None
+    ) -> LowRankProfiles:
+        """Return the denoised profiles of cells, which have no scale yet."""
+        import torch
+
+        from ._network import Counts as DeviceCounts
+
+        network, size = self.network.eval(), row_sums(counts)
+        cells = DeviceCounts(counts, codes, network.scores.components.device)
+        factors = np.ones((len(cells), network.n_factors + 2), np.float32)
+        factors[:, -1] = 0
+        with torch.no_grad():
+            for start in range(0, len(cells), _PREDICTED):
+                some = np.arange(start, min(start + _PREDICTED, len(cells)))
+                factors[some, :-2] = network.factors(cells[some]).cpu().numpy()
+        if self.link == "sqrt":
+            factors *= np.sqrt(size / self.depth).astype(np.float32)[:, None]
+        return LowRankProfiles.unscaled(self.link, factors, network.loadings(), size, self.gene_share, gene_scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -410,33 +420,6 @@ def _enough(counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) 
 def _of_cells(codes: np.ndarray | None, cells: np.ndarray) -> np.ndarray | None:
     """Return the codes of some cells' batches, where there are batches."""
     return None if codes is None else codes[cells]
-
-
-def _unscaled(
-    network: Network,
-    link: Link,
-    depth: float,
-    counts: sp.csr_matrix,
-    codes: np.ndarray | None,
-    gene_share: np.ndarray,
-    gene_scale: np.ndarray | None = None,
-) -> LowRankProfiles:
-    """Return the profiles that a network predicts of cells, which have no scale yet."""
-    import torch
-
-    from ._network import Counts as DeviceCounts
-
-    network.eval()
-    cells, size = DeviceCounts(counts, codes, network.scores.components.device), row_sums(counts)
-    factors = np.ones((len(cells), network.n_factors + 2), np.float32)
-    factors[:, -1] = 0
-    with torch.no_grad():
-        for start in range(0, len(cells), _PREDICTED):
-            some = np.arange(start, min(start + _PREDICTED, len(cells)))
-            factors[some, :-2] = network.factors(cells[some]).cpu().numpy()
-    if link == "sqrt":
-        factors *= np.sqrt(size / depth).astype(np.float32)[:, None]
-    return LowRankProfiles.unscaled(link, factors, network.loadings(), size, gene_share, gene_scale)
 
 
 def require_torch() -> None:

@@ -125,10 +125,13 @@ class Learner(ABC):
         Whether what was learned from some cells predicts others.
     """
 
-    name: str
     model: Any
     enough_cells: int | None = None
     predicts_others: bool = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._fits: list[Any] = []  # what each half gave
 
     @property
     @abstractmethod
@@ -145,8 +148,9 @@ class Learner(ABC):
     def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:  # noqa: B027
         """Learn the halves of the splits with these keys again from all cells, where `learn` saw some of them."""
 
-    def forget(self) -> None:  # noqa: B027
+    def forget(self) -> None:
         """Let go of what was learned from halves, where the learner was not chosen."""
+        self._fits.clear()
 
     def settle(self, setting: Any, sample: Sample) -> None:  # noqa: B027
         """Learn what predictions in this setting share among all cells that will be measured, where they share any."""
@@ -226,24 +230,20 @@ class MeanModel:
 class MeanLearner(Learner):
     """Every cell has the mean profile: what any denoiser must beat."""
 
-    name = "mean"
     settings = ("as it is",)
     enough_cells = 1
 
     def __init__(self) -> None:
-        self._totals: list[np.ndarray] = []
+        super().__init__("mean")
 
     def learn(self, half: Fold, rng: np.random.Generator) -> None:
-        self._totals.append(column_sums(half.seen))
-
-    def forget(self) -> None:
-        self._totals.clear()
+        self._fits.append(column_sums(half.seen))
 
     def settle(self, setting: Any, sample: Sample) -> None:
-        self._totals = sample.totals()
+        self._fits = sample.totals()
 
     def predict(self, half: int, setting: Any, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
-        return mean_profiles(row_sums(seen), self._totals[half])
+        return mean_profiles(row_sums(seen), self._fits[half])
 
     def refit(self, counts: Counts, setting: Any, rng: np.random.Generator) -> LowRankProfiles:
         self.model = MeanModel(counts.totals / counts.totals.sum())
@@ -265,12 +265,11 @@ class TrialLearner(Learner):
     predicts_others = False
 
     def __init__(self, method: Method, counts: Counts) -> None:
-        self.name = method.name
+        super().__init__(method.name)
         self.method = method
         self._counts = counts
         self._comparison = Comparison()
-        self._fits: list[Profiles] = []
-        self._cells = np.zeros(0, np.intp)
+        self._cells = np.zeros(0, np.intp)  # those of the halves
 
     @property
     def settings(self) -> Sequence[Any]:
@@ -279,7 +278,8 @@ class TrialLearner(Learner):
         return (", ".join(f"{name}={getattr(self.method, name)}" for name in names),)
 
     def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:
-        grid = grid_of(self.method)
+        values = {each.name: getattr(self.method, each.name) for each in fields(self.method)}  # type: ignore[arg-type]
+        grid = {name: tuple(value) for name, value in values.items() if is_several(value)}
         if not grid:
             return
         if counts.shape[0] > _ENOUGH_CELLS:
@@ -300,9 +300,6 @@ class TrialLearner(Learner):
     def learn(self, half: Fold, rng: np.random.Generator) -> None:
         self._fits.append(self.method.denoise_counts(self._counts.part(half.seen, half.cells), rng))
         self._cells = half.cells
-
-    def forget(self) -> None:
-        self._fits.clear()
 
     def predict(self, half: int, setting: Any, seen: sp.csr_matrix, cells: np.ndarray) -> Profiles:
         """Return the profiles of some of the cells that the half was learned from."""
@@ -344,12 +341,6 @@ def set_aside(
     data[positions] -= own.data
     own.eliminate_zeros()
     return sp.csr_matrix((data, counts.indices, counts.indptr), shape=counts.shape, copy=False), own
-
-
-def grid_of(method: Method) -> dict[str, tuple[Any, ...]]:
-    """Return the options of a method that have several values, and these values."""
-    values = {each.name: getattr(method, each.name) for each in fields(method)}  # type: ignore[arg-type]
-    return {name: tuple(value) for name, value in values.items() if is_several(value)}
 
 
 def is_several(value: Any) -> bool:

@@ -26,7 +26,7 @@ from .._counts import column_sums, row_sums
 from .._dealing import row_keys
 from .._split import halves
 from .._transform import Transform, TransformName
-from ._profiles import LowRankProfiles
+from ._profiles import Index, LowRankProfiles
 from ._svd import N_PASSES, components_of, start_block
 
 _LOG1P_DEPTH = 0.25  # log1p's target over the median depth; on six data sets 0.125 to 0.25 gained most, 1 the least
@@ -112,11 +112,7 @@ class Components:
         return self.profiles(coordinates, row_sums(counts), kept, gene_scale)
 
     def profiles(
-        self,
-        coordinates: np.ndarray,
-        size: np.ndarray,
-        kept: np.ndarray | slice = slice(None),
-        gene_scale: np.ndarray | None = None,
+        self, coordinates: np.ndarray, size: np.ndarray, kept: Index = slice(None), gene_scale: np.ndarray | None = None
     ) -> LowRankProfiles:
         """Return the profiles that have these coordinates, shape (cells, components kept); cells have no scale yet."""
         scores = np.column_stack([np.ones(len(size)), coordinates]) * self.transform.own_depth(size)[:, None]
@@ -237,9 +233,9 @@ def worth_of_halves(pair: Sequence[Components], chunks: Chunks, key: int) -> lis
 def noise_edge(components: Components, chunks: Chunks, parts: Parts) -> float:
     """Return the largest singular value that noise alone reaches, in the units of `singular_values`.
 
-    The two parts of an even split differ by nothing but noise, and (z1 - z2) / sqrt(2) has as much of it as z1: its
-    largest singular value is the noise edge, whatever the distribution of the noise over cells and genes. `parts` are both
-    halves, the components those of the first. The seed is its own: what is only reported must not move other draws.
+    The components are those of the first of two parts of an even split. These differ by nothing but noise, and
+    (z1 - z2) / sqrt(2) has as much of it as z1: its largest singular value is the noise edge, whatever the distribution
+    of the noise over cells and genes. The seed is its own: what is only reported must not move other draws.
     """
 
     def difference(block: Block) -> list[sp.csr_matrix]:

@@ -31,8 +31,6 @@ from ._profiles import Index, Profiles, TableProfiles
 _NEGATIVE = 0.1  # share of all that is negative, above which values are no expected counts
 _LARGEST = 1e30  # value whose sums are still numbers in single precision
 
-Predictor = Callable[[Parameters], Any]
-
 
 @dataclass(frozen=True)
 class Function(Method):
@@ -105,7 +103,7 @@ class Function(Method):
             groups.setdefault(key, []).append(i)
         return list(groups.values())
 
-    def on(self, values: sp.csr_matrix | np.ndarray, about: Counts | None) -> Predictor:
+    def on(self, values: sp.csr_matrix | np.ndarray, about: Counts | None) -> Callable[[Parameters], Any]:
         """Return what gives checked, non-negative rows for each candidate of a group; of an array, a checked array."""
         if isinstance(values, np.ndarray):
             return partial(self._of_array, values)
@@ -122,10 +120,7 @@ class Function(Method):
         return f"the function {self.label}"
 
     def _check_signature(self, candidates: Sequence[Parameters]) -> None:
-        try:
-            signature = inspect.signature(self.function, follow_wrapped=False)
-        except (TypeError, ValueError):  # a built-in tells no signature
-            return
+        signature = _signature(self.function, follow_wrapped=False)
         for parameters in candidates:
             try:
                 signature.bind(None, **parameters)
@@ -154,7 +149,7 @@ class Function(Method):
             transform = Transform(self.transform, float(np.median(size[size > 0])))
             given = transform.apply(given, size)
         before, parameters, name = given.copy(), {**self.parameters, **parameters}, self.label
-        if _takes_anndata(self.function):
+        if next(iter(_signature(self.function).parameters), "") == "adata":
             adata = AnnData(given, obs=pd.DataFrame(index=about.cell_names), var=pd.DataFrame(index=about.gene_names))
             out = self.function(adata, **parameters)
             if out is None and adata.X is given and _same(before, given):
@@ -265,11 +260,12 @@ def checked_rows(out: Any, name: str, about: Counts) -> Rows:
     return LazyRows(lambda cells: np.maximum(out[cells].toarray() if sp.issparse(out) else out[cells], 0))
 
 
-def _takes_anndata(function: Any) -> bool:
+def _signature(function: Any, follow_wrapped: bool = True) -> inspect.Signature:
+    """Return the signature of a function; a built-in tells none, and takes anything."""
     try:
-        return next(iter(inspect.signature(function).parameters), "") == "adata"
-    except (TypeError, ValueError):  # a built-in tells no signature
-        return False
+        return inspect.signature(function, follow_wrapped=follow_wrapped)
+    except (TypeError, ValueError):
+        return inspect.signature(lambda *args, **parameters: None)
 
 
 def _check_names(cells: pd.Index, genes: pd.Index, name: str, about: Counts) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import scipy.sparse as sp
 from sklearn.neighbors import KNeighborsTransformer
 
-from .._blocks import Block, Counts, Partial
+from .._blocks import Counts, Partial
 from .._checks import check_whole
 from .._counts import row_sums
 from ..partitions import Fold
@@ -83,10 +83,8 @@ class _Neighbors(Method):
         n_components = min(self.n_components, counts.chunks.shape[0] - 1)
         (components,) = learn_components(counts.chunks, "log1p", n_components, rng, n_passes=n_passes, used=counts.used)
 
-        def of_block(block: Block) -> Partial:
-            return Partial(rows=(components.coordinates(block.counts),))
-
-        return components, counts.chunks.run(of_block).rows[0]
+        found = counts.chunks.run(lambda block: Partial(rows=(components.coordinates(block.counts),)))
+        return components, found.rows[0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -113,17 +114,12 @@ class Counts:
         rows = torch.repeat_interleave(torch.arange(len(cells), device=stored), lengths.to(stored), output_size=total)
         positions = torch.arange(total, device=stored) + shift.to(stored)[rows]
 
-        def move(x: Tensor) -> Tensor:
-            return x.to(self.device, non_blocking=True)
-
-        return Entries(
-            move(rows),
-            move(self.genes[positions]).long(),
-            move(self.data[positions]).float(),
-            move(starts),
-            None if self.batch is None else move(self.batch[torch.from_numpy(cells)]),
-            self.n_genes,
-        )
+        found = (rows, self.genes[positions], self.data[positions], starts)
+        rows, genes, data, starts = (x.to(self.device, non_blocking=True) for x in found)
+        batch = None
+        if self.batch is not None:
+            batch = self.batch[torch.from_numpy(cells)].to(self.device, non_blocking=True)
+        return Entries(rows, genes.long(), data.float(), starts, batch, self.n_genes)
 
 
 class StreamedCounts:
@@ -133,11 +129,7 @@ class StreamedCounts:
     """
 
     def __init__(
-        self,
-        counts: AllCounts,
-        batch: np.ndarray | None,
-        device: torch.device,
-        instead: tuple[np.ndarray, sp.csr_matrix],
+        self, counts: AllCounts, batch: np.ndarray | None, device: torch.device, instead: tuple[np.ndarray, Any]
     ) -> None:
         self.device = device
         self.n_trained = int((counts.size > 0).sum())
@@ -163,6 +155,9 @@ class StreamedCounts:
             return cells, counts
         others = np.delete(np.arange(len(cells)), rows)
         return np.concatenate([cells[others], both]), sp.vstack([counts[others], instead[found]], format="csr")
+
+
+AnyCounts = Counts | StreamedCounts
 
 
 class PrincipalScores(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal, Self, get_args
 
 import numpy as np
@@ -17,22 +18,21 @@ from ..partitions import Fold
 from ._base import Learned, Learner, Method, Sample
 from ._components import (
     Components,
-    Parts,
     folds_of,
     halves_of,
     learn_components,
     noise_edge,
     shrinkage,
-    whole,
     worth_from,
     worth_of_halves,
 )
-from ._profiles import LowRankProfiles, profiles_in_blocks, scaled_to
+from ._profiles import LowRankProfiles, profiles_in_blocks, ratio
 
 _MOST_COMPONENTS = 100  # learned beyond the mean profile unless another number is asked for
 _COMPARED_CELLS = 5_000  # that settings are compared on
 _FURTHER_PASSES = 2  # over all cells, for components that start from those of some cells
 _SCALED = 20_000_000  # dense entries of the cells that all but the last round of scaling genes look at
+_KEPT = ("gene_weights", "used", "mean", "gene_share")  # of components, in a model file
 _TITLES = {"log1p": "PCA of log1p", "sqrt": "PCA of square roots", "none": "PCA of counts"}
 
 
@@ -118,16 +118,14 @@ class PCALearner(Learner):
     settings = tuple(Shrinkage(strength) for strength in (2.0, None, 1.0, 4.0, 8.0))
 
     def __init__(self, transform: TransformName, n_components: int, used: np.ndarray | None) -> None:
-        self.name = f"pca {transform}"
-        self._transform: TransformName = transform
-        self._n_components = n_components
-        self._used = used
-        self._fits: list[_Fit] = []
+        super().__init__(f"pca {transform}")
+        self._title = _TITLES[transform]
+        self._learn = partial(learn_components, transform=transform, n_components=n_components, used=used)
         self._gene_scales: list[np.ndarray] = []
         self._edge: float | None = None
 
     def learn(self, half: Fold, rng: np.random.Generator) -> None:
-        (components,) = self._learn(half.seen, rng, 3)
+        (components,) = self._learn(half.seen, rng=rng, n_passes=3)
         products = components.products(half.seen, half.held_out, folds_of(half.cells))
         self._fits.append(_Fit(components, half, worth_from(*products)))
 
@@ -135,15 +133,12 @@ class PCALearner(Learner):
         """Start each half from what some of its own cells gave, which has seen nothing of the other half."""
         fits = []
         for key, *pair in zip(keys, self._fits[::2], self._fits[1::2], strict=True):
-            learned = self._learn(chunks, rng, _FURTHER_PASSES, pair, halves_of([key]))
+            starts = [fit.components.used_vectors for fit in pair]
+            learned = self._learn(chunks, rng=rng, parts=halves_of([key]), n_passes=_FURTHER_PASSES, starts=starts)
             worths = worth_of_halves(learned, chunks, key)
             fits += [_Fit(own, fit.half, worth) for own, fit, worth in zip(learned, pair, worths, strict=True)]
         self._fits = fits
         self._edge = noise_edge(fits[0].components, chunks, halves_of(keys[:1]))
-
-    def forget(self) -> None:
-        self._fits.clear()
-        self._gene_scales.clear()
 
     def predict(self, half: int, setting: Shrinkage, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
         scale = self._gene_scales[half] if self._gene_scales else None
@@ -160,7 +155,7 @@ class PCALearner(Learner):
 
         shares = [fit.components.gene_share for fit in self._fits]
         found = zip(shares, sample.run(totals).sums, strict=True)
-        self._gene_scales = [scaled_to(share * total.sum(), total, np.ones_like(share)) for share, total in found]
+        self._gene_scales = [ratio(share * total.sum(), total) for share, total in found]
 
     def refit(self, counts: Counts, setting: Shrinkage, rng: np.random.Generator) -> LowRankProfiles:
         """Return the profiles, the components starting from those of a half, in two passes or a few more.
@@ -168,7 +163,8 @@ class PCALearner(Learner):
         All rounds of scaling genes but the last look at some of the cells, the last at all.
         """
         chunks, weights = counts.chunks, self._full_weights(setting)
-        (components,) = self._learn(chunks, rng, _FURTHER_PASSES + 1, self._fits[:1])
+        starts = [self._fits[0].components.used_vectors]
+        (components,) = self._learn(chunks, rng=rng, n_passes=_FURTHER_PASSES + 1, starts=starts)
         step = max(1, chunks.shape[0] * chunks.shape[1] // _SCALED)
         some = components.weighted_profiles(chunks.take(np.arange(0, chunks.shape[0], step)), weights).scaled()
 
@@ -182,12 +178,9 @@ class PCALearner(Learner):
     def learned(self, setting: Shrinkage) -> Learned:
         worth, fit, edge = self._worth(), self._fits[0], self._edge
         if edge is None:
-
-            def parts(block: Block) -> list[sp.csr_matrix]:
-                return [block.counts, fit.half.held_out[block.cells]]
-
-            edge = noise_edge(fit.components, InMemory(fit.half.seen), parts)
-        rank, title = int((shrinkage(worth, 0.5) > 0.5).sum()), _TITLES[self._transform]
+            seen, held_out = InMemory(fit.half.seen), fit.half.held_out
+            edge = noise_edge(fit.components, seen, lambda block: [block.counts, held_out[block.cells]])
+        rank, title = int((shrinkage(worth, 0.5) > 0.5).sum()), self._title
         values = {
             "worth": worth,
             "weights": self._full_weights(setting),
@@ -195,19 +188,6 @@ class PCALearner(Learner):
             "noise_edge": edge,
         }
         return Learned(title, f"{title} ({rank} components worth more than noise, {setting})", rank, values)
-
-    def _learn(
-        self,
-        counts: Chunks | sp.csr_matrix,
-        rng: np.random.Generator,
-        n_passes: int,
-        near: Sequence[_Fit] = (),
-        parts: Parts = whole,
-    ) -> list[Components]:
-        """Return the components of parts of the counts, starting from fits that are near them."""
-        starts = [fit.components.used_vectors for fit in near] or None
-        name, n, used = self._transform, self._n_components, self._used
-        return learn_components(counts, name, n, rng, parts=parts, n_passes=n_passes, used=used, starts=starts)
 
     def _weights(self, half: int, setting: Shrinkage, cells: np.ndarray) -> np.ndarray:
         """Return the weight of each component in each cell; a fold's own are learned from the other fold."""
@@ -249,28 +229,14 @@ class PCAModel:
         """Return what a model file keeps of it."""
         own = self.components
         values = {"transform": own.transform.name, "target": own.transform.target}
-        arrays = {
-            "gene_weights": own.gene_weights,
-            "mean": own.mean,
-            "components": own.vectors,
-            "used": own.used,
-            "gene_share": own.gene_share,
-            "weights": self.weights,
-            "gene_scale": self.gene_scale,
-        }
-        return State("pca", values, arrays)
+        arrays = {"components": own.vectors, "weights": self.weights, "gene_scale": self.gene_scale}
+        return State("pca", values, arrays | {name: getattr(own, name) for name in _KEPT})
 
     @classmethod
     def from_state(cls, state: State, device: str) -> Self:
         """Return the model that a state was made of."""
-        values, arrays = state.values, state.arrays
-        components = Components(
-            Transform(values["transform"], values["target"]),
-            arrays["gene_weights"],
-            arrays["used"],
-            arrays["mean"],
-            arrays["components"],
-            np.zeros(arrays["components"].shape[1], np.float32),
-            arrays["gene_share"],
-        )
+        arrays, kept = state.arrays, {name: state.arrays[name] for name in _KEPT}
+        vectors, transform = arrays["components"], Transform(state.values["transform"], state.values["target"])
+        unknown = np.zeros(vectors.shape[1], np.float32)
+        components = Components(transform=transform, vectors=vectors, singular_values=unknown, **kept)
         return cls(components, arrays["weights"], arrays["gene_scale"])

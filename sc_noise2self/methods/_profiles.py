@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import scipy.sparse as sp
@@ -72,6 +72,15 @@ class ScaledProfiles(Profiles):
     row_scale: np.ndarray  # and after it
     gene_share: np.ndarray  # the mean profile: share of all molecules that each gene has
     size: np.ndarray  # molecules observed in each cell: the depth that expected counts are given at
+    source: ClassVar[str]  # what rates are made of, with a row for each cell
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.size), len(self.gene_share)
+
+    def of_cells(self, cells: np.ndarray) -> Self:
+        names = (self.source, "cell_scale", "row_scale", "size")
+        return replace(self, **{name: getattr(self, name)[cells] for name in names})
 
     @abstractmethod
     def _rates(self, cells: Index, genes: Index) -> np.ndarray:
@@ -115,7 +124,7 @@ class ScaledProfiles(Profiles):
             totals = self.scale_cells()
             if n_rounds is None and _mean_deviation(totals, target) <= _TOTALS_OFF:
                 return self
-            self.gene_scale[:] = scaled_to(target, totals, self.gene_scale)
+            self.gene_scale[:] *= ratio(target, totals)
         self.scale_cells()
         return self
 
@@ -147,6 +156,8 @@ class LowRankProfiles(ScaledProfiles):
         cell is the level of its log rates.
     """
 
+    source: ClassVar[str] = "scores"
+
     link: Link
     scores: np.ndarray
     loadings: np.ndarray
@@ -164,10 +175,6 @@ class LowRankProfiles(ScaledProfiles):
         """Return profiles whose cells have no scale yet; genes have `gene_scale`, None for 1."""
         return cls(*_no_scales(size, gene_share, gene_scale), link, scores, loadings)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.scores), len(self.loadings)
-
     def checked(self, what: str) -> LowRankProfiles:
         """Return the profiles; raise if a rate is out of range, which a model from elsewhere can bring about."""
         most, step = _LARGEST_OUTPUT[self.link], max(1, _CHECKED // len(self.loadings))
@@ -183,10 +190,6 @@ class LowRankProfiles(ScaledProfiles):
                     "weights, or these counts, are out of range."
                 )
         return self
-
-    def of_cells(self, cells: np.ndarray) -> LowRankProfiles:
-        parts = {name: getattr(self, name)[cells] for name in ("scores", "cell_scale", "row_scale", "size")}
-        return replace(self, **parts)
 
     def _rates(self, cells: Index, genes: Index) -> np.ndarray:
         return rates(self.link, self.scores[cells] @ self.loadings[genes].T)
@@ -211,20 +214,14 @@ class TableProfiles(ScaledProfiles):
         Rates of each cell, on a scale of its own; negative ones count as 0. A cell without any has the mean profile.
     """
 
+    source: ClassVar[str] = "values"
+
     values: Rows
 
     @classmethod
     def of(cls, values: Rows, size: np.ndarray, gene_share: np.ndarray) -> TableProfiles:
         """Return profiles whose cells have no scale yet."""
         return cls(*_no_scales(size, gene_share), values)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.size), len(self.gene_share)
-
-    def of_cells(self, cells: np.ndarray) -> TableProfiles:
-        parts = {name: getattr(self, name)[cells] for name in ("values", "cell_scale", "row_scale", "size")}
-        return replace(self, **parts)
 
     def _rates(self, cells: Index, genes: Index) -> np.ndarray:
         numbers = np.arange(len(self.size))[cells]
@@ -271,7 +268,7 @@ def profiles_in_blocks(
     gene_scale, target = some.gene_scale, some.gene_share * size.sum()
     for _ in range(_MOST_ROUNDS):
         totals = chunks.run(of_totals).sums[0]
-        gene_scale = scaled_to(target, totals, gene_scale)
+        gene_scale = gene_scale * ratio(target, totals)
         if _mean_deviation(totals, target) <= 3 * _TOTALS_OFF:
             break
 
@@ -290,11 +287,6 @@ def _mean_deviation(totals: np.ndarray, target: np.ndarray) -> float:
     """Return how far totals of genes are from what they should be, as a share of it, on average."""
     there = target > 0
     return float(np.mean(np.abs(totals[there] / target[there] - 1)))
-
-
-def scaled_to(target: np.ndarray, totals: np.ndarray, gene_scale: np.ndarray) -> np.ndarray:
-    """Return the scale of genes that brings their totals to the target, shape (genes,)."""
-    return gene_scale * ratio(target, totals)
 
 
 def ratio(wanted: np.ndarray, found: np.ndarray) -> np.ndarray:
@@ -353,21 +345,18 @@ class MixedProfiles(Profiles):
         out = self.profiles.counts(cells, genes)
         phi = self.phi[genes].astype(np.float32)
         out /= 1 + phi * out
-        if isinstance(self.observed, Chunks):
-            observed = self.observed.part(cells, genes).tocoo()
-        else:
-            observed = sp.coo_matrix(self.observed[cells][:, genes])
-        out[observed.row, observed.col] *= 1 + phi[observed.col] * observed.data
+        x = self.observed
+        entry = (x.part(cells, genes) if isinstance(x, Chunks) else x[cells][:, genes]).tocoo()
+        out[entry.row, entry.col] *= 1 + phi[entry.col] * entry.data
         out *= self.cell_scale[cells][:, None]
         return out
 
 
 def in_memory(profiles: Profiles) -> Profiles:
     """Return profiles whose scores and scales of cells are NumPy arrays, where they were Dask's."""
-    names = ("scores", "cell_scale", "row_scale")
-    lazy = {name: getattr(profiles, name) for name in names if hasattr(getattr(profiles, name, None), "__dask_graph__")}
-    if not lazy:
+    if not isinstance(profiles, LowRankProfiles) or isinstance(profiles.scores, np.ndarray):
         return profiles
     import dask
 
-    return replace(profiles, **dict(zip(lazy, dask.compute(*lazy.values()), strict=True)))  # type: ignore[type-var]
+    scores, cell_scale, row_scale = dask.compute(profiles.scores, profiles.cell_scale, profiles.row_scale)
+    return replace(profiles, scores=scores, cell_scale=cell_scale, row_scale=row_scale)

@@ -6,9 +6,7 @@ product with A is one pass over Z, and nothing with a row for each cell is held.
 never worse than power iteration (Halko, Martinsson & Tropp 2011), whose result lies in the same span.
 
 scikit-learn's `randomized_svd` takes neither a matrix that is read in pieces nor one whose mean is removed without
-making it dense; SciPy's `svds` takes both as an operator but multiplies one vector at a time. For few genes the Gram
-matrix itself would be one pass; for 2 000 of them, a tenth of the counts not zero, it took ten times as long as one
-product.
+making it dense; SciPy's `svds` takes both as an operator but multiplies one vector at a time.
 """
 
 from __future__ import annotations
@@ -20,8 +18,7 @@ import scipy.sparse as sp
 
 from .._blocks import Block, Chunks, Partial
 
-N_PASSES = 4
-"""Products with the Gram matrix: on three data sets they came as near to 100 components as seven of power iteration."""
+N_PASSES = 4  # products with the Gram matrix
 _OVERSAMPLES = 20
 _ROWS = 1 << 12  # taken to double precision at a time
 _ROUNDING = 1e-12  # of squared lengths, in single precision

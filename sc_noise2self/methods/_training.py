@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from .._loss import Gain
 from .._progress import progress_bar
 from .._warnings import warn
-from ._network import Counts, Network, StreamedCounts
+from ._network import AnyCounts, Network
 from ._network_losses import Loss
 
 _CHECKS = 10  # of the validation molecules, in a run
@@ -53,7 +54,7 @@ class Schedule:
 def train(
     network: Network,
     loss: Loss,
-    counts: Counts | StreamedCounts,
+    counts: AnyCounts,
     rng: np.random.Generator,
     check: Callable[[], Gain],
     schedule: Schedule,
@@ -63,7 +64,7 @@ def train(
     Cells without molecules are left out; `rng` orders the others. A loss that is not finite before the first check is
     an error.
     """
-    parts = torch.nn.ModuleList([network, loss])
+    parts = nn.ModuleList([network, loss])
     # The loss is in nats per molecule, so the prior's share is that of all molecules: |W|^2 / (2 scale^2 molecules).
     # Adam takes its gradient as `weight_decay` (not AdamW, which would shrink rare and abundant genes alike).
     of_genes = [network.genes.weight, network.batch_offsets]
@@ -71,12 +72,12 @@ def train(
     prior: dict[str, Any] = {"params": of_genes, "weight_decay": 1 / (schedule.prior_scale**2 * counts.n_molecules)}
     optimizer = torch.optim.Adam([{"params": others}, prior], lr=schedule.learning_rate, fused=True)
     n_steps = schedule.n_epochs * counts.n_batches(schedule.batch_size)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
+    cosine = CosineAnnealingLR(optimizer, n_steps)
     history = History()
     best: dict[str, Tensor] = {}
     with progress_bar(schedule.name, schedule.n_epochs) as bar:
         for epoch in range(1, schedule.n_epochs + 1):
-            mean = _epoch(parts, counts, rng, schedule.batch_size, optimizer, cosine)
+            mean = _epoch(parts, counts, rng, schedule.batch_size, cosine)
             bar.update()
             if not math.isfinite(mean):
                 message = (
@@ -105,12 +106,7 @@ def train(
 
 
 def _epoch(
-    parts: torch.nn.ModuleList,
-    counts: Counts | StreamedCounts,
-    rng: np.random.Generator,
-    batch_size: int,
-    optimizer: torch.optim.Optimizer,
-    cosine: torch.optim.lr_scheduler.LRScheduler,
+    parts: nn.ModuleList, counts: AnyCounts, rng: np.random.Generator, batch_size: int, cosine: CosineAnnealingLR
 ) -> float:
     """Show every cell once, and return the mean loss."""
     network, loss = parts
@@ -120,9 +116,9 @@ def _epoch(
     for batch in counts.batches(rng, batch_size):
         with torch.autocast(counts.device.type, dtype=torch.bfloat16, enabled=bfloat16):
             batch_loss = loss(network, batch)
-        optimizer.zero_grad()
+        cosine.optimizer.zero_grad()
         batch_loss.backward()
-        optimizer.step()
+        cosine.optimizer.step()
         cosine.step()
         total += batch_loss.detach() * len(batch.starts)
     return float(total) / counts.n_trained
