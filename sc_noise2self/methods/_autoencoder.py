@@ -247,8 +247,8 @@ class _AutoencoderLearner(Learner):
         loss = LOSSES[options.loss](seen, options.invariance)
         n_trained = n_cells if streamed is None else streamed.chunks.shape[0]
         n_epochs = options.n_epochs or int(np.clip(_CELLS_SHOWN // n_trained, _LEAST_EPOCHS, _MOST_EPOCHS))
-        usual_size = 128 if device.type == "cpu" else int(np.clip(n_trained // 200, 128, 4096))
-        batch_size = options.batch_size or usual_size
+        usual = 128 if device.type == "cpu" else int(np.clip(n_trained // 200, 128, 4096))
+        batch_size = options.batch_size or usual
         n_batches = 0 if self._codes is None else int(self._codes.max()) + 1
         comparison, models, histories = Comparison(), [], []
         on_device: DeviceCounts | StreamedCounts
@@ -305,9 +305,8 @@ class _AutoencoderLearner(Learner):
             cells = np.sort(rng.choice(cells, _COMPONENT_CELLS, replace=False))
         some = counts[cells]
         some.eliminate_zeros()
-        n_used = counts.shape[1] if self._used is None else int(self._used.sum())
-        assert self._options.n_components is not None  # checked
-        n_components = min(self._options.n_components, max(1, len(cells) - 1), n_used - 1)
+        assert self._options.n_components is not None  # checked: less than the genes used
+        n_components = min(self._options.n_components, max(1, len(cells) - 1))
         (found,) = learn_components(some, "log1p", n_components, rng, n_passes=3, used=self._used)
         components = found.vectors * found.used[:, None]
         # Where cells do not differ, the components are rounding errors, and so would be what they are divided by.
@@ -325,9 +324,7 @@ class AutoencoderModel:
     width: int
     depth: float  # of a square root
     gene_share: np.ndarray  # share of all molecules that each gene has
-    gene_scale: (
-        np.ndarray
-    )  # what the output is multiplied by to give it that share; 1 for a likelihood, which learns it
+    gene_scale: np.ndarray  # what gives it that share; 1 for a likelihood, which learns it
 
     name: ClassVar[str] = "autoencoder"
 
@@ -338,8 +335,7 @@ class AutoencoderModel:
 
     def learned(self) -> Learned:
         """Return what is worth writing down."""
-        title = Autoencoder.title
-        return Learned(title, f"{title} (width {self.width})", self.width)
+        return Learned(Autoencoder.title, f"{Autoencoder.title} (width {self.width})", self.width)
 
     def state(self) -> State:
         """Return what a model file keeps of it."""

@@ -98,36 +98,24 @@ class Method(ABC):
 class Learned:
     """What is worth writing down of a learner as it is set.
 
-    `title` and `described` say it in words, for a plot and for the report; `rank` is the number of components, or the
-    width of a bottleneck, 0 where there is none; of `values`, `table` is what was compared inside the method.
+    Of `values`, `table` is what was compared inside the method.
     """
 
-    title: str
-    described: str
-    rank: int = 0
+    title: str  # in words, for a plot
+    described: str  # for the report
+    rank: int = 0  # number of components, or width of a bottleneck
     values: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Learner(ABC):
     """A method at work: learned from one half of the molecules, predicting the other, refitted to all.
 
-    `cells` says which of all cells those of some counts are, shape (cells,).
-
-    Attributes
-    ----------
-    name
-        Name in tables and results.
-    model
-        What `refit` fitted, where the method can transfer.
-    enough_cells
-        How many cells are enough to choose by; None where more always tell more.
-    predicts_others
-        Whether what was learned from some cells predicts others.
+    It has the name that tables and results give it. `cells` says which of all cells those of some counts are.
     """
 
-    model: Any
-    enough_cells: int | None = None
-    predicts_others: bool = True
+    model: Any  # what `refit` fitted, where the method can transfer
+    enough_cells: int | None = None  # to choose by; None where more always tell more
+    predicts_others: bool = True  # whether what was learned from some cells predicts others
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -174,14 +162,11 @@ class Learner(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """The cells that a choice is measured on: their halves are made anew, a block at a time, and never held.
-
-    `cells` are numbers among all cells of `chunks`, rising; `keys` are those of the splits.
-    """
+    """The cells that a choice is measured on: their halves are made anew, a block at a time, and never held."""
 
     chunks: Chunks
-    keys: Sequence[int]
-    cells: np.ndarray
+    keys: Sequence[int]  # of the splits
+    cells: np.ndarray  # numbers among all cells, rising
 
     def run(self, work: Callable[[np.ndarray, list[sp.csr_matrix]], Partial]) -> Partial:
         """Return the sums over cells and their rows: one pass.
@@ -198,7 +183,7 @@ class Sample:
         return self.chunks.run(of_block)
 
     def totals(self) -> list[np.ndarray]:
-        """Return the molecules of each gene in each half, shape (genes,)."""
+        """Return the molecules of each gene in each half."""
         return list(self.run(lambda _, parts: Partial([column_sums(part) for part in parts])).sums)
 
 
@@ -257,8 +242,7 @@ class TrialLearner(Learner):
     """Any method: called on each half, and on all molecules.
 
     Options with several values are chosen with nine tenths of the molecules seen and the rest held out: a choice made
-    on halves would be that for halves, which need larger averages. What it may tell of a half's held-out molecules is
-    which of a few settings was best.
+    on halves would be that for halves, which need larger averages.
     """
 
     enough_cells: int | None = _ENOUGH_CELLS

@@ -8,8 +8,7 @@ A cell of n molecules has its rates known with variance proportional to 1 / n, s
 gene's column by the fourth root of one over its noise variance, halfway between leaving genes as they are and making
 their noise equal.
 
-Everything is learned in passes over blocks of cells (`sc_noise2self._blocks`): one for the sizes of cells, one for the
-noise and the mean of genes, `n_passes` for the components.
+Everything is learned in passes over blocks of cells (`sc_noise2self._blocks`).
 """
 
 from __future__ import annotations
@@ -211,8 +210,7 @@ def worth_from(products: np.ndarray, squares: np.ndarray) -> np.ndarray:
     """Return the weight on each component that predicts held-out molecules best, shape (folds, k).
 
     The least-squares weight c_j = <score_j v_j', X2> / <score_j, score_j>, which is signal / (signal + noise) of the
-    component at the depth of a half; by the self-supervised loss (Noise2Self, Proposition 1) it is the weight that is
-    best against the truth. The arguments are those of `Components.products`.
+    component at the depth of a half, is best against the truth too (Noise2Self, Proposition 1).
     """
     return products / np.where(squares > 0, squares, 1)
 

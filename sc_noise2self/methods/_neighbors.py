@@ -1,9 +1,8 @@
 """Denoise a cell by the cells like it: the mean of its nearest neighbours, or a random walk among them.
 
 Neighbours are found in the space of principal components (log1p), and it is the coordinates on these components that
-are averaged: factors stay factors, and the way back to counts is that of PCA. A neighbour weighs as many molecules as
-it has, so an average is that of pooled molecules. Coordinates fit in memory where counts do not, so nothing here needs
-all counts at once.
+are averaged: they fit in memory where counts do not, and the way back to counts is that of PCA. A neighbour weighs as
+many molecules as it has, so an average is that of pooled molecules.
 
 A walk of t steps averages over neighbours of neighbours (MAGIC, van Dijk et al. 2018). Its affinity of two cells is
 exp(-(d / s)^2), with s the distance of a third of the way to the last neighbour, made symmetric: cells that few others
@@ -59,11 +58,9 @@ class _Neighbors(Method):
 
     def checked(self, counts: Counts) -> Self:
         n, n_cells, usual = n_components_of(self.n_components, counts), counts.chunks.shape[0], type(self)
-        n_pcs = bounded_values("n_pcs", self.n_pcs, usual.n_pcs, n, f"{n} components")
-        n_neighbors = bounded_values(
-            "n_neighbors", self.n_neighbors, usual.n_neighbors, n_cells - 1, f"{n_cells} cells"
-        )
-        return replace(self, n_components=n, n_pcs=n_pcs, n_neighbors=n_neighbors)
+        pcs = bounded_values("n_pcs", self.n_pcs, usual.n_pcs, n, f"{n} components")
+        near = bounded_values("n_neighbors", self.n_neighbors, usual.n_neighbors, n_cells - 1, f"{n_cells} cells")
+        return replace(self, n_components=n, n_pcs=pcs, n_neighbors=near)
 
     def learners(self, counts: Counts) -> Sequence[Learner]:
         return [_NeighborsLearner(self, counts)]
@@ -82,7 +79,6 @@ class _Neighbors(Method):
         assert self.n_components is not None  # checked
         n_components = min(self.n_components, counts.chunks.shape[0] - 1)
         (components,) = learn_components(counts.chunks, "log1p", n_components, rng, n_passes=n_passes, used=counts.used)
-
         found = counts.chunks.run(lambda block: Partial(rows=(components.coordinates(block.counts),)))
         return components, found.rows[0]
 

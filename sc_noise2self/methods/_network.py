@@ -1,8 +1,7 @@
 """The autoencoder's network: sampled molecules of a cell in, one output per gene out. It needs PyTorch.
 
-A cell enters by its principal scores, a linear map of its transformed counts that was learned beforehand and stays
-fixed: the first layer of an autoencoder on genes has most of its parameters and little to learn from a few thousand
-cells.
+A cell enters by its principal scores, which were learned beforehand and stay fixed: the first layer of an autoencoder
+on genes has most of its parameters and little to learn from a few thousand cells.
 """
 
 from __future__ import annotations
@@ -58,9 +57,8 @@ class Entries:
 
     def hide(self, low: float, high: float) -> tuple[Entries, Entries]:
         """Return cells without some genes, and these alone; each cell draws the probability of a gene to be hidden."""
-        device = self.values.device
-        shares = torch.empty(len(self.starts), 1, device=device).uniform_(low, high)
-        hidden = torch.rand(len(self.starts), self.n_genes, device=device) < shares
+        shares = torch.empty(len(self.starts), 1, device=self.values.device).uniform_(low, high)
+        hidden = torch.rand(len(shares), self.n_genes, device=self.values.device) < shares
         is_hidden = hidden[self.rows, self.genes]
         seen, held_out = self.values.masked_fill(is_hidden, 0), self.values.masked_fill(~is_hidden, 0)
         return replace(self, values=seen, hidden=hidden), replace(self, values=held_out, hidden=hidden)

@@ -1,8 +1,7 @@
 """The losses of the autoencoder, all self-supervised: they need no clean counts. They need PyTorch.
 
-Each compares the network's output, one number per gene, with molecules that it has not seen; Noise2Same alone shows
-the network all molecules and penalises what changes when some are taken away. A new loss is a class here and a line in
-`LOSSES`.
+Each compares the network's output, one number per gene, with molecules that it has not seen, but Noise2Same. A new loss
+is a class here and a line in `LOSSES`.
 """
 
 from __future__ import annotations
@@ -65,10 +64,9 @@ class Multinomial(Loss):
 class MaskedMultinomial(Multinomial):
     """Genes are hidden instead of molecules (Noise2Self, section 5; Noise2Void, Krull et al. 2019).
 
-    Every cell hides a random share of its genes, anew at every step, and the network predicts how the molecules of
-    the hidden genes are shared out among them, in nats per molecule. In its input a hidden gene has the value of the
-    mean profile (Eq. 3 of Noise2Self, where it is the mean of the neighbouring pixels). What one gene alone knows of
-    itself is never learned.
+    The network predicts how the molecules of the genes that a cell hides are shared out among them, in nats per
+    molecule. In its input a hidden gene has the value of the mean profile (Eq. 3 of Noise2Self, where it is the mean of
+    the neighbouring pixels). What one gene alone knows of itself is never learned.
     """
 
     shares = (0.1, 0.7)

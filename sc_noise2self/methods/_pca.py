@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, Self, get_args
 import numpy as np
 import scipy.sparse as sp
 
-from .._blocks import Block, Chunks, Counts, InMemory, Partial
+from .._blocks import Chunks, Counts, InMemory, Partial
 from .._checks import bounded, check_one_of
 from .._model import State
 from .._transform import Transform, TransformName
@@ -168,10 +168,9 @@ class PCALearner(Learner):
         step = max(1, chunks.shape[0] * chunks.shape[1] // _SCALED)
         some = components.weighted_profiles(chunks.take(np.arange(0, chunks.shape[0], step)), weights).scaled()
 
-        def unscaled(block: Block, gene_scale: np.ndarray) -> LowRankProfiles:
-            return components.weighted_profiles(block.counts, weights, gene_scale)
-
-        profiles = profiles_in_blocks(chunks, counts.size, some, unscaled)
+        profiles = profiles_in_blocks(
+            chunks, counts.size, some, lambda block, scale: components.weighted_profiles(block.counts, weights, scale)
+        )
         self.model = PCAModel(components, weights, profiles.gene_scale)
         return profiles
 

@@ -43,18 +43,9 @@ def components_of(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return S and V of matrices that are made of the counts a block at a time, all learned in the same passes.
 
-    Of each matrix S (k,), falling, and V (genes, k) with orthonormal columns; signs are fixed so that each column of V
-    has a positive sum. Where the matrix has a lower rank, the rest is 0.
-
-    Parameters
-    ----------
-    matrices
-        Returns the rows of each matrix Z for a block.
-    starts
-        A block of vectors for each matrix, from `start_block` or known to be near the answer.
-    mean_rows
-        For each matrix q'Z, with q the unit vector that is to be removed from its columns, Z becoming (I - qq')Z; None
-        for none.
+    Of each matrix S (k,), falling, and V (genes, k) with orthonormal columns of positive sums; 0 beyond the rank.
+    `starts` are blocks of vectors, from `start_block` or known to be near the answer. `mean_rows` are q'Z of each
+    matrix, with q the unit vector that is to be removed from its columns, Z becoming (I - qq')Z; None for none.
     """
     blocks = [_orthonormal(start) for start in starts]
     bases: list[list[np.ndarray]] = [[] for _ in starts]
