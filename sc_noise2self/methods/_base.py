@@ -262,19 +262,18 @@ class TrialLearner(Learner):
         return (", ".join(f"{name}={getattr(self.method, name)}" for name in names),)
 
     def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:
-        values = {each.name: getattr(self.method, each.name) for each in fields(self.method)}  # type: ignore[arg-type]
-        grid = {name: tuple(value) for name, value in values.items() if is_several(value)}
-        if not grid:
+        if not grid_of(self.method):
             return
         if counts.shape[0] > _ENOUGH_CELLS:
             some = np.sort(rng.choice(counts.shape[0], _ENOUGH_CELLS, replace=False))
             counts, cells = counts[some], cells[some]
-        self.compare(grid, nine_tenths(counts, rng, cells), rng)
+        self.compare(nine_tenths(counts, rng, cells), rng)
         chosen = self._comparison.parameters(self._comparison.best())
         self.method = replace(self.method, **chosen)  # type: ignore[type-var]  # methods are dataclasses
 
-    def compare(self, grid: Mapping[str, tuple[Any, ...]], fold: Fold, rng: np.random.Generator) -> None:
+    def compare(self, fold: Fold, rng: np.random.Generator) -> None:
         """Score every combination of the options that have several values, the last option running fastest."""
+        grid = grid_of(self.method)
         for values in product(*grid.values()):
             options = dict(zip(grid, values, strict=True))
             method = replace(self.method, **options)  # type: ignore[type-var]
@@ -325,6 +324,12 @@ def set_aside(
     data[positions] -= own.data
     own.eliminate_zeros()
     return sp.csr_matrix((data, counts.indices, counts.indptr), shape=counts.shape, copy=False), own
+
+
+def grid_of(method: Method) -> dict[str, tuple[Any, ...]]:
+    """Return the options of a method that have several values, and these values."""
+    values = {each.name: getattr(method, each.name) for each in fields(method)}  # type: ignore[arg-type]
+    return {name: tuple(value) for name, value in values.items() if is_several(value)}
 
 
 def is_several(value: Any) -> bool:

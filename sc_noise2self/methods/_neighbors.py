@@ -12,7 +12,7 @@ have for a neighbour are reached as well.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -159,7 +159,7 @@ class _NeighborsLearner(TrialLearner):
         words = f"{self.method.n_pcs} PCs, {self.method.n_neighbors} neighbors"
         return (words if t is None else f"{words}, t {t}",)
 
-    def compare(self, grid: Mapping[str, tuple[Any, ...]], fold: Fold, rng: np.random.Generator) -> None:
+    def compare(self, fold: Fold, rng: np.random.Generator) -> None:
         """Score the options; a walk goes on as long as it gains."""
         method, size = self.method, row_sums(fold.seen)
         components, start = method.coordinates(self._counts.part(fold.seen, fold.cells), 3, rng)
