@@ -5,18 +5,16 @@ A new method is one file, with a frozen dataclass derived from `Method`, and one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
-from ._autoencoder import Autoencoder
-from ._base import Method, bounded_values
+from .._model import State
+from ._autoencoder import Autoencoder, AutoencoderModel
+from ._base import MeanModel, Method, bounded_values
 from ._function import Function
 from ._neighbors import KNN, Diffusion
-from ._pca import PCA
+from ._pca import PCA, PCAModel
 from ._profiles import LowRankProfiles, TableProfiles
-
-if TYPE_CHECKING:
-    from .._model import State
 
 REGISTRY: dict[str, Sequence[type[Method]]] = {
     "pca": [PCA],
@@ -27,22 +25,11 @@ REGISTRY: dict[str, Sequence[type[Method]]] = {
 }
 """What a name stands for: a method at its defaults, or several, of which the mean is taken."""
 
+_MODELS: dict[str, Any] = {"mean": MeanModel, "pca": PCAModel, "autoencoder": AutoencoderModel}
+
 
 def as_methods(method: Any) -> tuple[str, list[Method]]:
-    """Return the name of what was asked for, and its methods; several are an ensemble.
-
-    Parameters
-    ----------
-    method
-        A name of the registry, a method, or a sequence of names and methods.
-
-    Raises
-    ------
-    ValueError
-        If there is no such name, or the sequence is empty.
-    TypeError
-        If it is none of these.
-    """
+    """Return the name of what was asked for, and its methods; raise if it is no name, method or sequence of these."""
     if isinstance(method, str):
         if method not in REGISTRY:
             raise ValueError(f"method is {method!r}: pass one of {', '.join(REGISTRY)}, or objects such as n2s.PCA().")
@@ -68,28 +55,8 @@ def is_ensemble(method: Any) -> bool:
 
 def model_of(state: State, device: str = "auto") -> Any:
     """Return the fitted model that a state of a model file was made of, with `predict(counts, codes)`."""
-    from ._autoencoder import AutoencoderModel
-    from ._base import MeanModel
-    from ._pca import PCAModel
-
-    models: Mapping[str, Callable[..., Any]] = {
-        "mean": MeanModel.from_state,
-        "pca": PCAModel.from_state,
-        "autoencoder": AutoencoderModel.from_state,
-    }
-    return models[state.method](state, device)
+    return _MODELS[state.method].from_state(state, device)
 
 
-__all__ = [
-    "KNN",
-    "PCA",
-    "REGISTRY",
-    "Autoencoder",
-    "Diffusion",
-    "Function",
-    "LowRankProfiles",
-    "Method",
-    "TableProfiles",
-    "as_methods",
-    "bounded_values",
-]
+__all__ = ["KNN", "PCA", "Autoencoder", "Diffusion", "Function", "LowRankProfiles", "Method", "TableProfiles"]
+__all__ += ["bounded_values"]

@@ -9,10 +9,10 @@ halves of the counts bring a `Learner` of their own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import scipy.sparse as sp
@@ -21,12 +21,10 @@ from .._blocks import Block, Chunks, Counts, Partial
 from .._checks import as_positive
 from .._compare import Comparison
 from .._counts import column_sums, row_sums
+from .._model import State
 from .._split import halves
 from ..partitions import Fold, fold_of
 from ._profiles import LowRankProfiles, Profiles, mean_profiles
-
-if TYPE_CHECKING:
-    from .._model import State
 
 _ENOUGH_CELLS = 20_000  # to choose the options of a method by
 _ASIDE = 0.1  # share of the molecules that validate a choice made before halves are looked at
@@ -91,10 +89,6 @@ class Method(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} is fitted by its learners.")
 
-    def replaced(self, **options: Any) -> Self:
-        """Return the method with other options."""
-        return replace(self, **options)  # type: ignore[type-var]  # methods are dataclasses
-
     def described(self, setting: Any) -> str:
         """Return the method as it is set, in words, for the report."""
         return f"{self.title}{f' ({setting})' if str(setting) else ''}"
@@ -104,38 +98,28 @@ class Method(ABC):
 class Learned:
     """What is worth writing down of a learner as it is set.
 
-    Attributes
-    ----------
-    title, described
-        In words, for the title of a plot and for the report.
-    rank
-        Components, or units of a bottleneck; 0 where the method has none.
-    values
-        Numbers, arrays and tables by name; `table` is what was compared inside the method.
+    Of `values`, `table` is what was compared inside the method.
     """
 
-    title: str
-    described: str
-    rank: int = 0
+    title: str  # in words, for a plot
+    described: str  # for the report
+    rank: int = 0  # number of components, or width of a bottleneck
     values: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Learner(ABC):
     """A method at work: learned from one half of the molecules, predicting the other, refitted to all.
 
-    Attributes
-    ----------
-    name
-        Name in tables and results.
-    enough_cells
-        How many cells are enough to choose by; None where more always tell more.
-    predicts_others
-        Whether what was learned from some cells predicts others.
+    It has the name that tables and results give it. `cells` says which of all cells those of some counts are.
     """
 
-    name: str
-    enough_cells: int | None = None
-    predicts_others: bool = True
+    model: Any  # what `refit` fitted, where the method can transfer
+    enough_cells: int | None = None  # to choose by; None where more always tell more
+    predicts_others: bool = True  # whether what was learned from some cells predicts others
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._fits: list[Any] = []  # what each half gave
 
     @property
     @abstractmethod
@@ -143,33 +127,25 @@ class Learner(ABC):
         """The ways to set it, each a word or two as a string; learners are compared at the first, then tuned."""
 
     def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:  # noqa: B027
-        """Settle what is chosen by molecules that the learner sets aside itself, if anything is.
-
-        `cells` says which of all these are, shape (cells,).
-        """
+        """Settle what is chosen by molecules that the learner sets aside itself, if anything is."""
 
     @abstractmethod
     def learn(self, half: Fold, rng: np.random.Generator) -> None:
         """Learn from `half.seen`, and, per fold of cells, what `half.held_out` says of the settings."""
 
     def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:  # noqa: B027
-        """Learn the halves again from all cells, where `learn` saw some of them and all would tell more.
+        """Learn the halves of the splits with these keys again from all cells, where `learn` saw some of them."""
 
-        `keys` are those of the splits that the halves are of.
-        """
-
-    def forget(self) -> None:  # noqa: B027
+    def forget(self) -> None:
         """Let go of what was learned from halves, where the learner was not chosen."""
+        self._fits.clear()
 
     def settle(self, setting: Any, sample: Sample) -> None:  # noqa: B027
         """Learn what predictions in this setting share among all cells that will be measured, where they share any."""
 
     @abstractmethod
     def predict(self, half: int, setting: Any, seen: sp.csr_matrix, cells: np.ndarray) -> Profiles:
-        """Return profiles of cells from their part of what was seen in that half; no fold is used on its own cells.
-
-        `cells` says which of all these are, shape (cells,).
-        """
+        """Return profiles of cells from their part of what was seen in that half; no fold is used on its own cells."""
 
     @abstractmethod
     def refit(self, counts: Counts, setting: Any, rng: np.random.Generator) -> Profiles:
@@ -181,34 +157,21 @@ class Learner(ABC):
 
     def state(self) -> State:
         """Return what was refitted, for a model file, where the method can transfer."""
-        raise NotImplementedError
+        return self.model.state()
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """The cells that a choice is measured on: their halves are made anew, a block at a time, and never held.
-
-    Attributes
-    ----------
-    chunks
-        The counts of all cells.
-    keys
-        Keys of the splits.
-    cells
-        Which of all cells these are, in rising order.
-    """
+    """The cells that a choice is measured on: their halves are made anew, a block at a time, and never held."""
 
     chunks: Chunks
-    keys: Sequence[int]
-    cells: np.ndarray
+    keys: Sequence[int]  # of the splits
+    cells: np.ndarray  # numbers among all cells, rising
 
     def run(self, work: Callable[[np.ndarray, list[sp.csr_matrix]], Partial]) -> Partial:
         """Return the sums over cells and their rows: one pass.
 
-        Parameters
-        ----------
-        work
-            Takes the numbers of cells and both halves of each split; the other half of number i is number i ^ 1.
+        `work` takes numbers of cells and both halves of each split; the other half of number i is number i ^ 1.
         """
 
         def of_block(block: Block) -> Partial:
@@ -220,7 +183,7 @@ class Sample:
         return self.chunks.run(of_block)
 
     def totals(self) -> list[np.ndarray]:
-        """Return the molecules of each gene in each half, shape (genes,)."""
+        """Return the molecules of each gene in each half."""
         return list(self.run(lambda _, parts: Partial([column_sums(part) for part in parts])).sums)
 
 
@@ -241,8 +204,6 @@ class MeanModel:
 
     def state(self) -> State:
         """Return what a model file keeps of it."""
-        from .._model import State
-
         return State(self.name, {}, {"gene_share": self.gene_share})
 
     @classmethod
@@ -254,109 +215,86 @@ class MeanModel:
 class MeanLearner(Learner):
     """Every cell has the mean profile: what any denoiser must beat."""
 
-    name = "mean"
     settings = ("as it is",)
     enough_cells = 1
 
     def __init__(self) -> None:
-        self._totals: list[np.ndarray] = []
+        super().__init__("mean")
 
     def learn(self, half: Fold, rng: np.random.Generator) -> None:
-        """See `Learner`."""
-        self._totals.append(column_sums(half.seen))
-
-    def forget(self) -> None:
-        """See `Learner`."""
-        self._totals.clear()
+        self._fits.append(column_sums(half.seen))
 
     def settle(self, setting: Any, sample: Sample) -> None:
-        """See `Learner`."""
-        self._totals = sample.totals()
+        self._fits = sample.totals()
 
     def predict(self, half: int, setting: Any, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
-        """See `Learner`."""
-        return mean_profiles(row_sums(seen), self._totals[half])
+        return mean_profiles(row_sums(seen), self._fits[half])
 
     def refit(self, counts: Counts, setting: Any, rng: np.random.Generator) -> LowRankProfiles:
-        """See `Learner`."""
-        self._model = MeanModel(counts.totals / counts.totals.sum())
+        self.model = MeanModel(counts.totals / counts.totals.sum())
         return mean_profiles(counts.size, counts.totals)
 
     def learned(self, setting: Any) -> Learned:
-        """See `Learner`."""
-        return Learned("the mean profile", "the mean profile")
-
-    def state(self) -> State:
-        """See `Learner`."""
-        return self._model.state()
+        return self.model.learned()
 
 
 class TrialLearner(Learner):
     """Any method: called on each half, and on all molecules.
 
     Options with several values are chosen with nine tenths of the molecules seen and the rest held out: a choice made
-    on halves would be that for halves, which need larger averages. What it may tell of a half's held-out molecules is
-    which of a few settings was best.
+    on halves would be that for halves, which need larger averages.
     """
 
     enough_cells: int | None = _ENOUGH_CELLS
     predicts_others = False
 
     def __init__(self, method: Method, counts: Counts) -> None:
-        self.name = method.name
+        super().__init__(method.name)
         self.method = method
         self._counts = counts
         self._comparison = Comparison()
-        self._fits: list[Profiles] = []
-        self._cells = np.zeros(0, np.intp)
+        self._cells = np.zeros(0, np.intp)  # those of the halves
 
     @property
     def settings(self) -> Sequence[Any]:
-        """The one that was chosen."""
-        return (described_options(self.method, self._comparison),)
+        """The one that was chosen, e.g. ``"t=2, n_pcs=30"``; nothing where none was to be chosen."""
+        names = self._comparison.parameters(0) if len(self._comparison) else ()
+        return (", ".join(f"{name}={getattr(self.method, name)}" for name in names),)
 
     def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:
-        """See `Learner`."""
         if not grid_of(self.method):
             return
         if counts.shape[0] > _ENOUGH_CELLS:
             some = np.sort(rng.choice(counts.shape[0], _ENOUGH_CELLS, replace=False))
             counts, cells = counts[some], cells[some]
-        fold = nine_tenths(counts, rng, cells)
-        self.compare(fold, rng)
-        self.method = self.method.replaced(**self._comparison.parameters(self._comparison.best()))
+        self.compare(nine_tenths(counts, rng, cells), rng)
+        chosen = self._comparison.parameters(self._comparison.best())
+        self.method = replace(self.method, **chosen)  # type: ignore[type-var]  # methods are dataclasses
 
     def compare(self, fold: Fold, rng: np.random.Generator) -> None:
-        """Score every combination of the options that have several values."""
-        for options in combinations(self.method):
-            method = self.method.replaced(**options)
+        """Score every combination of the options that have several values, the last option running fastest."""
+        grid = grid_of(self.method)
+        for values in product(*grid.values()):
+            options = dict(zip(grid, values, strict=True))
+            method = replace(self.method, **options)  # type: ignore[type-var]
             profiles = method.denoise_counts(self._counts.part(fold.seen, fold.cells), rng)
             self._comparison.add(options, -fold.gain(profiles))
 
     def learn(self, half: Fold, rng: np.random.Generator) -> None:
-        """See `Learner`."""
         self._fits.append(self.method.denoise_counts(self._counts.part(half.seen, half.cells), rng))
         self._cells = half.cells
 
-    def forget(self) -> None:
-        """See `Learner`."""
-        self._fits.clear()
-
     def predict(self, half: int, setting: Any, seen: sp.csr_matrix, cells: np.ndarray) -> Profiles:
-        """See `Learner`; the cells are some of those that the half was learned from."""
+        """Return the profiles of some of the cells that the half was learned from."""
         return self._fits[half].of_cells(np.searchsorted(self._cells, cells))
 
     def refit(self, counts: Counts, setting: Any, rng: np.random.Generator) -> Profiles:
-        """See `Learner`."""
         return self.method.denoise_counts(counts, rng)
 
     def learned(self, setting: Any) -> Learned:
-        """See `Learner`."""
-        values = (
-            {"table": self._comparison.table(gain=True).drop(columns=["seconds", "failure"])}
-            if len(self._comparison)
-            else {}
-        )
+        values = {}
+        if len(self._comparison):
+            values["table"] = self._comparison.table(gain=True).drop(columns=["seconds", "failure"])
         rank = int(getattr(self.method, "n_pcs", 0) or 0)
         return Learned(self.method.title, self.method.described(setting), rank, values)
 
@@ -378,8 +316,7 @@ def set_aside(
     be stored.
     """
     own = counts[cells]
-    starts = counts.indptr[:-1][cells]
-    positions = np.arange(own.nnz) + np.repeat(starts - own.indptr[:-1], np.diff(own.indptr))
+    positions = np.arange(own.nnz) + np.repeat(counts.indptr[:-1][cells] - own.indptr[:-1], np.diff(own.indptr))
     size = row_sums(own)
     own.data = rng.binomial(own.data.astype(np.int64), _ASIDE).astype(np.float32)
     own.data *= np.repeat(row_sums(own) < size, np.diff(own.indptr))
@@ -400,6 +337,11 @@ def is_several(value: Any) -> bool:
     return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)
 
 
+def as_several(value: Any) -> tuple[Any, ...]:
+    """Return the values of an option, of which there may be one."""
+    return tuple(value) if is_several(value) else (value,)
+
+
 def set_tuples(method: Method, *names: str) -> None:
     """Make tuples of the values of these options, where there are several, so that methods can be compared."""
     for name in names:
@@ -407,30 +349,24 @@ def set_tuples(method: Method, *names: str) -> None:
             object.__setattr__(method, name, tuple(value))  # the method is being made, and frozen
 
 
-def combinations(method: Method) -> Iterator[dict[str, Any]]:
-    """Yield every combination of the options that have several values, the last one running fastest."""
-    grid = grid_of(method)
-    for values in product(*grid.values()):
-        yield dict(zip(grid, values, strict=True))
-
-
-def described_options(method: Method, comparison: Comparison) -> str:
-    """Return the options that were chosen, e.g. ``"t=2, n_pcs=30"``; nothing where none was to be chosen."""
-    if not len(comparison):
-        return ""
-    return ", ".join(f"{name}={getattr(method, name)}" for name in comparison.parameters(0))
-
-
 def bounded_values(name: str, value: Any, usual: Any, bound: int, why: str) -> Any:
     """Return an option of one or several whole numbers from 1, the usual ones cut to what is allowed.
+
+    Parameters
+    ----------
+    name, value
+        Name of the option and what it holds.
+    usual
+        Its default.
+    bound, why
+        The most that is allowed, and by what, e.g. `"60 cells"`.
 
     Raises
     ------
     ValueError
         If one that was given is beyond the bound.
     """
-    values = tuple(value) if is_several(value) else (value,)
-    if not values:
+    if not (values := as_several(value)):
         raise ValueError(f"{name} is empty: pass a whole number, or several.")
     values = tuple(as_positive(name, each) for each in values)
     if values == usual:

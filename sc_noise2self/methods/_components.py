@@ -8,8 +8,7 @@ A cell of n molecules has its rates known with variance proportional to 1 / n, s
 gene's column by the fourth root of one over its noise variance, halfway between leaving genes as they are and making
 their noise equal.
 
-Everything is learned in passes over blocks of cells (`sc_noise2self._blocks`): one for the sizes of cells, one for the
-noise and the mean of genes, `n_passes` for the components.
+Everything is learned in passes over blocks of cells (`sc_noise2self._blocks`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from .._counts import column_sums, row_sums
 from .._dealing import row_keys
 from .._split import halves
 from .._transform import Transform, TransformName
-from ._profiles import LowRankProfiles
+from ._profiles import Index, LowRankProfiles
 from ._svd import N_PASSES, components_of, start_block
 
 _LOG1P_DEPTH = 0.25  # log1p's target over the median depth; on six data sets 0.125 to 0.25 gained most, 1 the least
@@ -35,7 +34,7 @@ Parts = Callable[[Block], Sequence[sp.csr_matrix]]
 """The counts to learn from, each with the rows of the block."""
 
 
-def whole(block: Block) -> Sequence[sp.csr_matrix]:
+def whole(block: Block) -> list[sp.csr_matrix]:
     """Return all molecules."""
     return [block.counts]
 
@@ -47,39 +46,15 @@ def halves_of(keys: Sequence[int]) -> Parts:
 
 @dataclass(frozen=True, eq=False)
 class Components:
-    """Principal components of counts, and the way from counts to scores and back.
+    """Principal components of counts, and the way from counts to scores and back."""
 
-    Attributes
-    ----------
-    transform
-        The `Transform` with the depth that was learned.
-    gene_weights
-        One over the fourth root of each gene's noise variance on the transformed scale, shape (genes,), 0 for a gene
-        never seen.
-    used
-        The genes that determine the scores, boolean of shape (genes,).
-    mean
-        The mean of the transformed, gene-weighted cells, each weighted by its depth, shape (genes,).
-    vectors
-        V, shape (genes, k): orthonormal on the genes used; the other genes are regressed on the scores.
-    singular_values
-        Of the weighted counts, the mean removed, shape (k,), falling.
-    gene_share
-        The share of all molecules that each gene has, shape (genes,).
-    """
-
-    transform: Transform
-    gene_weights: np.ndarray
-    used: np.ndarray
-    mean: np.ndarray
-    vectors: np.ndarray
-    singular_values: np.ndarray
-    gene_share: np.ndarray
-
-    @property
-    def n_components(self) -> int:
-        """How many components were learned."""
-        return int(self.vectors.shape[1])
+    transform: Transform  # at the depth that was learned
+    gene_weights: np.ndarray  # fourth root of one over the noise variance, shape (genes,), 0 for a gene never seen
+    used: np.ndarray  # genes that determine the scores, boolean
+    mean: np.ndarray  # of the transformed, gene-weighted cells, each weighted by its depth, shape (genes,)
+    vectors: np.ndarray  # V, shape (genes, k): orthonormal on the genes used; the others are regressed on the scores
+    singular_values: np.ndarray  # of the weighted counts, the mean removed, shape (k,), falling
+    gene_share: np.ndarray  # share of all molecules that each gene has
 
     @property
     def used_vectors(self) -> np.ndarray:
@@ -115,14 +90,7 @@ class Components:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the sums over the cells of each fold that `worth_from` takes the ratio of, shape (2, k) each.
 
-        Parameters
-        ----------
-        counts
-            The part that the components were learned from.
-        held_out
-            The other part of an even split of the same cells.
-        folds
-            The fold of each cell, 0 or 1, shape (cells,).
+        The counts are those that the components were learned from; `folds` has the fold of each cell, 0 or 1.
         """
         scores = self.scores(counts)
         other = np.asarray(self.of_used_genes(held_out) @ self.used_vectors, dtype=np.float64)
@@ -135,14 +103,7 @@ class Components:
     ) -> LowRankProfiles:
         """Return the denoised profiles of cells, each component multiplied by its weight; cells have no scale yet.
 
-        Parameters
-        ----------
-        counts
-            CSR of shape (cells, genes).
-        weights
-            Between 0 and 1, shape (k,), or (cells, k) where they differ between cells; 0 everywhere leaves the mean.
-        gene_scale
-            Scale of genes, shape (genes,); None for 1.
+        Weights are between 0 and 1, of shape (k,), or (cells, k) where cells differ; 0 everywhere leaves the mean.
         """
         weights = np.atleast_2d(weights)
         kept = np.asarray((weights > 0).any(axis=0))
@@ -150,23 +111,14 @@ class Components:
         return self.profiles(coordinates, row_sums(counts), kept, gene_scale)
 
     def profiles(
-        self,
-        coordinates: np.ndarray,
-        size: np.ndarray,
-        kept: np.ndarray | slice = slice(None),
-        gene_scale: np.ndarray | None = None,
+        self, coordinates: np.ndarray, size: np.ndarray, kept: Index = slice(None), gene_scale: np.ndarray | None = None
     ) -> LowRankProfiles:
         """Return the profiles that have these coordinates, shape (cells, components kept); cells have no scale yet."""
         scores = np.column_stack([np.ones(len(size)), coordinates]) * self.transform.own_depth(size)[:, None]
-        return LowRankProfiles.unscaled(
-            self.transform.name, scores.astype(np.float32), self.loadings(kept), size, self.gene_share, gene_scale
-        )
-
-    def loadings(self, kept: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Return the mean and the components kept, on the transformed scale, float32 of shape (genes, 1 + k)."""
         scale = np.where(self.gene_weights > 0, self.gene_weights, 1)
         loadings = np.column_stack([self.mean, self.vectors[:, kept]]) / scale[:, None]
-        return np.ascontiguousarray(loadings, dtype=np.float32)
+        link, loadings = self.transform.name, np.ascontiguousarray(loadings, dtype=np.float32)
+        return LowRankProfiles.unscaled(link, scores.astype(np.float32), loadings, size, self.gene_share, gene_scale)
 
     def _only_used(self, z: sp.csr_matrix) -> sp.csr_matrix:
         return z if self.used.all() else z[:, self.used]
@@ -185,20 +137,9 @@ def learn_components(
 ) -> list[Components]:
     """Return the components of each of the parts of counts, all learned in the same passes.
 
-    Parameters
-    ----------
-    transform
-        `"log1p"` (at a quarter of the median depth), `"sqrt"` or `"none"`.
-    n_components
-        How many beyond the mean profile, at most min(cells, genes used) - 1.
-    rng
-        Source of the random start of the factorisation.
-    n_passes
-        Passes of the factorisation over the counts; 3 are enough to compare candidates.
-    used
-        The genes that determine the scores, boolean of shape (genes,); None uses all.
-    starts
-        Vectors of the genes used that are known to be near each part's components; None starts from random ones.
+    At most min(cells, genes used) - 1 components, beyond the mean profile; `used` are the genes that determine the
+    scores, boolean, None for all. `n_passes` are those of the factorisation; 3 are enough to compare candidates. It
+    starts from vectors that are known to be near each part's components (`used_vectors`), or from random ones.
     """
     chunks = chunks if isinstance(chunks, Chunks) else InMemory(chunks)
     learned, mean_rows = _without_vectors(chunks, transform, parts, used)
@@ -239,12 +180,9 @@ def _without_vectors(
         weights = np.where(noise > 0, np.where(noise > 0, noise / chunks.shape[0], 1) ** -0.25, 0)
         square = size.sum() / own.target
         genes = np.ones(len(total), bool) if used is None else used
-        none = np.zeros((len(total), 0), np.float32)
-        learned.append(
-            Components(
-                own, weights.astype(np.float32), genes, weights * mean / square, none, none[0], total / total.sum()
-            )
-        )
+        none, share = np.zeros((len(total), 0), np.float32), total / total.sum()
+        weights32 = weights.astype(np.float32)
+        learned.append(Components(own, weights32, genes, weights * mean / square, none, none[0], share))
         mean_rows.append((weights * mean / square**0.5)[genes])
     return learned, mean_rows
 
@@ -253,30 +191,26 @@ def _with_other_genes(learned: Sequence[Components], chunks: Chunks, parts: Part
     """Return components whose genes that determine no scores are predicted from the scores: one pass."""
     padded = []
     for each in learned:
-        vectors = np.zeros((len(each.used), each.n_components), each.vectors.dtype)
+        vectors = np.zeros((len(each.used), each.vectors.shape[1]), each.vectors.dtype)
         vectors[each.used] = each.vectors
         padded.append(replace(each, vectors=vectors))
 
     def of_block(block: Block) -> Partial:
-        return Partial(
-            [each.weighted(part)[0].T @ each.scores(part) for each, part in zip(padded, parts(block), strict=True)]
-        )
+        pairs = zip(padded, parts(block), strict=True)
+        return Partial([each.weighted(part)[0].T @ each.scores(part) for each, part in pairs])
 
-    out = []
-    for each, known, product in zip(padded, learned, chunks.run(of_block).sums, strict=True):
+    for each, product in zip(padded, chunks.run(of_block).sums, strict=True):
         s = each.singular_values.astype(np.float64)
-        vectors = (product / np.where(s > 0, s, 1) ** 2).astype(known.vectors.dtype)
-        vectors[each.used] = known.vectors
-        out.append(replace(each, vectors=vectors))
-    return out
+        others = product / np.where(s > 0, s, 1) ** 2
+        each.vectors[~each.used] = others[~each.used]
+    return padded
 
 
 def worth_from(products: np.ndarray, squares: np.ndarray) -> np.ndarray:
     """Return the weight on each component that predicts held-out molecules best, shape (folds, k).
 
     The least-squares weight c_j = <score_j v_j', X2> / <score_j, score_j>, which is signal / (signal + noise) of the
-    component at the depth of a half; by the self-supervised loss (Noise2Self, Proposition 1) it is the weight that is
-    best against the truth. The arguments are those of `Components.products`.
+    component at the depth of a half, is best against the truth too (Noise2Self, Proposition 1).
     """
     return products / np.where(squares > 0, squares, 1)
 
@@ -297,16 +231,9 @@ def worth_of_halves(pair: Sequence[Components], chunks: Chunks, key: int) -> lis
 def noise_edge(components: Components, chunks: Chunks, parts: Parts) -> float:
     """Return the largest singular value that noise alone reaches, in the units of `singular_values`.
 
-    The two parts of an even split differ by nothing but noise, and (z1 - z2) / sqrt(2) has as much of it as z1: its
-    largest singular value is the noise edge, whatever the distribution of the noise over cells and genes. The seed is
-    its own: what is only reported must not move the draws that a result depends on.
-
-    Parameters
-    ----------
-    components
-        Learned from the first half.
-    parts
-        The two halves of a block.
+    The components are those of the first of two parts of an even split. These differ by nothing but noise, and
+    (z1 - z2) / sqrt(2) has as much of it as z1: its largest singular value is the noise edge, whatever the distribution
+    of the noise over cells and genes. The seed is its own: what is only reported must not move other draws.
     """
 
     def difference(block: Block) -> list[sp.csr_matrix]:
@@ -326,13 +253,8 @@ def shrinkage(worth: np.ndarray, strength: float) -> np.ndarray:
     """Return weights 1 / (1 + strength (1 / c - 1)) from the worth c of each component.
 
     With c = signal / (signal + noise) measured on one half of the molecules, strength 1 is the least-squares weight
-    at that depth and 1/2 the one at the full depth, where the noise is half as large.
-
-    Parameters
-    ----------
-    worth
-        From `worth_from`, averaged over splits and directions, shape (k,). Later components are worth less: the
-        estimates are made to fall (isotonic regression) and kept between 0 and 1.
+    at that depth and 1/2 the one at the full depth, where the noise is half as large. Later components are worth less:
+    the estimates are made to fall (isotonic regression) and kept between 0 and 1.
     """
     c = np.clip(scipy.optimize.isotonic_regression(worth, increasing=False).x, 0, 1)
     return np.where(c > 0, c / (c + strength * (1 - c) + (c <= 0)), 0)

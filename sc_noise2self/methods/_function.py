@@ -31,8 +31,6 @@ from ._profiles import Index, Profiles, TableProfiles
 _NEGATIVE = 0.1  # share of all that is negative, above which values are no expected counts
 _LARGEST = 1e30  # value whose sums are still numbers in single precision
 
-Predictor = Callable[[Parameters], Any]
-
 
 @dataclass(frozen=True)
 class Function(Method):
@@ -98,14 +96,14 @@ class Function(Method):
         if not self.is_estimator:
             self._check_signature(every)
             return [[i] for i in range(len(every))]
-        groups: dict[tuple[tuple[str, int], ...], list[int]] = {}
+        groups: dict[Any, list[int]] = {}
         for i, parameters in enumerate(every):
             fitted, _ = self.divided(parameters)
             key = tuple((name, id(value)) for name, value in fitted.items())  # values of a grid are the same objects
             groups.setdefault(key, []).append(i)
         return list(groups.values())
 
-    def on(self, values: sp.csr_matrix | np.ndarray, about: Counts | None) -> Predictor:
+    def on(self, values: sp.csr_matrix | np.ndarray, about: Counts | None) -> Callable[[Parameters], Any]:
         """Return what gives checked, non-negative rows for each candidate of a group; of an array, a checked array."""
         if isinstance(values, np.ndarray):
             return partial(self._of_array, values)
@@ -113,20 +111,16 @@ class Function(Method):
         return _Fit(self, values, about) if self.is_estimator else partial(self._of_counts, values, about)
 
     def denoise_counts(self, counts: Counts, rng: np.random.Generator) -> TableProfiles:
-        """See `Method`; its own randomness is its own affair."""
+        """Return what the function returns, as expected counts; its own randomness is its own affair."""
         self.groups([{}])
         rows = self.on(counts.in_memory(), counts)({})
         return TableProfiles.of(rows, counts.size, counts.totals / counts.totals.sum()).scaled()
 
     def described(self, setting: Any) -> str:
-        """See `Method`."""
         return f"the function {self.label}"
 
     def _check_signature(self, candidates: Sequence[Parameters]) -> None:
-        try:
-            signature = inspect.signature(self.function, follow_wrapped=False)
-        except (TypeError, ValueError):  # a built-in tells no signature
-            return
+        signature = _signature(self.function, follow_wrapped=False)
         for parameters in candidates:
             try:
                 signature.bind(None, **parameters)
@@ -140,14 +134,13 @@ class Function(Method):
     def divided(self, parameters: Parameters) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the parameters of the estimator, and those of `predict`."""
         of_predict = set(list(inspect.signature(self.function.predict).parameters)[1:])
-        own = set(inspect.signature(type(self.function)).parameters)
-        if unknown := set(parameters) - of_predict - own:
-            known = ", ".join(sorted(own | of_predict))
-            raise ValueError(f"{self.label} has no parameter {', '.join(sorted(unknown))}: it takes {known}.")
-        return (
-            {name: value for name, value in parameters.items() if name not in of_predict},
-            {name: value for name, value in parameters.items() if name in of_predict},
-        )
+        known = of_predict.union(inspect.signature(type(self.function)).parameters)
+        if unknown := set(parameters) - known:
+            raise ValueError(
+                f"{self.label} has no parameter {', '.join(sorted(unknown))}: it takes {', '.join(sorted(known))}."
+            )
+        given = {name: parameters[name] for name in parameters if name in of_predict}
+        return {name: parameters[name] for name in parameters if name not in given}, given
 
     def _of_counts(self, counts: sp.csr_matrix, about: Counts, parameters: Parameters) -> Rows:
         size, given = row_sums(counts), counts.copy()
@@ -155,23 +148,19 @@ class Function(Method):
         if self.transform != "none":
             transform = Transform(self.transform, float(np.median(size[size > 0])))
             given = transform.apply(given, size)
-        before, parameters = given.copy(), {**self.parameters, **parameters}
-        if _takes_anndata(self.function):
+        before, parameters, name = given.copy(), {**self.parameters, **parameters}, self.label
+        if next(iter(_signature(self.function).parameters), "") == "adata":
             adata = AnnData(given, obs=pd.DataFrame(index=about.cell_names), var=pd.DataFrame(index=about.gene_names))
-            returned = self.function(adata, **parameters)
-            out = adata if returned is None else returned
-            if returned is None and adata.X is given and _same(before, given):
-                raise ValueError(
-                    f"{self.label} left adata.X as it was: write the denoised values to X, or return them."
-                )
+            out = self.function(adata, **parameters)
+            if out is None and adata.X is given and _same(before, given):
+                raise ValueError(f"{name} left adata.X as it was: write the denoised values to X, or return them.")
+            out = adata if out is None else out
         else:
             out = self.function(given, **parameters)
             if out is given:
-                raise ValueError(
-                    f"{self.label} returned the matrix that it was given: return denoised values in a new one."
-                )
-            _check_unchanged(before, given, self.label)
-        rows = checked_rows(out, self.label, about)
+                raise ValueError(f"{name} returned the matrix that it was given: return denoised values in a new one.")
+            _check_unchanged(before, given, name)
+        rows = checked_rows(out, name, about)
         if transform is None:
             return rows
         own_depth = transform.own_depth(size)
@@ -188,53 +177,48 @@ class Function(Method):
         return out
 
 
+@dataclass(eq=False)
 class _Fit:
     """An estimator that is fitted when the first prediction is asked for, and serves every one of its group."""
 
-    def __init__(self, function: Function, counts: sp.csr_matrix, about: Counts) -> None:
-        self._function, self._counts, self._about = function, counts, about
-        self._fitted: Any = None
+    function: Function
+    counts: sp.csr_matrix
+    about: Counts
+    fitted: Any = None
 
     def __call__(self, parameters: Parameters) -> Rows:
         """Return the rows predicted with these parameters."""
-        name = self._function.label
-        of_fit, of_predict = self._function.divided({**self._function.parameters, **parameters})
-        given = self._counts.copy()
-        if self._fitted is None:
-            estimator = copy.deepcopy(self._function.function)  # what it holds is no other candidate's
+        name, given = self.function.label, self.counts.copy()
+        of_fit, of_predict = self.function.divided({**self.function.parameters, **parameters})
+        if self.fitted is None:
+            estimator = copy.deepcopy(self.function.function)  # what it holds is no other candidate's
             for each, value in of_fit.items():
                 setattr(estimator, each, value)
             fitted = estimator.fit(given)
             if not hasattr(fitted, "predict"):
                 raise TypeError(f"fit of {name} returned {type(fitted).__name__}: return self.")
-            _check_unchanged(self._counts, given, name)
-            self._fitted = fitted
-        predicted = self._fitted.predict(given, **of_predict)
-        _check_unchanged(self._counts, given, name)
-        return checked_rows(predicted, name, self._about)
+            _check_unchanged(self.counts, given, name)
+            self.fitted = fitted
+        predicted = self.fitted.predict(given, **of_predict)
+        _check_unchanged(self.counts, given, name)
+        return checked_rows(predicted, name, self.about)
 
 
 @dataclass(frozen=True, eq=False)
 class OwnDepth(Profiles):
-    """Expected counts brought to the depth of the counts observed in each cell, CSR of shape (cells, genes).
-
-    A cell of which nothing was predicted has the mean profile.
-    """
+    """Expected counts at each cell's observed depth; a cell of which nothing was predicted has the mean profile."""
 
     expected: Rows
     observed: sp.csr_matrix
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(cells, genes)."""
         return self.observed.shape
 
     def of_cells(self, cells: np.ndarray) -> OwnDepth:
-        """Return those of some cells."""
         return OwnDepth(LazyRows(lambda rows: self.expected[cells[rows]]), self.observed[cells])
 
     def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
-        """Return expected counts, dense float32 of shape (cells asked, genes asked)."""
         cells = np.arange(self.shape[0])[cells]
         out = self.expected[cells].astype(np.float32)
         total = out.sum(axis=1, dtype=np.float64)
@@ -276,18 +260,18 @@ def checked_rows(out: Any, name: str, about: Counts) -> Rows:
     return LazyRows(lambda cells: np.maximum(out[cells].toarray() if sp.issparse(out) else out[cells], 0))
 
 
-def _takes_anndata(function: Any) -> bool:
+def _signature(function: Any, follow_wrapped: bool = True) -> inspect.Signature:
+    """Return the signature of a function; a built-in tells none, and takes anything."""
     try:
-        return next(iter(inspect.signature(function).parameters), "") == "adata"
-    except (TypeError, ValueError):  # a built-in tells no signature
-        return False
+        return inspect.signature(function, follow_wrapped=follow_wrapped)
+    except (TypeError, ValueError):
+        return inspect.signature(lambda *args, **parameters: None)
 
 
 def _check_names(cells: pd.Index, genes: pd.Index, name: str, about: Counts) -> None:
     for what, found, wanted in (("cells", cells, about.cell_names), ("genes", genes, about.gene_names)):
-        if isinstance(found, pd.RangeIndex):  # a table without names
-            continue
-        if len(found) == len(wanted) and not np.array_equal(found.astype(str), wanted.astype(str)):
+        has_names = not isinstance(found, pd.RangeIndex)
+        if has_names and len(found) == len(wanted) and not np.array_equal(found.astype(str), wanted.astype(str)):
             raise ValueError(f"{name} returned {what} in another order, or others, than it was given.")
 
 

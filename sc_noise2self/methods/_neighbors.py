@@ -1,9 +1,8 @@
 """Denoise a cell by the cells like it: the mean of its nearest neighbours, or a random walk among them.
 
 Neighbours are found in the space of principal components (log1p), and it is the coordinates on these components that
-are averaged: factors stay factors, and the way back to counts is that of PCA. A neighbour weighs as many molecules as
-it has, so an average is that of pooled molecules. Coordinates fit in memory where counts do not, so nothing here needs
-all counts at once.
+are averaged: they fit in memory where counts do not, and the way back to counts is that of PCA. A neighbour weighs as
+many molecules as it has, so an average is that of pooled molecules.
 
 A walk of t steps averages over neighbours of neighbours (MAGIC, van Dijk et al. 2018). Its affinity of two cells is
 exp(-(d / s)^2), with s the distance of a third of the way to the last neighbour, made symmetric: cells that few others
@@ -14,18 +13,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import scipy.sparse as sp
 from sklearn.neighbors import KNeighborsTransformer
 
-from .._blocks import Block, Counts, Partial
+from .._blocks import Counts, Partial
 from .._checks import check_whole
 from .._counts import row_sums
 from ..partitions import Fold
-from ._base import Learner, Method, TrialLearner, bounded_values, is_several, set_tuples
+from ._base import Learner, Method, TrialLearner, as_several, bounded_values, set_tuples
 from ._components import Components, learn_components
 from ._pca import n_components_of
 from ._profiles import LowRankProfiles
@@ -58,31 +57,21 @@ class _Neighbors(Method):
         return (1,)
 
     def checked(self, counts: Counts) -> Self:
-        """See `Method`."""
-        n_components = n_components_of(self.n_components, counts)
-        bounds = {
-            "n_pcs": (n_components, f"{n_components} components"),
-            "n_neighbors": (counts.chunks.shape[0] - 1, f"{counts.chunks.shape[0]} cells"),
-        }
-        usual = {each.name: each.default for each in fields(self)}
-        found = {
-            name: bounded_values(name, getattr(self, name), usual[name], bound, why)
-            for name, (bound, why) in bounds.items()
-        }
-        return replace(self, n_components=n_components, **found)
+        n, n_cells, usual = n_components_of(self.n_components, counts), counts.chunks.shape[0], type(self)
+        pcs = bounded_values("n_pcs", self.n_pcs, usual.n_pcs, n, f"{n} components")
+        near = bounded_values("n_neighbors", self.n_neighbors, usual.n_neighbors, n_cells - 1, f"{n_cells} cells")
+        return replace(self, n_components=n, n_pcs=pcs, n_neighbors=near)
 
     def learners(self, counts: Counts) -> Sequence[Learner]:
-        """See `Method`."""
         return [_NeighborsLearner(self, counts)]
 
     def denoise_counts(
         self, counts: Counts, rng: np.random.Generator, *, n_rounds: int | None = None
     ) -> LowRankProfiles:
-        """See `Method`; `n_rounds` is that of `ScaledProfiles.scaled`."""
+        """Return expected counts; `n_rounds` is that of `ScaledProfiles.scaled`."""
         components, coordinates = self.coordinates(counts, N_PASSES, rng)
-        distances, neighbors = nearest(coordinates[:, : self.n_pcs], self.n_neighbors, rng)  # type: ignore[arg-type]
-        walk = self.walk(distances, neighbors, counts.size)
-        moved = walked(walk, coordinates, self.steps[0])
+        found = nearest(coordinates[:, : self.n_pcs], self.n_neighbors, rng)  # type: ignore[arg-type]
+        moved = walked(self.walk(*found, counts.size), coordinates, self.steps[0])
         return components.profiles(moved, counts.size).scaled(n_rounds)
 
     def coordinates(self, counts: Counts, n_passes: int, rng: np.random.Generator) -> tuple[Components, np.ndarray]:
@@ -90,11 +79,8 @@ class _Neighbors(Method):
         assert self.n_components is not None  # checked
         n_components = min(self.n_components, counts.chunks.shape[0] - 1)
         (components,) = learn_components(counts.chunks, "log1p", n_components, rng, n_passes=n_passes, used=counts.used)
-
-        def of_block(block: Block) -> Partial:
-            return Partial(rows=(components.coordinates(block.counts),))
-
-        return components, counts.chunks.run(of_block).rows[0]
+        found = counts.chunks.run(lambda block: Partial(rows=(components.coordinates(block.counts),)))
+        return components, found.rows[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +103,6 @@ class KNN(_Neighbors):
     n_neighbors: int | Sequence[int] = (10, 20, 40, 80)
 
     def walk(self, distances: np.ndarray, neighbors: np.ndarray, size: np.ndarray) -> sp.csr_matrix:
-        """Return the weights of the average, each neighbour weighing its molecules."""
         kept = neighbors[:, : self.n_neighbors]
         return _walk(np.ones(kept.shape), kept, size)
 
@@ -145,18 +130,16 @@ class Diffusion(_Neighbors):
     def __post_init__(self) -> None:
         super().__post_init__()
         set_tuples(self, "t")
-        if not (steps := _values(self.t)):
+        if not (steps := as_several(self.t)):
             raise ValueError("t is empty: pass a whole number, or several.")
         for each in steps:
             check_whole("t", each)
 
     @property
     def steps(self) -> Sequence[int]:
-        """Numbers of steps to compare, rising."""
-        return sorted(_values(self.t))
+        return sorted(as_several(self.t))
 
     def walk(self, distances: np.ndarray, neighbors: np.ndarray, size: np.ndarray) -> sp.csr_matrix:
-        """Return the probabilities of one step of the walk."""
         kept = slice(self.n_neighbors + 1)  # type: ignore[operator]
         distances, neighbors = distances[:, kept], neighbors[:, kept]
         scale = distances[:, [max(1, (distances.shape[1] - 1) // 3)]]
@@ -177,43 +160,34 @@ class _NeighborsLearner(TrialLearner):
         return (words if t is None else f"{words}, t {t}",)
 
     def compare(self, fold: Fold, rng: np.random.Generator) -> None:
-        """See `TrialLearner`; a walk goes on as long as it gains."""
+        """Score the options; a walk goes on as long as it gains."""
         method, size = self.method, row_sums(fold.seen)
         components, start = method.coordinates(self._counts.part(fold.seen, fold.cells), 3, rng)
-        several = [(name, sorted(_values(getattr(method, name)))) for name in ("n_pcs", "n_neighbors")]
-        for n_pcs in several[0][1]:
-            distances, neighbors = nearest(start[:, :n_pcs], max(several[1][1]), rng)
-            for n_neighbors in several[1][1]:
-                one = replace(method, n_pcs=n_pcs, n_neighbors=n_neighbors)
-                walk, moved, before, last = one.walk(distances, neighbors, size), start, 0, -np.inf
+        neighbors = sorted(as_several(method.n_neighbors))
+        for n_pcs in sorted(as_several(method.n_pcs)):
+            found = nearest(start[:, :n_pcs], neighbors[-1], rng)
+            for n_neighbors in neighbors:
+                options = {"n_pcs": n_pcs, "n_neighbors": n_neighbors}
+                walk = replace(method, **options).walk(*found, size)
+                moved, before, last = start, 0, -np.inf
                 for t in method.steps:
                     moved, before = walked(walk, moved, t - before), t
                     gain = fold.gain(components.profiles(moved, size).scaled(n_rounds=1))
-                    self._comparison.add(self._options(n_pcs, n_neighbors, t), -gain)
+                    self._comparison.add(options | {"t": t} if hasattr(method, "t") else options, -gain)
                     if gain.mean < last:
                         break
                     last = gain.mean
 
     def learn(self, half: Fold, rng: np.random.Generator) -> None:
-        """See `Learner`."""
         counts = self._counts.part(half.seen, half.cells)
         self._fits.append(self.method.denoise_counts(counts, rng, n_rounds=1))
         self._cells = half.cells
-
-    def _options(self, n_pcs: int, n_neighbors: int, t: int) -> dict[str, int]:
-        options = {"n_pcs": n_pcs, "n_neighbors": n_neighbors}
-        return options | {"t": t} if hasattr(self.method, "t") else options
-
-
-def _values(value: Any) -> tuple[int, ...]:
-    return tuple(value) if is_several(value) else (value,)
 
 
 def nearest(points: np.ndarray, n_neighbors: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Return distances and indices of each point's nearest, itself first: shape (points, 1 + neighbours).
 
-    scikit-learn's exact search, or, for more than 50 000 points, nearest neighbour descent (Dong et al. 2011) by
-    PyNNDescent, which scanpy uses too.
+    The search is exact, or, for more than 50 000 points, nearest neighbour descent (Dong et al. 2011).
     """
     points = np.ascontiguousarray(points, np.float32)
     if len(points) <= _EXACT_CELLS:

@@ -1,14 +1,14 @@
 """The autoencoder's network: sampled molecules of a cell in, one output per gene out. It needs PyTorch.
 
-A cell enters by its principal scores, a linear map of its transformed counts that was learned beforehand and stays
-fixed: the first layer of an autoencoder on genes has most of its parameters and little to learn from a few thousand
-cells.
+A cell enters by its principal scores, which were learned beforehand and stay fixed: the first layer of an autoencoder
+on genes has most of its parameters and little to learn from a few thousand cells.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -23,32 +23,15 @@ _FEW = 4  # molecules dealt one by one, which is faster than binomial draws
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """Stored counts of a batch of cells, on the device.
+    """Stored counts of a batch of cells, on the device."""
 
-    Attributes
-    ----------
-    rows, genes
-        Cell in the batch and gene of each entry, int64.
-    values
-        Counts, float32; zeros may be stored.
-    starts
-        First entry of each cell, int64 of shape (cells,).
-    batch
-        Code of each cell's batch, int64 of shape (cells,); None without a batch covariate.
-    n_genes
-        Number of genes, stored or not.
-    hidden
-        Whether each gene of a cell is hidden, boolean of shape (cells, genes); None for none. Counts of hidden genes
-        are 0.
-    """
-
-    rows: Tensor
+    rows: Tensor  # cell in the batch and gene of each entry, int64
     genes: Tensor
-    values: Tensor
-    starts: Tensor
-    batch: Tensor | None
+    values: Tensor  # counts, float32; zeros may be stored
+    starts: Tensor  # first entry of each cell, int64
+    batch: Tensor | None  # code of each cell's batch, int64
     n_genes: int
-    hidden: Tensor | None = None
+    hidden: Tensor | None = None  # boolean of shape (cells, genes); counts of hidden genes are 0
 
     def sizes(self) -> Tensor:
         """Return the molecules of each cell, shape (cells,)."""
@@ -70,35 +53,21 @@ class Entries:
         first[few] = tosses.sum(dim=1).float()
         many = torch.nonzero(self.values > _FEW).squeeze(1)
         first[many] = torch.binomial(self.values[many], shares[many])
-        return self._with(first), self._with(self.values - first)
+        return replace(self, values=first), replace(self, values=self.values - first)
 
     def hide(self, low: float, high: float) -> tuple[Entries, Entries]:
-        """Hide each gene of a cell with a probability that each cell draws between two bounds.
-
-        Returns the cells without their hidden genes, and their hidden genes alone; both know which are hidden.
-        """
-        device = self.values.device
-        shares = torch.empty(len(self.starts), 1, device=device).uniform_(low, high)
-        hidden = torch.rand(len(self.starts), self.n_genes, device=device) < shares
+        """Return cells without some genes, and these alone; each cell draws the probability of a gene to be hidden."""
+        shares = torch.empty(len(self.starts), 1, device=self.values.device).uniform_(low, high)
+        hidden = torch.rand(len(shares), self.n_genes, device=self.values.device) < shares
         is_hidden = hidden[self.rows, self.genes]
         seen, held_out = self.values.masked_fill(is_hidden, 0), self.values.masked_fill(~is_hidden, 0)
-        return self._with(seen, hidden), self._with(held_out, hidden)
-
-    def _with(self, values: Tensor, hidden: Tensor | None = None) -> Entries:
-        return Entries(self.rows, self.genes, values, self.starts, self.batch, self.n_genes, hidden)
+        return replace(self, values=seen, hidden=hidden), replace(self, values=held_out, hidden=hidden)
 
 
 class Counts:
     """A CSR count matrix as tensors, 16-bit where they suffice: on the device, or pinned on the host if too large.
 
-    Parameters
-    ----------
-    counts
-        CSR, cells x genes.
-    batch
-        Code of each cell's batch, shape (cells,), or None.
-    device
-        Device that batches are brought to.
+    `batch` has the code of each cell's batch, shape (cells,).
     """
 
     def __init__(self, counts: sp.csr_matrix, batch: np.ndarray | None, device: torch.device) -> None:
@@ -106,8 +75,7 @@ class Counts:
             counts = counts.sorted_indices()  # else SciPy may sort the indices that are shared here in place
         largest = counts.data.max(initial=0)
         self.data = torch.from_numpy(counts.data.astype(np.int16 if largest < 2**15 else np.int32))
-        indices = np.require(counts.indices, np.int32, "W")  # PyTorch takes no array that is read only
-        self.genes = torch.from_numpy(indices)
+        self.genes = torch.from_numpy(np.require(counts.indices, np.int32, "W"))  # PyTorch refuses read-only arrays
         self.batch = None if batch is None else torch.from_numpy(batch.astype(np.int64))
         self.starts = counts.indptr[:-1].astype(np.int64)
         self.lengths = np.diff(counts.indptr).astype(np.int64)
@@ -144,44 +112,27 @@ class Counts:
         rows = torch.repeat_interleave(torch.arange(len(cells), device=stored), lengths.to(stored), output_size=total)
         positions = torch.arange(total, device=stored) + shift.to(stored)[rows]
 
-        def move(x: Tensor) -> Tensor:
-            return x.to(self.device, non_blocking=True)
-
-        return Entries(
-            move(rows),
-            move(self.genes[positions]).long(),
-            move(self.data[positions]).float(),
-            move(starts),
-            None if self.batch is None else move(self.batch[torch.from_numpy(cells)]),
-            self.n_genes,
-        )
+        found = (rows, self.genes[positions], self.data[positions], starts)
+        rows, genes, data, starts = (x.to(self.device, non_blocking=True) for x in found)
+        batch = None
+        if self.batch is not None:
+            batch = self.batch[torch.from_numpy(cells)].to(self.device, non_blocking=True)
+        return Entries(rows, genes.long(), data.float(), starts, batch, self.n_genes)
 
 
 class StreamedCounts:
     """Counts that are not in memory, trained on a pool of random stretches of cells at a time.
 
-    Parameters
-    ----------
-    counts
-        The counts.
-    batch
-        As in `Counts`.
-    instead
-        Numbers of some cells, rising, and the counts to train on in place of their own.
+    `instead` are numbers of some cells, rising, and the counts to train on in place of their own.
     """
 
     def __init__(
-        self,
-        counts: AllCounts,
-        batch: np.ndarray | None,
-        device: torch.device,
-        instead: tuple[np.ndarray, sp.csr_matrix],
+        self, counts: AllCounts, batch: np.ndarray | None, device: torch.device, instead: tuple[np.ndarray, Any]
     ) -> None:
         self.device = device
         self.n_trained = int((counts.size > 0).sum())
         self.n_molecules = float(counts.totals.sum())
-        self._chunks, self._batch = counts.chunks, batch
-        self._instead = instead
+        self._chunks, self._batch, self._instead = counts.chunks, batch, instead
 
     def n_batches(self, batch_size: int) -> int:
         """Return how many batches an epoch has, nearly: cells without molecules are not known by pool."""
@@ -204,49 +155,27 @@ class StreamedCounts:
         return np.concatenate([cells[others], both]), sp.vstack([counts[others], instead[found]], format="csr")
 
 
+AnyCounts = Counts | StreamedCounts
+
+
 class PrincipalScores(nn.Module):
     """The fixed first layer: log1p of a cell at one depth, genes weighted, on principal components.
 
-    Parameters
-    ----------
-    components
-        V, shape (genes, k); 0 for genes that do not determine the scores.
-    gene_weights
-        Weights of genes of `Components`, shape (genes,).
-    center
-        Scores of the mean profile, shape (k,).
-    depth
-        Depth that cells are brought to, in molecules.
-    mean
-        Transformed, weighted mean profile, shape (genes,): the value that a hidden gene is given.
-    share
-        Share of all molecules that each gene has, shape (genes,): it tells a cell's size where genes are hidden.
-    scale
-        Divisor of all scores: the first one enters with a standard deviation of 1, the others in proportion, so that a
-        component of noise stays small.
+    It is made of the values of `NAMES`, in this order. All scores are divided by `scale`: the first one enters with a
+    standard deviation of 1, the others in proportion, so that a component of noise stays small.
     """
 
     NAMES = ("components", "gene_weights", "center", "depth", "mean", "share", "scale")
-    components: Tensor
-    gene_weights: Tensor
-    center: Tensor
-    depth: Tensor
-    mean: Tensor
-    share: Tensor
+    components: Tensor  # V, shape (genes, k); 0 for genes that do not determine the scores
+    gene_weights: Tensor  # those of `Components`
+    center: Tensor  # scores of the mean profile, shape (k,)
+    depth: Tensor  # that cells are brought to, in molecules
+    mean: Tensor  # transformed, weighted mean profile: the value that a hidden gene is given
+    share: Tensor  # of all molecules that each gene has: it tells a cell's size where genes are hidden
     scale: Tensor
 
-    def __init__(
-        self,
-        components: np.ndarray,
-        gene_weights: np.ndarray,
-        center: np.ndarray,
-        depth: float | np.ndarray,
-        mean: np.ndarray,
-        share: np.ndarray,
-        scale: float | np.ndarray,
-    ) -> None:
+    def __init__(self, *values: np.ndarray | float) -> None:
         super().__init__()
-        values = (components, gene_weights, center, depth, mean, share, scale)
         for name, value in zip(self.NAMES, values, strict=True):
             self.register_buffer(name, torch.from_numpy(np.array(value, dtype=np.float32)))
 
@@ -266,20 +195,8 @@ class PrincipalScores(nn.Module):
 class Network(nn.Module):
     """Scores -> hidden -> width -> hidden -> genes, with linear ways around both hidden layers.
 
-    Parameters
-    ----------
-    scores
-        The fixed first layer.
-    width
-        Units of the bottleneck.
-    n_hidden
-        Units of each hidden layer; the last one's are the factors of the result.
-    start
-        Output of every gene before training, shape (genes,): that of the mean profile.
-    n_batches
-        Number of batches known to the decoder, whose hidden layer sees them; each has an offset for every gene.
-    dropout
-        Share of the encoder's hidden units that are dropped in training.
+    `start` is the output of every gene before training, shape (genes,). The decoder's hidden layer, whose units are
+    factors of the result, sees the batch, and each batch has an offset for every gene. Dropout is the encoder's alone.
     """
 
     def __init__(
@@ -300,7 +217,7 @@ class Network(nn.Module):
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Network:
-        """Return the network, ready to predict, whose parameters are these: what `arrays` returned."""
+        """Return the network, ready to predict, whose parameters `arrays` returned."""
         state = {name: torch.from_numpy(np.array(value, np.float32)) for name, value in arrays.items()}
         scores = PrincipalScores(*(arrays[f"scores.{name}"] for name in PrincipalScores.NAMES))
         (width, n_hidden), n_batches = arrays["code.weight"].shape, len(arrays["batch_offsets"])
@@ -340,5 +257,5 @@ class Network(nn.Module):
     def loadings(self) -> np.ndarray:
         """Return the weights of the factors, the constant, and 1s for a level: shape (genes, hidden + batches + 2)."""
         bias = self.genes.bias[:, None]
-        parts = [self.genes.weight, self.batch_offsets.T, bias, torch.ones_like(bias)]
-        return torch.cat(parts, dim=1).detach().cpu().numpy()
+        loadings = torch.cat([self.genes.weight, self.batch_offsets.T, bias, torch.ones_like(bias)], dim=1)
+        return loadings.detach().cpu().numpy()

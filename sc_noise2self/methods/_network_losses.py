@@ -1,8 +1,7 @@
 """The losses of the autoencoder, all self-supervised: they need no clean counts. They need PyTorch.
 
-Each compares the network's output, one number per gene, with molecules that it has not seen; Noise2Same alone shows
-the network all molecules and penalises what changes when some are taken away. A new loss is a class here and a line in
-`LOSSES`.
+Each compares the network's output, one number per gene, with molecules that it has not seen, but Noise2Same. A new loss
+is a class here and a line in `LOSSES`.
 """
 
 from __future__ import annotations
@@ -26,22 +25,14 @@ _NEVER = -1e9  # a log probability
 class Loss(nn.Module):
     """Loss of a network that sees one part of a cell's molecules and is compared with the other.
 
-    Attributes
-    ----------
-    link, depth
-        How an output becomes a rate, see `sc_noise2self._transform.rates`; for a square root, outputs times
-        sqrt(molecules of the cell / depth) are at the depth that it needs.
-    shares
-        Bounds of the share of molecules that the network sees, drawn anew for every cell and step.
-    invariance
-        Weight of the invariance term, which `Noise2Same` alone has.
-    start
-        Output that stands for the mean profile, shape (genes,).
+    `link` says how an output becomes a rate (`sc_noise2self._transform.rates`); for a square root, outputs times
+    sqrt(molecules of the cell / `depth`) are at the depth that it needs. `start` is the output that stands for the mean
+    profile, shape (genes,). `Noise2Same` alone has a weight of `invariance`.
     """
 
     link: Link = "exp"
     depth = 1.0
-    shares = (0.3, 0.9)
+    shares = (0.3, 0.9)  # bounds of the share of molecules that the network sees, drawn for every cell and step
 
     def __init__(self, counts: sp.csr_matrix, invariance: float = 0) -> None:
         super().__init__()
@@ -67,23 +58,20 @@ class Multinomial(Loss):
     """Nats per molecule: -sum x2 log softmax(output) / sum x2. Depth never enters."""
 
     def compare(self, output: Tensor, counts: Tensor) -> Tensor:
-        """See `Loss`."""
         return -(F.log_softmax(output, dim=1) * counts).sum() / counts.sum().clamp_min(1)
 
 
 class MaskedMultinomial(Multinomial):
     """Genes are hidden instead of molecules (Noise2Self, section 5; Noise2Void, Krull et al. 2019).
 
-    Every cell hides a random share of its genes, anew at every step, and the network predicts how the molecules of
-    the hidden genes are shared out among them, in nats per molecule. In its input a hidden gene has the value of the
-    mean profile (Eq. 3 of Noise2Self, where it is the mean of the neighbouring pixels). What one gene alone knows of
-    itself is never learned.
+    The network predicts how the molecules of the genes that a cell hides are shared out among them, in nats per
+    molecule. In its input a hidden gene has the value of the mean profile (Eq. 3 of Noise2Self, where it is the mean of
+    the neighbouring pixels). What one gene alone knows of itself is never learned.
     """
 
     shares = (0.1, 0.7)
 
     def forward(self, network: Network, entries: Entries) -> Tensor:
-        """See `Loss`."""
         seen, held_out = entries.hide(*self.shares)
         assert seen.hidden is not None
         return self.compare(network(seen).float().masked_fill(~seen.hidden, _NEVER), held_out.dense())
@@ -93,7 +81,6 @@ class Poisson(Loss):
     """Counts are Poisson with mean n2 exp(output), n2 the cell's held-out molecules; nats per molecule."""
 
     def compare(self, output: Tensor, counts: Tensor) -> Tensor:
-        """See `Loss`."""
         means = counts.sum(dim=1, keepdim=True) * torch.exp(output)
         return (means - counts * output).sum() / counts.sum().clamp_min(1)
 
@@ -106,7 +93,6 @@ class NegativeBinomial(Loss):
         self.log_r = nn.Parameter(torch.full((counts.shape[1],), 1.0))
 
     def compare(self, output: Tensor, counts: Tensor) -> Tensor:
-        """See `Loss`."""
         sizes = counts.sum(dim=1, keepdim=True)
         r = torch.exp(self.log_r.clamp(-7, 12))
         log_means = output + torch.log(sizes.clamp_min(1))
@@ -132,16 +118,11 @@ class SquaredError(Loss):
         super().__init__(counts, invariance)
 
     def mean_output(self, counts: sp.csr_matrix) -> np.ndarray:
-        """See `Loss`."""
         return column_sums(self.transform.apply(counts, row_sums(counts))) / counts.shape[0]
 
     def compare(self, output: Tensor, counts: Tensor) -> Tensor:
-        """See `Loss`."""
-        return F.mse_loss(output, self._transformed(counts))
-
-    def _transformed(self, counts: Tensor) -> Tensor:
         scaled = counts * (self.transform.target / counts.sum(dim=1, keepdim=True).clamp_min(1))
-        return torch.log1p(scaled) if self.transform.name == "log1p" else torch.sqrt(scaled)
+        return F.mse_loss(output, torch.log1p(scaled) if self.transform.name == "log1p" else torch.sqrt(scaled))
 
 
 class Noise2Same(SquaredError):
@@ -159,7 +140,6 @@ class Noise2Same(SquaredError):
         self.sigma = float(np.sqrt(self.transform.noise_variance(counts, row_sums(counts)).mean()))
 
     def forward(self, network: Network, entries: Entries) -> Tensor:
-        """See `Loss`."""
         part, _ = entries.split(*self.shares)
         full = network(entries).float()
         change = F.mse_loss(full, network(part).float())

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
+from functools import partial
+from typing import ClassVar, Literal, Self, get_args
 
 import numpy as np
 import scipy.sparse as sp
 
-from .._blocks import Block, Chunks, Counts, InMemory, Partial
+from .._blocks import Chunks, Counts, InMemory, Partial
 from .._checks import bounded, check_one_of
+from .._model import State
 from .._transform import Transform, TransformName
 from ..partitions import Fold
 from ._base import Learned, Learner, Method, Sample
@@ -24,22 +26,14 @@ from ._components import (
     worth_from,
     worth_of_halves,
 )
-from ._profiles import LowRankProfiles, profiles_in_blocks, scaled_to
+from ._profiles import LowRankProfiles, profiles_in_blocks, ratio
 
-if TYPE_CHECKING:
-    from .._model import State
-
-MOST_COMPONENTS = 100
-"""Components that are learned beyond the mean profile unless another number is asked for."""
-
+_MOST_COMPONENTS = 100  # learned beyond the mean profile unless another number is asked for
 _COMPARED_CELLS = 5_000  # that settings are compared on
 _FURTHER_PASSES = 2  # over all cells, for components that start from those of some cells
 _SCALED = 20_000_000  # dense entries of the cells that all but the last round of scaling genes look at
-_TITLES: dict[TransformName, str] = {
-    "log1p": "PCA of log1p",
-    "sqrt": "PCA of square roots",
-    "none": "PCA of counts",
-}
+_KEPT = ("gene_weights", "used", "mean", "gene_share")  # of components, in a model file
+_TITLES = {"log1p": "PCA of log1p", "sqrt": "PCA of square roots", "none": "PCA of counts"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +67,9 @@ class PCA(Method):
         check_one_of("transform", self.transform, ("auto", *get_args(TransformName)))
 
     def checked(self, counts: Counts) -> Self:
-        """See `Method`."""
         return replace(self, n_components=n_components_of(self.n_components, counts))
 
     def learners(self, counts: Counts) -> Sequence[Learner]:
-        """See `Method`."""
         transforms = get_args(TransformName) if self.transform == "auto" else (self.transform,)
         assert self.n_components is not None  # checked
         return [PCALearner(name, self.n_components, counts.used) for name in transforms]
@@ -85,25 +77,19 @@ class PCA(Method):
 
 def n_components_of(value: int | None, counts: Counts) -> int:
     """Return the number of components: as asked, or the usual one cut to what the counts have."""
-    n_cells, n_genes = counts.chunks.shape
-    return bounded("n_components", value, MOST_COMPONENTS, n_cells, n_genes if counts.used is None else counts.n_used)
+    return bounded("n_components", value, _MOST_COMPONENTS, counts.chunks.shape[0], counts.n_used)
 
 
 @dataclass(frozen=True)
 class Shrinkage:
-    """How components are weighted: shrunk by a strength at the depth of a half, or cut.
+    """How components are weighted: by `shrinkage` of a strength at the depth of a half, 1 being least squares, or cut.
 
-    Attributes
-    ----------
-    strength
-        Strength of `shrinkage`, 1 being least squares; None gives weight 1 to components worth more than half, 0 to the
-        rest.
+    A cut, of strength None, gives weight 1 to components worth more than half, 0 to the rest.
     """
 
     strength: float | None
 
     def __str__(self) -> str:
-        """Return it in words."""
         return "cut" if self.strength is None else f"shrinkage {self.strength:g}"
 
     def weights(self, worth: np.ndarray, noise: float) -> np.ndarray:
@@ -111,9 +97,6 @@ class Shrinkage:
         if self.strength is None:
             return (shrinkage(worth, noise) > 0.5).astype(np.float64)
         return shrinkage(worth, noise * self.strength)
-
-
-_SETTINGS = tuple(Shrinkage(strength) for strength in (2.0, None, 1.0, 4.0, 8.0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,84 +115,71 @@ class PCALearner(Learner):
     """
 
     enough_cells: int | None = _COMPARED_CELLS
-    settings = _SETTINGS
+    settings = tuple(Shrinkage(strength) for strength in (2.0, None, 1.0, 4.0, 8.0))
 
-    def __init__(self, transform: TransformName, n_components: int, used: np.ndarray | None = None) -> None:
-        self.name = f"pca {transform}"
-        self._transform: TransformName = transform
-        self._n_components = n_components
-        self._used = used
-        self._fits: list[_Fit] = []
+    def __init__(self, transform: TransformName, n_components: int, used: np.ndarray | None) -> None:
+        super().__init__(f"pca {transform}")
+        self._title = _TITLES[transform]
+        self._learn = partial(learn_components, transform=transform, n_components=n_components, used=used)
         self._gene_scales: list[np.ndarray] = []
         self._edge: float | None = None
-        self._model: PCAModel | None = None
 
     def learn(self, half: Fold, rng: np.random.Generator) -> None:
-        """See `Learner`."""
-        (components,) = learn_components(
-            half.seen, self._transform, self._n_components, rng, n_passes=3, used=self._used
-        )
+        (components,) = self._learn(half.seen, rng=rng, n_passes=3)
         products = components.products(half.seen, half.held_out, folds_of(half.cells))
         self._fits.append(_Fit(components, half, worth_from(*products)))
 
     def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
-        """See `Learner`. Each half starts from what some of its own cells gave, which has seen nothing of the other."""
+        """Start each half from what some of its own cells gave, which has seen nothing of the other half."""
         fits = []
         for key, *pair in zip(keys, self._fits[::2], self._fits[1::2], strict=True):
             starts = [fit.components.used_vectors for fit in pair]
-            learned = self._learn(chunks, rng, starts, _FURTHER_PASSES, halves_of([key]))
+            learned = self._learn(chunks, rng=rng, parts=halves_of([key]), n_passes=_FURTHER_PASSES, starts=starts)
             worths = worth_of_halves(learned, chunks, key)
             fits += [_Fit(own, fit.half, worth) for own, fit, worth in zip(learned, pair, worths, strict=True)]
         self._fits = fits
         self._edge = noise_edge(fits[0].components, chunks, halves_of(keys[:1]))
 
-    def forget(self) -> None:
-        """See `Learner`."""
-        self._fits.clear()
-        self._gene_scales.clear()
-
     def predict(self, half: int, setting: Shrinkage, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
-        """See `Learner`."""
         scale = self._gene_scales[half] if self._gene_scales else None
         weights = self._weights(half, setting, cells)
         return self._fits[half].components.weighted_profiles(seen, weights, scale).scaled(n_rounds=int(scale is None))
 
     def settle(self, setting: Shrinkage, sample: Sample) -> None:
-        """See `Learner`: that is the scale of genes."""
+        """Learn the scale of genes."""
 
         def totals(cells: np.ndarray, parts: list[sp.csr_matrix]) -> Partial:
-            return Partial(
-                [
-                    fit.components.weighted_profiles(seen, self._weights(i, setting, cells)).scale_cells()
-                    for i, (fit, seen) in enumerate(zip(self._fits, parts, strict=True))
-                ]
-            )
+            weights = [self._weights(i, setting, cells) for i in range(len(parts))]
+            each = zip(self._fits, parts, weights, strict=True)
+            return Partial([fit.components.weighted_profiles(seen, own).scale_cells() for fit, seen, own in each])
 
         shares = [fit.components.gene_share for fit in self._fits]
-        self._gene_scales = [
-            scaled_to(share * total.sum(), total, np.ones_like(share))
-            for share, total in zip(shares, sample.run(totals).sums, strict=True)
-        ]
+        found = zip(shares, sample.run(totals).sums, strict=True)
+        self._gene_scales = [ratio(share * total.sum(), total) for share, total in found]
 
     def refit(self, counts: Counts, setting: Shrinkage, rng: np.random.Generator) -> LowRankProfiles:
-        """See `Learner`. The components start from those of a half."""
+        """Return the profiles, the components starting from those of a half, in two passes or a few more.
+
+        All rounds of scaling genes but the last look at some of the cells, the last at all.
+        """
+        chunks, weights = counts.chunks, self._full_weights(setting)
         starts = [self._fits[0].components.used_vectors]
-        (components,) = self._learn(counts.chunks, rng, starts, _FURTHER_PASSES + 1)
-        weights = self._full_weights(setting)
-        profiles = _profiles(components, counts, weights)
-        self._model = PCAModel(components, weights, np.asarray(profiles.gene_scale))
+        (components,) = self._learn(chunks, rng=rng, n_passes=_FURTHER_PASSES + 1, starts=starts)
+        step = max(1, chunks.shape[0] * chunks.shape[1] // _SCALED)
+        some = components.weighted_profiles(chunks.take(np.arange(0, chunks.shape[0], step)), weights).scaled()
+
+        profiles = profiles_in_blocks(
+            chunks, counts.size, some, lambda block, scale: components.weighted_profiles(block.counts, weights, scale)
+        )
+        self.model = PCAModel(components, weights, profiles.gene_scale)
         return profiles
 
     def learned(self, setting: Shrinkage) -> Learned:
-        """See `Learner`."""
         worth, fit, edge = self._worth(), self._fits[0], self._edge
         if edge is None:
-
-            def parts(block: Block) -> list[sp.csr_matrix]:
-                return [block.counts, fit.half.held_out[block.cells]]
-
-            edge = noise_edge(fit.components, InMemory(fit.half.seen), parts)
-        rank, title = int((shrinkage(worth, 0.5) > 0.5).sum()), _TITLES[self._transform]
+            seen, held_out = InMemory(fit.half.seen), fit.half.held_out
+            edge = noise_edge(fit.components, seen, lambda block: [block.counts, held_out[block.cells]])
+        rank, title = int((shrinkage(worth, 0.5) > 0.5).sum()), self._title
         values = {
             "worth": worth,
             "weights": self._full_weights(setting),
@@ -217,17 +187,6 @@ class PCALearner(Learner):
             "noise_edge": edge,
         }
         return Learned(title, f"{title} ({rank} components worth more than noise, {setting})", rank, values)
-
-    def state(self) -> State:
-        """See `Learner`."""
-        assert self._model is not None  # refitted
-        return self._model.state()
-
-    def _learn(self, chunks: Chunks, rng: np.random.Generator, starts: Any, n_passes: int, *parts: Any) -> Any:
-        given = {"parts": parts[0]} if parts else {}
-        return learn_components(
-            chunks, self._transform, self._n_components, rng, n_passes=n_passes, used=self._used, starts=starts, **given
-        )
 
     def _weights(self, half: int, setting: Shrinkage, cells: np.ndarray) -> np.ndarray:
         """Return the weight of each component in each cell; a fold's own are learned from the other fold."""
@@ -242,34 +201,9 @@ class PCALearner(Learner):
         return np.mean([fit.worth.mean(axis=0) for fit in self._fits], axis=0)
 
 
-def _profiles(components: Components, counts: Counts, weights: np.ndarray) -> LowRankProfiles:
-    """Return the denoised profiles of all cells, in two passes over the counts or a few more.
-
-    All rounds of scaling genes but the last look at some of the cells, the last at all.
-    """
-    chunks = counts.chunks
-    step = max(1, chunks.shape[0] * chunks.shape[1] // _SCALED)
-    some = components.weighted_profiles(chunks.take(np.arange(0, chunks.shape[0], step)), weights).scaled()
-
-    def unscaled(block: Block, gene_scale: np.ndarray) -> LowRankProfiles:
-        return components.weighted_profiles(block.counts, weights, gene_scale)
-
-    return profiles_in_blocks(chunks, counts.size, some, unscaled)
-
-
 @dataclass(frozen=True, eq=False)
 class PCAModel:
-    """A fitted PCA regression, which denoises other cells too.
-
-    Attributes
-    ----------
-    components
-        Components that all molecules gave.
-    weights
-        Weight of each component, shape (k,).
-    gene_scale
-        Scale of genes that gave them their totals, shape (genes,).
-    """
+    """A fitted PCA regression, which denoises other cells too: the weight of each component, and the scale of genes."""
 
     components: Components
     weights: np.ndarray
@@ -292,32 +226,16 @@ class PCAModel:
 
     def state(self) -> State:
         """Return what a model file keeps of it."""
-        from .._model import State
-
         own = self.components
         values = {"transform": own.transform.name, "target": own.transform.target}
-        arrays = {
-            "gene_weights": own.gene_weights,
-            "mean": own.mean,
-            "components": own.vectors,
-            "used": own.used,
-            "gene_share": own.gene_share,
-            "weights": self.weights,
-            "gene_scale": self.gene_scale,
-        }
-        return State("pca", values, arrays)
+        arrays = {"components": own.vectors, "weights": self.weights, "gene_scale": self.gene_scale}
+        return State("pca", values, arrays | {name: getattr(own, name) for name in _KEPT})
 
     @classmethod
     def from_state(cls, state: State, device: str) -> Self:
         """Return the model that a state was made of."""
-        values, arrays = state.values, state.arrays
-        components = Components(
-            Transform(values["transform"], values["target"]),
-            arrays["gene_weights"],
-            arrays["used"],
-            arrays["mean"],
-            arrays["components"],
-            np.zeros(arrays["components"].shape[1], np.float32),
-            arrays["gene_share"],
-        )
+        arrays, kept = state.arrays, {name: state.arrays[name] for name in _KEPT}
+        vectors, transform = arrays["components"], Transform(state.values["transform"], state.values["target"])
+        unknown = np.zeros(vectors.shape[1], np.float32)
+        components = Components(transform=transform, vectors=vectors, singular_values=unknown, **kept)
         return cls(components, arrays["weights"], arrays["gene_scale"])

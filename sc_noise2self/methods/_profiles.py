@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self, cast
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import scipy.sparse as sp
@@ -13,14 +13,14 @@ import scipy.sparse as sp
 from .._blocks import Block, Chunks, Partial
 from .._threads import in_threads
 from .._transform import Link, rates
+from ..partitions import Rows
 
 _BLOCK = 1 << 20  # dense entries rebuilt at a time, 4 MB
 # Of the mean profile; 0.1 to 0.2 gained the same to 0.001 on three data sets, 0 lost 0.003 to 0.012.
 _FLOOR = np.float32(0.15)
 _FLOOR_CAP = np.float32(0.3)  # molecules
 
-# Outputs whose rate, scaled and added over genes, is far from float32's end; log rates may have any level that it
-# resolves.
+# Outputs whose rate, scaled and added over genes, is far from float32's end.
 _LARGEST_OUTPUT: dict[Link, float] = {"exp": 1e4, "log1p": 60.0, "sqrt": 1e12, "none": 1e12}
 _CHECKED = 5_000_000  # dense entries checked at a time
 
@@ -44,7 +44,7 @@ class Profiles(ABC):
 
     @abstractmethod
     def of_cells(self, cells: np.ndarray) -> Profiles:
-        """Return the profiles of some cells, as they are here."""
+        """Return the profiles of some cells, scaled as they are here."""
 
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield (cells, their expected counts) until every cell has been seen."""
@@ -65,22 +65,22 @@ class ScaledProfiles(Profiles):
     The floor is 0.15 min(mean profile at the cell's depth, 0.3 molecules). Noise left in a denoised value pushes rates
     to zero, and a zero claims a certainty that no cell's few molecules give; the floor takes that bias away. It is
     capped because a gene that the mean profile gives many molecules is told from zero well enough.
-
-    Attributes
-    ----------
-    gene_scale, cell_scale, row_scale
-        Factors that give every gene its observed total and every cell its observed size, before and after the floor.
-    gene_share
-        The mean profile: share of all molecules that each gene has, shape (genes,).
-    size
-        Molecules observed in each cell, shape (cells,): the depth that expected counts are given at.
     """
 
-    gene_scale: np.ndarray
-    cell_scale: np.ndarray
-    row_scale: np.ndarray
-    gene_share: np.ndarray
-    size: np.ndarray
+    gene_scale: np.ndarray  # gives every gene its observed total
+    cell_scale: np.ndarray  # gives every cell its observed size before the floor
+    row_scale: np.ndarray  # and after it
+    gene_share: np.ndarray  # the mean profile: share of all molecules that each gene has
+    size: np.ndarray  # molecules observed in each cell: the depth that expected counts are given at
+    source: ClassVar[str]  # what rates are made of, with a row for each cell
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.size), len(self.gene_share)
+
+    def of_cells(self, cells: np.ndarray) -> Self:
+        names = (self.source, "cell_scale", "row_scale", "size")
+        return replace(self, **{name: getattr(self, name)[cells] for name in names})
 
     @abstractmethod
     def _rates(self, cells: Index, genes: Index) -> np.ndarray:
@@ -91,10 +91,7 @@ class ScaledProfiles(Profiles):
         return self._rates(rows, slice(None))
 
     def scale_cells(self) -> np.ndarray:
-        """Set the scales that give every cell its size, in one pass; return what each gene adds up to, shape (genes,).
-
-        The sum is in double precision.
-        """
+        """Set the scales that give every cell its size, in one pass; return what each gene adds up to, float64."""
 
         def of_rows(rows: slice) -> np.ndarray:
             block = self._rates_to_scale(rows)
@@ -127,12 +124,11 @@ class ScaledProfiles(Profiles):
             totals = self.scale_cells()
             if n_rounds is None and _mean_deviation(totals, target) <= _TOTALS_OFF:
                 return self
-            self.gene_scale[:] = scaled_to(target, totals, self.gene_scale)
+            self.gene_scale[:] *= ratio(target, totals)
         self.scale_cells()
         return self
 
     def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
-        """Return expected counts, dense float32 of shape (cells asked, genes asked)."""
         out = self._rates(cells, genes)
         out *= self.gene_scale[genes]
         out *= self.cell_scale[cells][:, None]
@@ -160,6 +156,8 @@ class LowRankProfiles(ScaledProfiles):
         cell is the level of its log rates.
     """
 
+    source: ClassVar[str] = "scores"
+
     link: Link
     scores: np.ndarray
     loadings: np.ndarray
@@ -177,19 +175,8 @@ class LowRankProfiles(ScaledProfiles):
         """Return profiles whose cells have no scale yet; genes have `gene_scale`, None for 1."""
         return cls(*_no_scales(size, gene_share, gene_scale), link, scores, loadings)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(cells, genes)."""
-        return len(self.scores), len(self.loadings)
-
     def checked(self, what: str) -> LowRankProfiles:
-        """Return the profiles, if every rate, scaled and added over genes, is a number.
-
-        Raises
-        ------
-        ValueError
-            If one would not be, which a model from elsewhere can bring about.
-        """
+        """Return the profiles; raise if a rate is out of range, which a model from elsewhere can bring about."""
         most, step = _LARGEST_OUTPUT[self.link], max(1, _CHECKED // len(self.loadings))
 
         def largest(start: int) -> float:
@@ -204,11 +191,6 @@ class LowRankProfiles(ScaledProfiles):
                 )
         return self
 
-    def of_cells(self, cells: np.ndarray) -> LowRankProfiles:
-        """Return the profiles of some cells, scaled as they are here."""
-        of_cells = {name: getattr(self, name)[cells] for name in ("scores", "cell_scale", "row_scale", "size")}
-        return replace(self, **of_cells)
-
     def _rates(self, cells: Index, genes: Index) -> np.ndarray:
         return rates(self.link, self.scores[cells] @ self.loadings[genes].T)
 
@@ -222,14 +204,6 @@ class LowRankProfiles(ScaledProfiles):
         return rates(self.link, linear)
 
 
-class Rows(Protocol):
-    """An array of shape (cells, genes), or what gives rows of one on request."""
-
-    def __getitem__(self, cells: np.ndarray) -> np.ndarray:
-        """Return some rows, dense."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class TableProfiles(ScaledProfiles):
     """Expected counts from a table of them, such as a function of the user's returns; it has no factors.
@@ -240,22 +214,14 @@ class TableProfiles(ScaledProfiles):
         Rates of each cell, on a scale of its own; negative ones count as 0. A cell without any has the mean profile.
     """
 
+    source: ClassVar[str] = "values"
+
     values: Rows
 
     @classmethod
     def of(cls, values: Rows, size: np.ndarray, gene_share: np.ndarray) -> TableProfiles:
         """Return profiles whose cells have no scale yet."""
         return cls(*_no_scales(size, gene_share), values)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(cells, genes)."""
-        return len(self.size), len(self.gene_share)
-
-    def of_cells(self, cells: np.ndarray) -> TableProfiles:
-        """Return the profiles of some cells, scaled as they are here."""
-        of_cells = {name: getattr(self, name)[cells] for name in ("cell_scale", "row_scale", "size")}
-        return replace(self, values=self.values[cells], **of_cells)
 
     def _rates(self, cells: Index, genes: Index) -> np.ndarray:
         numbers = np.arange(len(self.size))[cells]
@@ -291,18 +257,9 @@ def profiles_in_blocks(
 ) -> LowRankProfiles:
     """Return the profiles of all cells, every gene with its share of all molecules, in passes over the counts.
 
-    There are two where gene totals are right to 0.3 % on average at the start, else one or two more.
-
-    Parameters
-    ----------
-    chunks
-        The counts. Of a Dask array, the last pass is made where scores and scales of cells are read.
-    size
-        Molecules of each cell, shape (cells,).
-    some
-        The profiles of some of the cells, from which genes have their scale but for a last round.
-    unscaled
-        Returns those of a block, with a scale of genes that is given, cells without a scale.
+    There are two where gene totals are right to 0.3 % on average by the scale that genes have in the profiles of some
+    cells, else one or two more. Of a Dask array, the last is made where scores and scales of cells are read. `unscaled`
+    returns the profiles of a block with a scale of genes, cells without a scale.
     """
 
     def of_totals(block: Block) -> Partial:
@@ -311,7 +268,7 @@ def profiles_in_blocks(
     gene_scale, target = some.gene_scale, some.gene_share * size.sum()
     for _ in range(_MOST_ROUNDS):
         totals = chunks.run(of_totals).sums[0]
-        gene_scale = scaled_to(target, totals, gene_scale)
+        gene_scale = gene_scale * ratio(target, totals)
         if _mean_deviation(totals, target) <= 3 * _TOTALS_OFF:
             break
 
@@ -320,26 +277,16 @@ def profiles_in_blocks(
         found.scale_cells()
         return Partial(rows=(found.scores, np.column_stack([found.cell_scale, found.row_scale])))
 
-    scores, scales = chunks.rows(of_cells, (some.scores.shape[1], 2))
-    return replace(
-        some,
-        scores=cast("np.ndarray", scores),
-        gene_scale=gene_scale,
-        cell_scale=cast("np.ndarray", scales[:, 0]),
-        row_scale=cast("np.ndarray", scales[:, 1]),
-        size=size.astype(np.float32),
-    )
+    found: Sequence[Any] = chunks.rows(of_cells, (some.scores.shape[1], 2))
+    scores, cell_scale, row_scale = found[0], found[1][:, 0], found[1][:, 1]
+    of_all = {"scores": scores, "cell_scale": cell_scale, "row_scale": row_scale, "size": size.astype(np.float32)}
+    return replace(some, gene_scale=gene_scale, **of_all)
 
 
 def _mean_deviation(totals: np.ndarray, target: np.ndarray) -> float:
     """Return how far totals of genes are from what they should be, as a share of it, on average."""
     there = target > 0
     return float(np.mean(np.abs(totals[there] / target[there] - 1)))
-
-
-def scaled_to(target: np.ndarray, totals: np.ndarray, gene_scale: np.ndarray) -> np.ndarray:
-    """Return the scale of genes that brings their totals to the target, shape (genes,)."""
-    return gene_scale * ratio(target, totals)
 
 
 def ratio(wanted: np.ndarray, found: np.ndarray) -> np.ndarray:
@@ -356,15 +303,12 @@ class WeightedProfiles(Profiles):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(cells, genes)."""
         return self.members[0].shape
 
     def of_cells(self, cells: np.ndarray) -> WeightedProfiles:
-        """Return the profiles of some cells, as they are here."""
         return replace(self, members=tuple(member.of_cells(cells) for member in self.members))
 
     def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
-        """Return expected counts, dense float32 of shape (cells asked, genes asked)."""
         out = self.members[0].counts(cells, genes)
         out *= np.float32(self.weights[0])
         for member, weight in zip(self.members[1:], self.weights[1:], strict=True):
@@ -381,56 +325,38 @@ def combine(profiles: Sequence[Profiles], weights: Sequence[float]) -> Profiles:
 
 @dataclass(frozen=True, eq=False)
 class MixedProfiles(Profiles):
-    """Denoised profiles with the observed counts mixed back in, see `sc_noise2self.methods._mixing`.
+    """Denoised profiles with the observed counts mixed back in, see `sc_noise2self.methods._mixing`."""
 
-    Attributes
-    ----------
-    profiles
-        The denoiser's expected counts m.
-    observed
-        The counts x, CSR of shape (cells, genes), or where they are, of which the cells and genes asked are read.
-    phi
-        Squared coefficient of variation of each gene's rate around m, shape (genes,).
-    cell_scale
-        Factors that give every cell its observed size again, shape (cells,).
-    """
-
-    profiles: Profiles
-    observed: sp.csr_matrix | Chunks
-    phi: np.ndarray
-    cell_scale: np.ndarray
+    profiles: Profiles  # the denoiser's expected counts m
+    observed: sp.csr_matrix | Chunks  # the counts x, or where they are, of which the cells and genes asked are read
+    phi: np.ndarray  # squared coefficient of variation of each gene's rate around m
+    cell_scale: np.ndarray  # gives every cell its observed size again
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(cells, genes)."""
         return self.profiles.shape
 
     def of_cells(self, cells: np.ndarray) -> MixedProfiles:
-        """Return the profiles of some cells, as they are here."""
-        own = {"profiles": self.profiles.of_cells(cells), "cell_scale": self.cell_scale[cells]}
         observed = self.observed.part(cells) if isinstance(self.observed, Chunks) else self.observed[cells]
-        return replace(self, observed=observed, **own)
+        return MixedProfiles(self.profiles.of_cells(cells), observed, self.phi, self.cell_scale[cells])
 
     def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
         """Return m (1 + phi x) / (1 + phi m), dense float32 of shape (cells asked, genes asked)."""
         out = self.profiles.counts(cells, genes)
         phi = self.phi[genes].astype(np.float32)
         out /= 1 + phi * out
-        if isinstance(self.observed, Chunks):
-            observed = self.observed.part(cells, genes).tocoo()
-        else:
-            observed = sp.coo_matrix(self.observed[cells][:, genes])
-        out[observed.row, observed.col] *= 1 + phi[observed.col] * observed.data
+        x = self.observed
+        entry = (x.part(cells, genes) if isinstance(x, Chunks) else x[cells][:, genes]).tocoo()
+        out[entry.row, entry.col] *= 1 + phi[entry.col] * entry.data
         out *= self.cell_scale[cells][:, None]
         return out
 
 
 def in_memory(profiles: Profiles) -> Profiles:
     """Return profiles whose scores and scales of cells are NumPy arrays, where they were Dask's."""
-    names = ("scores", "cell_scale", "row_scale")
-    lazy = {name: getattr(profiles, name) for name in names if hasattr(getattr(profiles, name, None), "__dask_graph__")}
-    if not lazy:
+    if not isinstance(profiles, LowRankProfiles) or isinstance(profiles.scores, np.ndarray):
         return profiles
     import dask
 
-    return replace(profiles, **dict(zip(lazy, dask.compute(*lazy.values()), strict=True)))  # type: ignore[type-var]
+    scores, cell_scale, row_scale = dask.compute(profiles.scores, profiles.cell_scale, profiles.row_scale)
+    return replace(profiles, scores=scores, cell_scale=cell_scale, row_scale=row_scale)

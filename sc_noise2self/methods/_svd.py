@@ -6,9 +6,7 @@ product with A is one pass over Z, and nothing with a row for each cell is held.
 never worse than power iteration (Halko, Martinsson & Tropp 2011), whose result lies in the same span.
 
 scikit-learn's `randomized_svd` takes neither a matrix that is read in pieces nor one whose mean is removed without
-making it dense; SciPy's `svds` takes both as an operator but multiplies one vector at a time. For few genes the Gram
-matrix itself would be one pass; for 2 000 of them, a tenth of the counts not zero, it took ten times as long as one
-product.
+making it dense; SciPy's `svds` takes both as an operator but multiplies one vector at a time.
 """
 
 from __future__ import annotations
@@ -20,14 +18,10 @@ import scipy.sparse as sp
 
 from .._blocks import Block, Chunks, Partial
 
-N_PASSES = 4
-"""Products with the Gram matrix: on three data sets they came as near to 100 components as seven of power iteration."""
+N_PASSES = 4  # products with the Gram matrix
 _OVERSAMPLES = 20
 _ROWS = 1 << 12  # taken to double precision at a time
 _ROUNDING = 1e-12  # of squared lengths, in single precision
-
-Gram = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
-"""Blocks of vectors, each of shape (genes, width), one for each of several matrices -> A times each."""
 
 Matrices = Callable[[Block], Sequence[sp.csr_matrix]]
 """The rows that several matrices have in a block of cells."""
@@ -39,40 +33,6 @@ def start_block(n_genes: int, n_components: int, rng: np.random.Generator) -> np
     return rng.standard_normal((n_genes, width), dtype=np.float32)
 
 
-def right_singular_vectors(
-    gram: Gram, starts: Sequence[np.ndarray], n_components: int, n_passes: int = N_PASSES
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return S and V of several matrices, all learned in the same passes.
-
-    Parameters
-    ----------
-    gram
-        Products with Z'Z of each matrix; called `n_passes` times.
-    starts
-        A block of vectors for each matrix, from `start_block` or known to be near the answer.
-    n_components
-        Components returned.
-
-    Returns
-    -------
-    For each matrix S (k,), falling, and V (genes, k) with orthonormal columns; signs are fixed so that each column of
-    V has a positive sum. Where the matrix has a lower rank, the rest is 0.
-    """
-    blocks = [_orthonormal(start) for start in starts]
-    bases: list[list[np.ndarray]] = [[] for _ in starts]
-    products: list[list[np.ndarray]] = [[] for _ in starts]
-    for i in range(n_passes):
-        for basis, product, block, found in zip(bases, products, blocks, gram(blocks), strict=True):
-            basis.append(block)
-            product.append(found)
-        if i < n_passes - 1:
-            blocks = [_beyond(basis, product[-1]) for basis, product in zip(bases, products, strict=True)]
-    return [
-        _ritz(np.hstack(basis), np.hstack(product), n_components)
-        for basis, product in zip(bases, products, strict=True)
-    ]
-
-
 def components_of(
     chunks: Chunks,
     matrices: Matrices,
@@ -81,29 +41,29 @@ def components_of(
     n_passes: int = N_PASSES,
     mean_rows: Sequence[np.ndarray | None] | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return S and V, as `right_singular_vectors`, of matrices that are made of the counts a block at a time.
+    """Return S and V of matrices that are made of the counts a block at a time, all learned in the same passes.
 
-    Parameters
-    ----------
-    matrices
-        Returns the rows of each matrix Z for a block.
-    mean_rows
-        For each matrix q'Z, with q the unit vector that is to be removed from its columns, Z becoming (I - qq')Z; None
-        for none.
+    Of each matrix S (k,), falling, and V (genes, k) with orthonormal columns of positive sums; 0 beyond the rank.
+    `starts` are blocks of vectors, from `start_block` or known to be near the answer. `mean_rows` are q'Z of each
+    matrix, with q the unit vector that is to be removed from its columns, Z becoming (I - qq')Z; None for none.
     """
+    blocks = [_orthonormal(start) for start in starts]
+    bases: list[list[np.ndarray]] = [[] for _ in starts]
+    products: list[list[np.ndarray]] = [[] for _ in starts]
 
-    def gram(blocks: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
-        def of_block(block: Block) -> Partial:
-            return Partial([z.T @ (z @ vectors) for z, vectors in zip(matrices(block), blocks, strict=True)])
+    def times_vectors(block: Block) -> Partial:
+        return Partial([z.T @ (z @ vectors) for z, vectors in zip(matrices(block), blocks, strict=True)])
 
-        found = chunks.run(of_block).sums
-        rows = [None] * len(found) if mean_rows is None else mean_rows
-        return [
-            (product if row is None else product - np.outer(row, row @ block)).astype(block.dtype)
-            for product, block, row in zip(found, blocks, rows, strict=True)
-        ]
-
-    return right_singular_vectors(gram, starts, n_components, n_passes)
+    rows = [None] * len(starts) if mean_rows is None else mean_rows
+    for i in range(n_passes):
+        sums = chunks.run(times_vectors).sums
+        for basis, product, block, found, row in zip(bases, products, blocks, sums, rows, strict=True):
+            basis.append(block)
+            product.append((found if row is None else found - np.outer(row, row @ block)).astype(block.dtype))
+        if i < n_passes - 1:
+            blocks = [_beyond(basis, product[-1]) for basis, product in zip(bases, products, strict=True)]
+    both = zip(bases, products, strict=True)
+    return [_ritz(np.hstack(basis), np.hstack(product), n_components) for basis, product in both]
 
 
 def _ritz(basis: np.ndarray, product: np.ndarray, n_components: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,15 +9,17 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from .._loss import Gain
 from .._progress import progress_bar
 from .._warnings import warn
-from ._network import Counts, Network, StreamedCounts
+from ._network import AnyCounts, Network
 from ._network_losses import Loss
 
 _CHECKS = 10  # of the validation molecules, in a run
@@ -26,15 +28,7 @@ _PATIENCE = 3  # checks without a better one before training stops
 
 @dataclass(frozen=True, eq=False)
 class History:
-    """What happened in training.
-
-    Attributes
-    ----------
-    losses
-        Mean training loss of every epoch.
-    checked, gains
-        Epochs, from 1, after which validation molecules were predicted, and the gain in nats per molecule.
-    """
+    """Mean training loss of every epoch; epochs, from 1, after which validation molecules were predicted; the gains."""
 
     losses: list[float] = field(default_factory=list)
     checked: list[int] = field(default_factory=list)
@@ -60,40 +54,39 @@ class Schedule:
 def train(
     network: Network,
     loss: Loss,
-    counts: Counts | StreamedCounts,
+    counts: AnyCounts,
     rng: np.random.Generator,
     check: Callable[[], Gain],
     schedule: Schedule,
 ) -> History:
-    """Train in place, and leave network and loss in the state with the best check.
+    """Train in place, and leave network and loss in the state with the largest gain by `check`.
 
-    Parameters
-    ----------
-    counts
-        Counts to train on; cells without molecules are left out.
-    rng
-        Source of the order of the cells.
-    check
-        Function that returns the gain on validation molecules.
-
-    Raises
-    ------
-    FloatingPointError
-        If the loss is not finite before the first check.
+    Cells without molecules are left out; `rng` orders the others. A loss that is not finite before the first check is
+    an error.
     """
-    parts = torch.nn.ModuleList([network, loss])
-    groups = _parameter_groups(network, loss, counts, schedule.prior_scale)
-    optimizer = torch.optim.Adam(groups, lr=schedule.learning_rate, fused=True)
+    parts = nn.ModuleList([network, loss])
+    # The loss is in nats per molecule, so the prior's share is that of all molecules: |W|^2 / (2 scale^2 molecules).
+    # Adam takes its gradient as `weight_decay` (not AdamW, which would shrink rare and abundant genes alike).
+    of_genes = [network.genes.weight, network.batch_offsets]
+    others = [p for p in parts.parameters() if not any(p is each for each in of_genes)]
+    prior: dict[str, Any] = {"params": of_genes, "weight_decay": 1 / (schedule.prior_scale**2 * counts.n_molecules)}
+    optimizer = torch.optim.Adam([{"params": others}, prior], lr=schedule.learning_rate, fused=True)
     n_steps = schedule.n_epochs * counts.n_batches(schedule.batch_size)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
+    cosine = CosineAnnealingLR(optimizer, n_steps)
     history = History()
     best: dict[str, Tensor] = {}
     with progress_bar(schedule.name, schedule.n_epochs) as bar:
         for epoch in range(1, schedule.n_epochs + 1):
-            mean = _epoch(parts, counts, rng, schedule.batch_size, optimizer, cosine)
+            mean = _epoch(parts, counts, rng, schedule.batch_size, cosine)
             bar.update()
             if not math.isfinite(mean):
-                _stop_at(mean, epoch, schedule, history)
+                message = (
+                    f"the loss was {mean} in epoch {epoch} of {schedule.n_epochs}: the learning rate, "
+                    f"{schedule.learning_rate:g}, is likely too large."
+                )
+                if not history.gains:
+                    raise FloatingPointError(f"{message} Pass a smaller learning_rate.")
+                warn(f"{message} The state after epoch {history.checked[history.best]} is kept.")
                 break
             history.losses.append(mean)
             if epoch % max(1, schedule.n_epochs // _CHECKS) and epoch != schedule.n_epochs:
@@ -113,48 +106,26 @@ def train(
 
 
 def _epoch(
-    parts: torch.nn.ModuleList,
-    counts: Counts | StreamedCounts,
-    rng: np.random.Generator,
-    batch_size: int,
-    optimizer: torch.optim.Optimizer,
-    cosine: torch.optim.lr_scheduler.LRScheduler,
+    parts: nn.ModuleList, counts: AnyCounts, rng: np.random.Generator, batch_size: int, cosine: CosineAnnealingLR
 ) -> float:
     """Show every cell once, and return the mean loss."""
     network, loss = parts
     parts.train()
-    bfloat16 = computes_in_bfloat16(counts.device)
+    bfloat16 = _computes_in_bfloat16(counts.device)
     total = torch.zeros((), device=counts.device)
     for batch in counts.batches(rng, batch_size):
         with torch.autocast(counts.device.type, dtype=torch.bfloat16, enabled=bfloat16):
             batch_loss = loss(network, batch)
-        optimizer.zero_grad()
+        cosine.optimizer.zero_grad()
         batch_loss.backward()
-        optimizer.step()
+        cosine.optimizer.step()
         cosine.step()
         total += batch_loss.detach() * len(batch.starts)
     return float(total) / counts.n_trained
 
 
-def _stop_at(mean: float, epoch: int, schedule: Schedule, history: History) -> None:
-    """Say that the loss is not finite; raise if there is no state to keep."""
-    message = (
-        f"the loss was {mean} in epoch {epoch} of {schedule.n_epochs}: the learning rate, {schedule.learning_rate:g}, "
-        "is likely too large."
-    )
-    if not history.gains:
-        raise FloatingPointError(f"{message} Pass a smaller learning_rate.")
-    warn(f"{message} The state after epoch {history.checked[history.best]} is kept.")
-
-
 def choose_device(name: str) -> torch.device:
-    """Return the device of this name; ``"auto"`` is CUDA where there is one. ``"cpu"`` does not touch CUDA.
-
-    Raises
-    ------
-    ValueError
-        If there is no such device.
-    """
+    """Return the device of this name; ``"auto"`` is CUDA where there is one. ``"cpu"`` does not touch CUDA."""
     if name == "cpu":
         return torch.device("cpu")
     if name == "auto":
@@ -167,30 +138,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def computes_in_bfloat16(device: torch.device) -> bool:
-    """Return whether the device multiplies in bfloat16 itself, which takes a quarter of the time."""
+def _computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies in bfloat16 itself, which takes a quarter of the time."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        if not hasattr(torch.cpu, "get_capabilities"):  # an older PyTorch does not tell
-            return False
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return False
-
-
-def _parameter_groups(
-    network: Network, loss: Loss, counts: Counts | StreamedCounts, prior_scale: float
-) -> list[dict[str, object]]:
-    """Return the parameters, those of genes with a Gaussian prior.
-
-    The loss is in nats per molecule, so the prior's share is that of all molecules: |W|^2 / (2 scale^2 molecules). Adam
-    takes the gradient of that as `weight_decay` (not AdamW, which would shrink rare and abundant genes alike).
-    """
-    of_genes = [network.genes.weight, network.batch_offsets]
-    ids = {id(parameter) for parameter in of_genes}
-    others = [p for module in (network, loss) for p in module.parameters() if id(p) not in ids]
-    return [
-        {"params": others},
-        {"params": of_genes, "weight_decay": 1 / (prior_scale**2 * counts.n_molecules)},
-    ]
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # an older PyTorch does not tell
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
