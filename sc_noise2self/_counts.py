@@ -1,7 +1,6 @@
 """What counts as a count matrix, and the first entry that is not a count.
 
-Molecule splitting is defined on whole, non-negative numbers of molecules alone; everything in the package that
-takes counts passes through here once, so that a normalised matrix is refused in one place and in one sentence.
+Molecule splitting is defined on whole, non-negative numbers alone; everything that takes counts passes through here.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ import scipy.sparse as sp
 CountMatrix: TypeAlias = np.ndarray | sp.csr_matrix | sp.csc_matrix | sp.csr_array | sp.csc_array
 """Cells x genes: dense, or compressed sparse by row or column, `scipy`'s matrices and arrays alike."""
 
-
-SINGLE = 2**24
-"""Up to here single precision, which denoisers work in, holds every whole number."""
+_BLOCK = 1 << 20  # entries checked at a time
+SINGLE = 2**24  # up to here single precision, which denoisers work in, holds every whole number
 
 
 class NotACount(Exception):
@@ -50,33 +48,12 @@ def check_counts(
     genes: Sequence[str] | None = None,
     largest: int = 2**53,
 ) -> CountMatrix:
-    """Return `counts` when it is a matrix of counts, else raise saying which entry is not one.
+    """Return a matrix of counts up to `largest`, or to where its own type is exact; else say which entry is not one.
 
-    Parameters
-    ----------
-    counts
-        Cells x genes. Sparse CSR or CSC, or dense; any integer or floating type that holds whole numbers.
-    name
-        What the matrix is called in messages, e.g. ``'layer "counts"'``.
-    cells, genes
-        Names used in messages; indices are given where these are None.
-    largest
-        Counts up to here are taken, a power of two, or up to the number to which the matrix's own type is exact.
-
-    Returns
-    -------
-    The same object, or a copy in canonical form where a sparse matrix repeats entries; of a wider type if they add up
-    to more than its own holds.
-
-    Raises
-    ------
-    TypeError
-        If it is not a two-dimensional CSR, CSC or dense numeric matrix.
-    ValueError
-        If an entry is negative, not finite, not a whole number or too large, if the indices of a sparse matrix are
-        out of range, or if there is no molecule at all.
+    A sparse matrix that repeats entries is copied, to a wider type if they add up to more than its own holds. `cells`
+    and `genes` are names for messages.
     """
-    counts = check_format(counts, name=name)
+    counts = check_format(counts, name)
     try:
         check_values(counts, largest)
         if sp.issparse(counts) and not counts.has_canonical_format:
@@ -90,8 +67,8 @@ def check_counts(
     return counts
 
 
-def check_format(counts: Any, *, name: str = "the matrix") -> CountMatrix:
-    """Return `counts` when it is a numeric matrix of a format that counts come in; see `check_counts`."""
+def check_format(counts: Any, name: str) -> CountMatrix:
+    """Return a numeric matrix of a format that counts come in; raise for anything else."""
     if isinstance(counts, np.ndarray) and not isinstance(counts, np.ma.MaskedArray):
         counts = np.asarray(counts)  # a view of AnnData would write through to its parent
     if sp.issparse(counts):
@@ -99,7 +76,7 @@ def check_format(counts: Any, *, name: str = "the matrix") -> CountMatrix:
             raise TypeError(
                 f"{name} is a sparse matrix of format {counts.format!r}: pass CSR or CSC, e.g. counts.tocsr()."
             )
-        check_indices(counts, name)
+        _check_indices(counts, name)
     elif type(counts) is not np.ndarray:
         raise TypeError(
             f"{name} is of type {type(counts).__name__}: molecule splitting needs a NumPy array or a SciPy "
@@ -112,14 +89,8 @@ def check_format(counts: Any, *, name: str = "the matrix") -> CountMatrix:
     return counts
 
 
-def check_indices(counts: sp.csr_matrix | sp.csc_matrix, name: str) -> None:
-    """Raise where a compressed matrix names rows or columns that it does not have: reading them would end the process.
-
-    Raises
-    ------
-    ValueError
-        In one sentence; the matrix itself is not touched.
-    """
+def _check_indices(counts: sp.csr_matrix | sp.csc_matrix, name: str) -> None:
+    """Raise where a matrix names rows or columns that it does not have: reading them would end the process."""
     try:
         # SciPy's check casts and trims what it checks, so it is given another matrix of the same arrays.
         type(counts)((counts.data, counts.indices, counts.indptr), shape=counts.shape, copy=False).check_format()
@@ -130,19 +101,11 @@ def check_indices(counts: sp.csr_matrix | sp.csc_matrix, name: str) -> None:
 
 
 def check_values(counts: CountMatrix, largest: int) -> None:
-    """Raise for the first entry that is negative, not finite, not whole, or above `largest`.
-
-    A floating type lowers `largest` to the number up to which it holds every whole number.
-
-    Raises
-    ------
-    NotACount
-        With the position of the entry.
-    """
+    """Raise NotACount for the first entry that is negative, not finite, not whole, or too large, also for its type."""
     if counts.dtype.kind == "f":
         largest = min(largest, 2 ** (np.finfo(counts.dtype).nmant + 1))
     values: Any = counts.data if sp.issparse(counts) else counts
-    wrong = _first_wrong(values, largest)
+    wrong = None if counts.dtype.kind == "b" else _first_wrong(values, largest)
     if wrong is not None:
         raise NotACount(*_position(counts, wrong), values.flat[wrong], largest)
 
@@ -170,13 +133,11 @@ def column_sums(counts: CountMatrix) -> np.ndarray:
     return np.asarray(counts.sum(axis=0, dtype=np.float64)).ravel()
 
 
-def _first_wrong(values: np.ndarray, largest: int, block: int = 1 << 20) -> int | None:
+def _first_wrong(values: np.ndarray, largest: int) -> int | None:
     """Return the flat index of the first entry that is not a count up to the largest, by blocks that stay in cache."""
     flat = values.reshape(-1) if values.flags.c_contiguous else values.flat
-    for start in range(0, values.size, block):
-        part = np.asarray(flat[start : start + block])
-        if part.dtype.kind == "b":
-            return None
+    for start in range(0, values.size, _BLOCK):
+        part = np.asarray(flat[start : start + _BLOCK])
         wrong = ~(part >= 0) | (part > largest)  # also NaN
         if part.dtype.kind == "f":
             wrong |= part != np.rint(part)

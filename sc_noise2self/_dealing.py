@@ -50,17 +50,7 @@ def _entry_state(key: np.uint64, number: int) -> np.uint64:
 
 
 def row_keys(key: int, rows: np.ndarray, contents: np.ndarray | None = None) -> np.ndarray:
-    """Return the key of each row, uint64 of shape (rows,).
-
-    Parameters
-    ----------
-    key
-        Of the matrix.
-    rows
-        Their numbers.
-    contents
-        From `add_contents`, shape (rows,); None where only the number counts.
-    """
+    """Return the key of each row by its number and, where they count, its `contents`, uint64 of shape (rows,)."""
     contents = np.zeros(len(rows), np.uint64) if contents is None else contents
     return _row_keys(np.uint64(key), rows.astype(np.int64), contents)
 
@@ -77,15 +67,7 @@ def _row_keys(key: np.uint64, rows: np.ndarray, contents: np.ndarray) -> np.ndar
 def add_contents(
     counts: np.ndarray, minor: np.ndarray, indptr: np.ndarray, first: int, by_row: bool, contents: np.ndarray
 ) -> None:
-    """Add to the hash of each cell's contents that of some entries; the order of entries does not matter.
-
-    Parameters
-    ----------
-    counts, minor, indptr, first, by_row
-        As in `deal`.
-    contents
-        Added to, uint64: of these rows, or of all rows where columns are compressed.
-    """
+    """Add to `contents`, a hash of each cell's counts, that of some entries, given as to `deal`, in any order."""
     for row in range(len(indptr) - 1):
         for j in range(indptr[row], indptr[row + 1]):
             gene = minor[j] if by_row else first + row
@@ -222,23 +204,11 @@ def deal(
 ) -> None:
     """Deal the stored entries of some rows (columns) of a compressed matrix; only what is not zero is kept.
 
-    Parameters
-    ----------
-    counts, minor, indptr
-        As in SciPy, int64; `indptr` starts at 0.
-    keys
-        Of the cells: of these rows, or of all rows where columns are compressed. Shape (cells,).
-    first
-        Number of the first row (column).
-    by_row
-        Whether rows are compressed.
-    shares, rest, phi
-        Probability of each category, it and those after it, and the overdispersion of each gene.
-    overlap
-        Whether the first category belongs to every part and each other to one; else each is a part.
-    values, minors, ends
-        Written: entries of each part, int64 of shape (parts, entries), and where its rows (columns) end, shape
-        (parts, rows).
+    `counts`, `minor` and `indptr`, int64, are as in SciPy, and `keys` those of the cells: of these rows (`by_row`), or
+    of all where columns are compressed, from number `first`. `shares` are the probabilities of each category, `rest` of
+    it and those after it, `phi` the overdispersion of each gene; with `overlap` the first category belongs to every
+    part and each other to one. Written are `values` and `minors` of each part, int64 of shape (parts, entries), and
+    where its rows (columns) end, shape (parts, rows).
     """
     n_parts = len(values)
     even = n_parts == 2 and len(shares) == 2 and shares[0] == 0.5 and not phi.any()

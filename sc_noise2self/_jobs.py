@@ -85,7 +85,7 @@ def in_jobs(
 
 
 def _call(sent: bytes) -> Any:
-    """Return what the work that was sent returns of its item, in the process that it was sent to."""
+    """Return what the work that was sent returns of its item."""
     work, item = pickle.loads(sent)
     return work(item)
 
@@ -98,15 +98,7 @@ class _Process:
         self._executor = ProcessPoolExecutor(max_workers=1, env=self._env)
 
     def run(self, work: Callable[[Item], Out], item: Item) -> Out:
-        """Return what `work` returns of an item there.
-
-        Raises
-        ------
-        TypeError
-            If they cannot be sent there.
-        ChildProcessError
-            If the process ended.
-        """
+        """Return what `work` returns of an item there; a ChildProcessError says that the process ended."""
         try:
             sent = bytes(dumps((work, item)))
         except Exception as error:

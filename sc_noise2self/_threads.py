@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from functools import lru_cache
+from functools import cache
 from threading import Event, Lock, Thread, local
 from typing import TypeVar
 
@@ -47,8 +47,7 @@ def in_threads(work: Callable[[Item], Out], items: Iterable[Item]) -> Iterator[O
 
 def alone(work: Callable[[], Out]) -> Out:
     """Return what `work` returns, run in this thread only; for tasks of a scheduler that has threads of its own."""
-    before = getattr(_thread, "is_ours", False)
-    _mark()
+    before, _thread.is_ours = getattr(_thread, "is_ours", False), True
     try:
         return work()
     finally:
@@ -68,7 +67,6 @@ class _OneBlasThread:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Return the context."""
         with self._lock:
             if self._n_users == 0:
                 self._is_set, self._is_over = Event(), Event()
@@ -99,18 +97,14 @@ def _limit() -> AbstractContextManager[object]:
     return _controller().limit(limits=1, user_api="blas")
 
 
-@lru_cache(maxsize=1)
+@cache
 def _controller() -> ThreadpoolController:
     return ThreadpoolController()
 
 
 def _start() -> None:
-    _mark()
-    _limit()  # until the thread ends
-
-
-def _mark() -> None:
     _thread.is_ours = True
+    _limit()  # until the thread ends
 
 
 one_blas_thread = _OneBlasThread()

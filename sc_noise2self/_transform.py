@@ -1,8 +1,8 @@
 """From counts to the scale on which a linear model works, and the way back.
 
-A transform brings every cell to one depth and then bends the scale (`log1p`, `sqrt`, the paper's, or `none`). Going
-back is not the inverse function: E[T(counts)] is not T(E[counts]), and squaring a denoised square root loses most of
-what denoising gained (Notes of `rates`). `PoissonExpectation` is the exact relation between the two.
+A transform brings every cell to one depth and then bends the scale. Going back is not the inverse function:
+E[T(counts)] is not T(E[counts]), and squaring a denoised square root loses most of what denoising gained.
+`PoissonExpectation` is the exact relation between the two.
 """
 
 from __future__ import annotations
@@ -36,15 +36,7 @@ class Transform:
             raise ValueError(f"target is {self.target!r}: the depth that cells are brought to is above 0.")
 
     def apply(self, counts: sp.csr_matrix, size: np.ndarray) -> sp.csr_matrix:
-        """Return the transformed counts, float32, sharing the sparsity pattern of `counts`.
-
-        Parameters
-        ----------
-        counts
-            CSR, cells x genes.
-        size
-            Molecules of each cell, shape (cells,); an empty cell stays empty.
-        """
+        """Return the transformed counts, float32, sharing the sparsity pattern of `counts`; an empty cell stays empty."""
         scale = self.target / np.maximum(size, 1)
         values = np.repeat(scale.astype(np.float32), np.diff(counts.indptr))
         values *= counts.data
@@ -57,7 +49,7 @@ class Transform:
     def own_depth(self, size: np.ndarray) -> np.ndarray:
         """Return the factor that takes an expectation from the target depth to where `rates` needs it, shape (cells,).
 
-        For `sqrt` that is the cell's own depth; for the others `rates` holds at any depth and the factor is 1.
+        For `sqrt` that is the cell's own depth; for the others `rates` holds at any depth.
         """
         return np.sqrt(size / self.target) if self.name == "sqrt" else np.ones(len(size))
 
@@ -72,33 +64,16 @@ class Transform:
         change = full.data - less_one.data
         change *= change
         change *= counts.data
-        total = np.bincount(counts.indices, weights=change, minlength=counts.shape[1])
-        return total / counts.shape[0]
+        return np.bincount(counts.indices, weights=change, minlength=counts.shape[1]) / counts.shape[0]
 
 
 def rates(link: Link, expectation: np.ndarray) -> np.ndarray:
     """Return the expected counts behind expectations on the transformed scale: the way back.
 
-    Parameters
-    ----------
-    link
-        The transform, or `"exp"`.
-    expectation
-        E[T(counts)], shape (cells, genes), after `Transform.own_depth`, or log rates. Overwritten where that saves a
-        copy.
-
-    Returns
-    -------
-    Non-negative, of the same shape, up to one factor per gene and one per cell
-    (see `sc_noise2self.methods._profiles`).
-
-    Notes
-    -----
-    `sqrt`: the exact inverse of E[sqrt(Poisson(m))]. Squaring instead costs up to a third of the held-out gain: the
-    square of an expectation of mostly zeros and ones is far below the rate, by a factor that differs between cells,
-    which gene totals cannot mend.
-    `log1p`: expm1. The exact inverse differs from it by little more than a factor per gene, which the gene totals
-    restore, and stretches the noise left in a denoised value: on three data sets it lost .0001 to .0026 nats.
+    `expectation` is E[T(counts)], shape (cells, genes), after `Transform.own_depth`, or log rates; it is overwritten
+    where that saves a copy. What is returned is known up to one factor per gene and one per cell
+    (`sc_noise2self.methods._profiles`). The exact inverse of the square root is worth up to a third of the held-out
+    gain; that of `log1p` differs from expm1 by little more than a factor per gene, and stretches noise.
     """
     if link == "exp":
         np.minimum(expectation, _LARGEST, out=expectation)
@@ -115,14 +90,10 @@ def rates(link: Link, expectation: np.ndarray) -> np.ndarray:
 class PoissonExpectation:
     """g(m) = E[T(scale * Poisson(m))] and its inverse, for T = log1p or sqrt.
 
-    Below a mean of `limit`, g is the sum over the Poisson distribution, tabulated and interpolated; above, the
-    expansion
+    Below a mean of `limit`, g is the sum over the Poisson distribution, tabulated and interpolated; above, the expansion
 
     * sqrt: sqrt(m) - m^(-1/2) / 8 - 7 m^(-3/2) / 128, times sqrt(scale)
     * log1p, with s the scale: log1p(s m) - s^2 m / (2 (1 + s m)^2) + s^3 m / (3 (1 + s m)^3)
-
-    The expectation that a cell has at depth b, from the one at depth a, is ``g_b(ratio * g_a.inverse(z))`` with `ratio`
-    the depth of b over that of a.
     """
 
     name: TransformName
@@ -134,12 +105,8 @@ class PoissonExpectation:
         mean = np.asarray(mean, dtype=np.float64)
         if self.name == "none":
             return mean * self.scale
-        means, values = _poisson_grid(self.name, self.scale, self.limit)
-        return np.where(
-            mean < self.limit,
-            np.interp(mean, means, values),
-            self._expansion(np.maximum(mean, self.limit)),
-        )
+        tabulated = np.interp(mean, *_poisson_grid(self.name, self.scale, self.limit))
+        return np.where(mean < self.limit, tabulated, self._expansion(np.maximum(mean, self.limit)))
 
     def inverse(self, expectation: np.ndarray) -> np.ndarray:
         """Return the Poisson mean whose expectation this is, elementwise and in its type; negative gives 0."""
