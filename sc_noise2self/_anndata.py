@@ -175,7 +175,8 @@ def checked_block(start: int, rows: Any) -> Block:
         block = block_of(start, rows)
         check_values(block.counts, SINGLE)
     except NotACount as error:
-        raise NotACount(start + error.cell, error.gene, error.value, error.largest) from None
+        cell, *rest = error.args
+        raise NotACount(start + cell, *rest) from None
     return block
 
 

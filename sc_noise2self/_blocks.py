@@ -31,10 +31,7 @@ _FAN_IN = 8  # partial sums that a Dask task adds up
 
 
 def block_rows(n_genes: int) -> int:
-    """Return how many cells a block has: 1, 2 or 5 times a power of ten, by the number of genes alone.
-
-    Blocks have the same bounds wherever the counts are and however they are chunked, so that rounding is the same too.
-    """
+    """Return how many cells a block has, wherever counts are, so that rounding is the same: 1, 2 or 5 times 10^n."""
     most = max(1, _ENTRIES // max(1, n_genes))
     tens = 10 ** int(np.log10(most))
     return tens * max(step for step in (1, 2, 5) if step * tens <= most)
@@ -88,10 +85,7 @@ class Chunks(ABC):
         return self.part(cells)
 
     def part(self, cells: slice | np.ndarray, genes: slice | np.ndarray = slice(None)) -> sp.csr_matrix:
-        """Return the counts of some cells and genes by position, CSR float32, in the order asked, repeats too.
-
-        Blocks without any of the cells are not read, and no more is held than what is asked and a block a thread.
-        """
+        """Return the counts of some cells and genes by position, CSR float32; blocks without any are not read."""
         rows, back = np.unique(np.arange(self.shape[0])[cells], return_inverse=True)
 
         def chosen(block: Block) -> sp.csr_matrix:

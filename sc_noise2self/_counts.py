@@ -19,23 +19,20 @@ SINGLE = 2**24  # up to here single precision, which denoisers work in, holds ev
 
 
 class NotACount(Exception):
-    """An entry that is not a count, or is too large: `cell` and `gene` by number, its value, the largest allowed."""
-
-    def __init__(self, cell: int, gene: int, value: Any, largest: int) -> None:
-        super().__init__(cell, gene, value, largest)
-        self.cell, self.gene, self.value, self.largest = cell, gene, value, largest
+    """An entry that is not a count, or is too large: (cell, gene, value, largest allowed), the first two by number."""
 
     def named(self, name: str, cells: Sequence[str] | None, genes: Sequence[str] | None) -> ValueError:
         """Return the error for a user, with the names of matrix, cell and gene."""
-        where = f"cell {_label(cells, self.cell)}, gene {_label(genes, self.gene)}"
-        if self.largest < self.value < np.inf:
-            value = f"{self.value:.17g}" if isinstance(self.value, np.floating) else self.value
+        cell, gene, value, largest = self.args
+        where = f"cell {_label(cells, cell)}, gene {_label(genes, gene)}"
+        if largest < value < np.inf:
+            shown = f"{value:.17g}" if isinstance(value, np.floating) else value
             return ValueError(
-                f"{name} holds {value} at {where}: counts are exact up to 2^{self.largest.bit_length() - 1} "
+                f"{name} holds {shown} at {where}: counts are exact up to 2^{largest.bit_length() - 1} "
                 "here, and no cell has so many molecules of a gene. Pass raw UMI counts."
             )
         return ValueError(
-            f"{name} holds {str(self.value).removesuffix('.0')} at {where}: molecule splitting needs raw counts. "
+            f"{name} holds {str(value).removesuffix('.0')} at {where}: molecule splitting needs raw counts. "
             'Pass the matrix before normalisation, e.g. layer="counts".'
         )
 
@@ -149,8 +146,7 @@ def _first_wrong(values: np.ndarray, largest: int) -> int | None:
 def _position(counts: CountMatrix, index: int) -> tuple[int, int]:
     """Return (cell, gene) of the entry at this index of the stored values."""
     if isinstance(counts, np.ndarray):
-        cell, gene = np.unravel_index(index, counts.shape)
-        return int(cell), int(gene)
+        return divmod(index, counts.shape[1])
     major = int(np.searchsorted(counts.indptr, index, side="right")) - 1
     minor = int(counts.indices[index])
     return (major, minor) if counts.format == "csr" else (minor, major)

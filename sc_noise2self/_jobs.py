@@ -44,10 +44,7 @@ def as_n_jobs(n_jobs: int) -> int:
 def in_jobs(
     work: Callable[[Item], Out], items: Sequence[Item], n_jobs: int, prefer: Prefer
 ) -> Generator[tuple[Item, Out | Exception]]:
-    """Yield each item with what `work` returned of it, or with what went wrong, as they are done.
-
-    One job runs here and now. What interrupts one interrupts all.
-    """
+    """Yield each item with what `work` returned of it, or with what went wrong, as they are done; one job runs here."""
     if n_jobs == 1:
         for item in items:
             yield item, work(item)

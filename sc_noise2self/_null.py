@@ -9,7 +9,7 @@ import scipy.sparse as sp
 
 from ._anndata import Countable, read_matrix, with_counts
 from ._checks import check_one_of
-from ._counts import CountMatrix, narrowed, row_sums
+from ._counts import narrowed, row_sums
 from ._memory import available_memory, gigabytes
 from ._random import RandomState, as_generator
 

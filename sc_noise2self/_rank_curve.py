@@ -1,26 +1,21 @@
 """How many principal components: every rank's self-supervised loss from one factorisation per split.
 
-Molecules are split into X1 and X2; principal components are learned from X1 and must predict X2. Four protocols differ
-in what predicts; all but ``"loo"`` take square roots, uncentred:
+Molecules are split into X1 and X2; principal components are learned from X1 and must predict X2 (`select_rank`):
 
 * ``"loo"``: X2 is regressed on X1's left singular vectors U, and each cell is predicted by the regression of all other
-  cells: the leave-one-out residual r_i / (1 - h_i), with h_i the leverage, is exact, so no cells are set aside.
-  (Without it cell i's own X2 is in its prediction, and the loss falls for ever.)
-* ``"noise2self"`` (Batson & Royer 2019, Figure 3): the regression is learned on three quarters of the cells and scored
-  on the rest, in one direction.
-* ``"bcv"`` (bi-cross-validation, Owen & Perry 2009): genes are split, not molecules. One half of the genes in a quarter
-  of the cells is predicted from the other half of the genes, by the regression learned from the other cells, B D_k^+ C.
-  Cells are brought to one depth by the genes that predict.
-* ``"mcv"`` (molecular cross-validation, Batson, Royer & Webber 2019): X1 truncated to rank k is itself the prediction.
+  cells: the leave-one-out residual r_i / (1 - h_i), with h_i the leverage, is exact. (Without it cell i's own X2 is in
+  its prediction, and the loss falls for ever.)
+* ``"noise2self"``: the regression is learned on some cells and scored on the others.
+* ``"bcv"``: genes are split, not molecules, and the regression B D_k^+ C is learned from other cells.
+* ``"mcv"``: X1 truncated to rank k is itself the prediction.
 
-Depth. A half sees half the molecules, so its best rank is too small for the full data. The fit to the molecules
-that a component was learned from falls by I = signal + noise; the self-supervised loss by D = signal - noise. With
-all molecules the noise is p times as large (p = 1/2 for halves), so the loss would fall by signal - p noise = ((1 -
-p) I + (1 + p) D) / 2: the loss at full depth is that mean of the two curves. For ``"mcv"`` this is the rule to keep
-a component whose weight 1 / (1 + p (1/c - 1)) exceeds 1/2, with c its least-squares weight.
+A half sees half the molecules, so its best rank is too small for the full data. The fit to the molecules that a
+component was learned from falls by I = signal + noise; the self-supervised loss by D = signal - noise. With all
+molecules the noise is p times as large (p = 1/2 for halves), so the loss would fall by signal - p noise = ((1 - p) I +
+(1 + p) D) / 2: the loss at full depth is that mean of the two curves.
 
-Passes. The counts are read some eight times, a block of cells at a time. All splits and directions share the passes,
-and each block is split anew every time, so that no half is ever held.
+The counts are read some eight times, a block of cells at a time. All splits and directions share the passes, and each
+block is split anew every time, so that no half is ever held.
 """
 
 from __future__ import annotations
@@ -64,7 +59,6 @@ class RankCurve:
 
     @property
     def table(self) -> pd.DataFrame:
-        """A row for each rank: `rank`, `loss`, `error`, `full_depth_loss` where the loss is corrected, `chosen`."""
         table = pd.DataFrame({"rank": self.ranks, "loss": self.loss, "error": self.error})
         if self.full_depth_loss is not None:
             table["full_depth_loss"] = self.full_depth_loss
@@ -91,7 +85,7 @@ class RankCurve:
     @property
     def at_edge(self) -> bool:
         """Whether the loss still fell at the largest rank tried."""
-        return self.rank == self.ranks[-1] or self.split_rank == self.ranks[-1]
+        return self.ranks[-1] in (self.rank, self.split_rank)
 
     @property
     def beats_none(self) -> bool:
@@ -166,7 +160,7 @@ def _only(matrix: sp.csr_matrix, rows: np.ndarray) -> sp.csr_matrix:
 
 
 class _HiddenMolecules:
-    """A split: half of the molecules, in both directions; of ``"noise2self"`` one, with a quarter of the cells scored."""
+    """A split: half of the molecules, in both directions; of ``"noise2self"`` one, a quarter of the cells scored."""
 
     def __init__(self, protocol: Protocol, shape: tuple[int, int], rng: np.random.Generator) -> None:
         self.transforms: Sequence[Transform] = ()
@@ -296,11 +290,11 @@ def _means(chunks: Chunks, pieces: Pieces) -> tuple[list[np.ndarray], list[np.nd
     """Return the mean cell that each prediction learns from, and q'Z, with q the unit vector of even weights."""
 
     def of_block(block: Block) -> Partial:
-        of_each = ((_only(piece.seen, piece.learned), piece.learned) for piece in pieces(block))
-        return Partial([each for z, learned in of_each for each in (column_sums(z), np.array(learned.sum()))])
+        found = pieces(block)
+        totals = [column_sums(_only(piece.seen, piece.learned)) for piece in found]
+        return Partial([*totals, np.array([piece.learned.sum() for piece in found])])
 
-    sums = chunks.run(of_block).sums
-    totals, n_cells = sums[::2], sums[1::2]
+    *totals, n_cells = chunks.run(of_block).sums
     means = [total / n for total, n in zip(totals, n_cells, strict=True)]
     return means, [mean * n**0.5 for mean, n in zip(means, n_cells, strict=True)]
 
@@ -397,7 +391,7 @@ def row_square_sums(matrix: sp.csr_matrix, block: int = 256) -> np.ndarray:
 
 
 def paired_errors(loss: np.ndarray, products: np.ndarray, n_cells: float) -> np.ndarray:
-    """Return the standard error of each candidate's mean loss less the least one's, paired by cell; infinite of one cell.
+    """Return the standard error of each candidate's mean loss less the least one's, paired by cell; infinite of one.
 
     `products` are D'D, with D the cells' losses less that of one of the candidates: sums over cells from which the
     variance of any difference follows.

@@ -1,13 +1,10 @@
 """Split the molecules of a count matrix into independent parts.
 
-A cell is a bag of molecules. Dealing each molecule to X1 with probability p, else to X2, is a binomial draw per entry:
-X1 ~ Binomial(X, p), X2 = X - X1. Given the cell's true rates (Poisson counts) the parts are independent, so any
-function of X1 is J-invariant for X2 and its squared error against X2 is its squared error against the truth plus a
-constant (Noise2Self, Batson & Royer 2019, Proposition 1 and section 3.1).
+Given the cell's true rates (Poisson counts) the parts are independent, so any function of X1 is J-invariant for X2, and
+its squared error against X2 is its squared error against the truth plus a constant (Noise2Self, Batson & Royer 2019,
+Proposition 1 and section 3.1).
 
 The draw of an entry depends on the seed, its cell (number and counts) and its gene alone (`sc_noise2self._dealing`).
-Capture fractions are those of Batson, Royer & Webber 2019 (Molecular cross-validation); the Dirichlet-multinomial
-split for overdispersed counts is that of Neufeld et al. 2023 (Negative binomial count splitting).
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from ._counts import CountMatrix, check_counts
-from ._dealing import add_contents, deal, row_keys
+from ._dealing import Entries, add_contents, deal, row_keys
 from ._random import RandomState, as_generator, as_key
 
 _BLOCK = 1 << 15  # entries dealt at a time: they and their parts stay in the cache
@@ -98,8 +95,8 @@ def overlap_probabilities(fraction: float, capture: float) -> tuple[float, float
     return first / capture, second / capture, first * second / capture
 
 
-def _in_blocks(counts: Any) -> Iterator[tuple[int, int, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
-    """Yield (first row or column, the one after the last, their stored counts, minor indices and indptr)."""
+def _in_blocks(counts: Any) -> Iterator[tuple[int, int, Entries]]:
+    """Yield (first row or column, the one after the last, their entries)."""
     indptr, n_major = counts.indptr.astype(np.int64), len(counts.indptr) - 1
     first = 0
     while first < n_major:
@@ -116,7 +113,7 @@ def _split_sparse(counts: Any, key: int, cells: np.ndarray, law: Law) -> tuple[A
     rest = np.cumsum(law.shares[::-1])[::-1].copy()
     contents = np.zeros(len(cells), np.uint64)
     for first, last, entries in _in_blocks(counts):
-        add_contents(*entries, first, by_row, contents[first:last] if by_row else contents)
+        add_contents(entries, first, by_row, contents[first:last] if by_row else contents)
     keys = row_keys(key, cells, contents)
     # As long as the counts' own, then cut to what is stored: pages never written to take no memory.
     data = [np.empty_like(counts.data) for _ in range(n_parts)]
@@ -126,7 +123,7 @@ def _split_sparse(counts: Any, key: int, cells: np.ndarray, law: Law) -> tuple[A
         values, minors = np.empty((2, n_parts, len(entries[0])), np.int64)
         of_block = np.empty((n_parts, last - first), np.int64)
         own_keys = keys[first:last] if by_row else keys
-        deal(*entries, own_keys, first, by_row, law.shares, rest, law.phi, law.overlap, values, minors, of_block)
+        deal(entries, own_keys, first, by_row, (law.shares, rest, law.phi, law.overlap), (values, minors, of_block))
         for i, end in enumerate(of_block):
             stored, n_new = ends[i, first], end[-1]
             data[i][stored : stored + n_new] = values[i, :n_new]

@@ -57,8 +57,7 @@ def alone(work: Callable[[], Out]) -> Out:
 class _OneBlasThread:
     """A limit of the process that many may ask for at once: set for the first of them, lifted after the last.
 
-    A thread of its own keeps it meanwhile. A limit that each caller set and restored for itself would be lifted under
-    the others; and threadpoolctl lets only the thread that first set one change it, so that of a caller could stay.
+    A thread of its own keeps it meanwhile: threadpoolctl lets only the thread that first set a limit change it.
     """
 
     def __init__(self) -> None:

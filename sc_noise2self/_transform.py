@@ -19,6 +19,7 @@ TransformName = Literal["log1p", "sqrt", "none"]
 Link = Literal["log1p", "sqrt", "none", "exp"]
 """From a linear model to rates: the way back from a transform, or the exponential of a log-linear one."""
 _LARGEST = 60.0  # log of a rate, in any unit: beyond, single precision overflows in the sum over genes
+_LIMIT = 60.0  # mean of a Poisson distribution up to which expectations are tabulated
 _BLOCK = 1 << 16  # entries looked up at a time: they and the table stay in the cache
 
 
@@ -36,7 +37,7 @@ class Transform:
             raise ValueError(f"target is {self.target!r}: the depth that cells are brought to is above 0.")
 
     def apply(self, counts: sp.csr_matrix, size: np.ndarray) -> sp.csr_matrix:
-        """Return the transformed counts, float32, sharing the sparsity pattern of `counts`; an empty cell stays empty."""
+        """Return the transformed counts, float32, of the same sparsity pattern; an empty cell stays empty."""
         scale = self.target / np.maximum(size, 1)
         values = np.repeat(scale.astype(np.float32), np.diff(counts.indptr))
         values *= counts.data
@@ -90,7 +91,7 @@ def rates(link: Link, expectation: np.ndarray) -> np.ndarray:
 class PoissonExpectation:
     """g(m) = E[T(scale * Poisson(m))] and its inverse, for T = log1p or sqrt.
 
-    Below a mean of `limit`, g is the sum over the Poisson distribution, tabulated and interpolated; above, the expansion
+    Small means have the sum over the Poisson distribution, tabulated and interpolated; larger ones an expansion:
 
     * sqrt: sqrt(m) - m^(-1/2) / 8 - 7 m^(-3/2) / 128, times sqrt(scale)
     * log1p, with s the scale: log1p(s m) - s^2 m / (2 (1 + s m)^2) + s^3 m / (3 (1 + s m)^3)
@@ -98,22 +99,21 @@ class PoissonExpectation:
 
     name: TransformName
     scale: float = 1.0
-    limit: float = 60.0
 
     def __call__(self, mean: np.ndarray) -> np.ndarray:
         """Return E[T(scale * Poisson(mean))], elementwise."""
         mean = np.asarray(mean, dtype=np.float64)
         if self.name == "none":
             return mean * self.scale
-        tabulated = np.interp(mean, *_poisson_grid(self.name, self.scale, self.limit))
-        return np.where(mean < self.limit, tabulated, self._expansion(np.maximum(mean, self.limit)))
+        tabulated = np.interp(mean, *_poisson_grid(self.name, self.scale))
+        return np.where(mean < _LIMIT, tabulated, self._expansion(np.maximum(mean, _LIMIT)))
 
     def inverse(self, expectation: np.ndarray) -> np.ndarray:
         """Return the Poisson mean whose expectation this is, elementwise and in its type; negative gives 0."""
         z = np.maximum(expectation, 0)
         if self.name == "none":
             return z / self.scale
-        table, slope, step = _inverse_table(self.name, self.scale, self.limit)
+        table, slope, step = _inverse_table(self.name, self.scale)
         table, slope = table.astype(z.dtype), slope.astype(z.dtype)
         mean = np.empty(z.shape, z.dtype)
         flat, out = z.reshape(-1), mean.reshape(-1)
@@ -141,24 +141,24 @@ class PoissonExpectation:
         mean = z**2 / self.scale if self.name == "sqrt" else np.expm1(z) / self.scale
         for _ in range(4):
             slope = 0.5 * np.sqrt(self.scale / mean) if self.name == "sqrt" else self.scale / (1 + self.scale * mean)
-            mean = np.maximum(mean + (z - self._expansion(mean)) / slope, self.limit / 2)
+            mean = np.maximum(mean + (z - self._expansion(mean)) / slope, _LIMIT / 2)
         return mean
 
 
 @lru_cache(maxsize=64)
-def _poisson_grid(name: TransformName, scale: float, limit: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return means from 0 to `limit`, even in their square roots, and the expectations there."""
-    means = np.linspace(0, np.sqrt(limit), 2000) ** 2
-    k = np.arange(int(limit + 12 * np.sqrt(limit)))
+def _poisson_grid(name: TransformName, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return means from 0 to the limit, even in their square roots, and the expectations there."""
+    means = np.linspace(0, np.sqrt(_LIMIT), 2000) ** 2
+    k = np.arange(int(_LIMIT + 12 * np.sqrt(_LIMIT)))
     log_pmf = k * np.log(np.maximum(means, 1e-300))[:, None] - means[:, None] - gammaln(k + 1)
     transformed = np.sqrt(scale * k) if name == "sqrt" else np.log1p(scale * k)
     return means, np.exp(log_pmf) @ transformed
 
 
 @lru_cache(maxsize=64)
-def _inverse_table(name: TransformName, scale: float, limit: float) -> tuple[np.ndarray, np.ndarray, float]:
+def _inverse_table(name: TransformName, scale: float) -> tuple[np.ndarray, np.ndarray, float]:
     """Return means on an even grid of expectations from 0 to g(limit), their differences, and the grid's step."""
-    means, values = _poisson_grid(name, scale, limit)
+    means, values = _poisson_grid(name, scale)
     even = np.linspace(0, values[-1], 4097)
     table = np.interp(even, values, means)
     return table, np.append(np.diff(table), 0), float(even[1])
