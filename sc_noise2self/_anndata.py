@@ -13,16 +13,7 @@ from anndata import AnnData
 
 from ._blocks import Block, Chunks, Counts, InMemory, OnDask, OnDisk, Partial, block_of
 from ._checks import read_mask
-from ._counts import (
-    SINGLE,
-    CountMatrix,
-    NotACount,
-    check_counts,
-    check_format,
-    check_values,
-    column_sums,
-    row_sums,
-)
+from ._counts import SINGLE, CountMatrix, NotACount, check_counts, check_format, check_values, column_sums, row_sums
 from ._random import RandomState
 from ._slots import without_results
 from ._split import split_matrix
@@ -33,11 +24,11 @@ _READS = 10  # a median non-zero count above this is not seen with UMIs
 _BARCODE = re.compile(r"[ACGT]{12,}(-\d+)?")
 _HOUSEKEEPING = {"ACTB", "GAPDH", "MALAT1", "Actb", "Gapdh", "Malat1"}
 
-Splittable = TypeVar("Splittable", bound="AnnData | CountMatrix")
+Countable = TypeVar("Countable", bound="AnnData | CountMatrix")
 
 
 def split_molecules(
-    counts: Splittable,
+    counts: Countable,
     fraction: float = 0.5,
     *,
     folds: int | None = None,
@@ -45,7 +36,7 @@ def split_molecules(
     overdispersion: float | np.ndarray | None = None,
     layer: str | None = None,
     random_state: RandomState = 0,
-) -> tuple[Splittable, ...]:
+) -> tuple[Countable, ...]:
     """Split the molecules of every cell at random into parts that are independent given the cell's expression.
 
     Parameters
@@ -97,37 +88,32 @@ def split_molecules(
     >>> bool((x1 + x2 == x).all())
     True
     """
-    options: dict[str, Any] = {
-        "fraction": fraction,
-        "folds": folds,
-        "capture": capture,
-        "overdispersion": overdispersion,
-        "random_state": random_state,
-    }
-    if not isinstance(counts, AnnData):
-        if layer is not None:
-            raise ValueError(f"layer={layer!r} was given with a matrix: it names a layer of an AnnData object.")
-        return cast("tuple[Splittable, ...]", split_matrix(counts, **options))
-    parts = split_matrix(read_counts(counts, layer), **options)
+    matrix = read_matrix(counts, layer)
+    parts = split_matrix(
+        matrix, fraction, folds=folds, capture=capture, overdispersion=overdispersion, random_state=random_state
+    )
     return tuple(with_counts(counts, part) for part in parts)
 
 
-def with_counts(adata: AnnData, counts: CountMatrix) -> AnnData:
-    """Return other counts in `X` with the same `obs` and `var`, without the columns of results of `denoise`."""
-    obs, var = without_results(adata)
+def read_matrix(counts: AnnData | CountMatrix, layer: str | None) -> CountMatrix:
+    """Return the checked counts of an AnnData object, or of a matrix, which has no layers."""
+    if isinstance(counts, AnnData):
+        return read_counts(counts, layer)
+    if layer is not None:
+        raise ValueError(f"layer={layer!r} was given with a matrix: it names a layer of an AnnData object.")
+    return check_counts(counts)
+
+
+def with_counts(like: Countable, counts: CountMatrix) -> Countable:
+    """Return counts as what they were read from: a matrix, or `X` with the same `obs` and `var` without results."""
+    if not isinstance(like, AnnData):
+        return cast("Countable", counts)
+    obs, var = without_results(like)
     return AnnData(counts, obs=obs, var=var)
 
 
 def read_counts(adata: AnnData, layer: str | None, largest: int = 2**53) -> CountMatrix:
-    """Return the checked counts of `X` or a layer; nothing is copied unless the matrix repeats entries.
-
-    Counts up to `largest` are taken.
-
-    Raises
-    ------
-    ValueError, TypeError
-        If they are not in memory, the layer is missing, or what it holds is not counts.
-    """
+    """Return the checked counts of `X` or a layer in memory; nothing is copied unless the matrix repeats entries."""
     matrix, name = _matrix(adata, layer)
     if not sp.issparse(matrix) and not isinstance(matrix, np.ndarray):
         raise ValueError(f"{name} is not in memory: load it first, adata = adata.to_memory().")
@@ -139,13 +125,7 @@ def read_counts(adata: AnnData, layer: str | None, largest: int = 2**53) -> Coun
 
 
 def read_csr(adata: AnnData, layer: str | None) -> sp.csr_matrix:
-    """Return the counts as a CSR float32 matrix for a denoiser, and warn of cells that hold no molecule.
-
-    Raises
-    ------
-    ValueError
-        As `read_counts`, and if there are fewer than two cells or two genes.
-    """
+    """Return the counts as a CSR float32 matrix for a denoiser, and warn of cells that hold no molecule."""
     counts = read_counts(adata, layer, SINGLE)
     _check_shape(counts.shape)
     out = sp.csr_matrix(counts, dtype=np.float32)
@@ -164,17 +144,7 @@ def as_counts(
 ) -> Counts:
     """Return the counts of `X` or a layer wherever they are, checked in one pass that counts their molecules.
 
-    Parameters
-    ----------
-    mask_var
-        As in `denoise`.
-    columns
-        Columns of `obs` that are wanted with them.
-
-    Raises
-    ------
-    ValueError, TypeError
-        As `read_csr`, if a file or a Dask array cannot be read by rows, and if a column is missing.
+    `columns` are those of `obs` that are wanted with them.
     """
     matrix, name = _matrix(adata, layer)
     chunks = chunks_of(matrix, name)
@@ -188,7 +158,7 @@ def as_counts(
     _warn_if_transposed(adata)
     _warn_if_reads(histogram, name)
     _warn_if_empty(size)
-    read = {each: read_batches(adata, each) for each in columns}
+    read = {each: _read_batches(adata, each) for each in columns}
     return Counts(chunks, size, totals, adata.obs_names, adata.var_names, read_mask(adata, mask_var), read)
 
 
@@ -205,7 +175,8 @@ def checked_block(start: int, rows: Any) -> Block:
         block = block_of(start, rows)
         check_values(block.counts, SINGLE)
     except NotACount as error:
-        raise NotACount(start + error.cell, error.gene, error.value, error.largest) from None
+        cell, *rest = error.args
+        raise NotACount(start + cell, *rest) from None
     return block
 
 
@@ -231,7 +202,7 @@ def chunks_of(matrix: Any, name: str) -> Chunks:
             raise ValueError(f"{name} is a Dask array of unknown length: call its compute_chunk_sizes() first.")
         return OnDask(matrix)
     if sp.issparse(matrix) or isinstance(matrix, np.ndarray):
-        matrix = check_format(matrix, name=name)
+        matrix = check_format(matrix, name)
         return InMemory(matrix.tocsr() if sp.issparse(matrix) else matrix)
     if getattr(matrix, "format", "csr") != "csr":
         raise ValueError(
@@ -253,21 +224,12 @@ def _check_shape(shape: tuple[int, int]) -> None:
 
 
 def _warn_if_empty(size: np.ndarray) -> None:
-    empty = int((size == 0).sum())
-    if empty:
-        warn(
-            f"{empty} cell(s) hold no molecule and stay zero: remove them with sc.pp.filter_cells(adata, min_counts=1)."
-        )
+    if n := int((size == 0).sum()):
+        warn(f"{n} cell(s) hold no molecule and stay zero: remove them with sc.pp.filter_cells(adata, min_counts=1).")
 
 
-def read_batches(adata: AnnData, key: str) -> pd.Series:
-    """Return the batch of each cell, categorical, without categories that no cell has.
-
-    Raises
-    ------
-    ValueError
-        If `obs` has no such column, or it has missing values.
-    """
+def _read_batches(adata: AnnData, key: str) -> pd.Series:
+    """Return the batch of each cell, categorical, without categories that no cell has."""
     if key not in adata.obs:
         raise ValueError(f"batch_key {key!r} is missing: adata.obs has {list(adata.obs.columns)}.")
     labels = adata.obs[key].astype("category").cat.remove_unused_categories()

@@ -1,8 +1,8 @@
 """Counts that are read a block of cells at a time: from memory, from a file, or from a Dask array.
 
-Whatever is learned from them is a sum over blocks of cells, or a row for each cell, so it is written once, as a
-function of a block (`Work`), and runs on all three: in threads for memory and files, on the active scheduler for Dask.
-A run of such a function is one pass over the counts. Sums are taken in double precision in a fixed order.
+Whatever is learned from them is a sum over blocks of cells, or a row for each cell: a function of a block (`Work`), run
+in threads for memory and files, on the active scheduler for Dask. A run is one pass over the counts. Sums are taken in
+double precision in a fixed order.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,10 +31,7 @@ _FAN_IN = 8  # partial sums that a Dask task adds up
 
 
 def block_rows(n_genes: int) -> int:
-    """Return how many cells a block has: 1, 2 or 5 times a power of ten, by the number of genes alone.
-
-    Blocks have the same bounds wherever the counts are and however they are chunked, so that rounding is the same too.
-    """
+    """Return how many cells a block has, wherever counts are, so that rounding is the same: 1, 2 or 5 times 10^n."""
     most = max(1, _ENTRIES // max(1, n_genes))
     tens = 10 ** int(np.log10(most))
     return tens * max(step for step in (1, 2, 5) if step * tens <= most)
@@ -42,22 +39,13 @@ def block_rows(n_genes: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Some consecutive cells.
-
-    Attributes
-    ----------
-    counts
-        CSR float32 in canonical form, without stored zeros.
-    start
-        Number of the first cell.
-    """
+    """Some consecutive cells: their counts, CSR float32 in canonical form without stored zeros, from number `start`."""
 
     counts: sp.csr_matrix
     start: int
 
     @property
     def cells(self) -> np.ndarray:
-        """The numbers of its cells."""
         return np.arange(self.start, self.start + self.counts.shape[0])
 
 
@@ -70,60 +58,42 @@ class Partial(NamedTuple):
 
 Work = Callable[[Block], Partial]
 ToBlock = Callable[[int, Any], Block]
-"""(number of the first cell, rows as they are stored) -> their block."""
+
+
+def block_of(start: int, rows: Any) -> Block:
+    """Return the block of rows as they are stored, from the number of the first cell."""
+    return Block(_canonical(rows), start)
 
 
 class Chunks(ABC):
-    """Counts of shape (cells, genes), read a block of cells at a time.
-
-    Attributes
-    ----------
-    shape
-        (cells, genes).
-    """
+    """Counts of shape (cells, genes), read a block of cells at a time."""
 
     def __init__(self, shape: tuple[int, int], rows: int | None = None) -> None:
         self.shape = shape
         self._rows = block_rows(shape[1]) if rows is None else rows
 
     @abstractmethod
-    def run(self, work: Work, to_block: ToBlock | None = None) -> Partial:
-        """Return the sums over all blocks, float64, and the rows of all cells: one pass.
-
-        `to_block` makes blocks of stored rows, `block_of` unless another is given.
-        """
+    def run(self, work: Work, to_block: ToBlock = block_of) -> Partial:
+        """Return the sums over all blocks, float64, and the rows of all cells: one pass."""
 
     def rows(self, work: Work, widths: Sequence[int]) -> list[np.ndarray | dask.array.Array]:
-        """Return the rows of all cells: those of a Dask array as Dask arrays, computed where they are read.
-
-        Parameters
-        ----------
-        work
-            Returns for a block one float32 array for each of `widths`, of shape (cells, width).
-        """
+        """Return the rows of all cells, float32 of these widths; those of a Dask array as Dask arrays, not computed."""
         return list(self.run(work).rows)
 
     def take(self, cells: np.ndarray) -> sp.csr_matrix:
-        """Return the counts of some cells, CSR float32, in rising order."""
-
-        def chosen(block: Block) -> Partial:
-            return Partial(rows=(block.counts[_within(block, cells)],))
-
-        return self.run(chosen).rows[0]
+        """Return the counts of some cells, by number in rising order, CSR float32."""
+        return self.part(cells)
 
     def part(self, cells: slice | np.ndarray, genes: slice | np.ndarray = slice(None)) -> sp.csr_matrix:
-        """Return the counts of some cells and genes by position, CSR float32, in the order asked, repeats too.
-
-        Blocks without any of the cells are not read, and no more is held than what is asked and a block a thread.
-        """
+        """Return the counts of some cells and genes by position, CSR float32; blocks without any are not read."""
         rows, back = np.unique(np.arange(self.shape[0])[cells], return_inverse=True)
-        columns = np.arange(self.shape[1])[genes]
 
         def chosen(block: Block) -> sp.csr_matrix:
-            return block.counts[_within(block, rows)][:, columns]
+            first, last = np.searchsorted(rows, [block.start, block.start + block.counts.shape[0]])
+            return block.counts[rows[first:last] - block.start][:, genes]
 
         parts = [each for each in self._of_blocks(chosen, rows) if each.shape[0]]
-        found = _stacked(parts) if parts else sp.csr_matrix((0, len(columns)), dtype=np.float32)
+        found = _stacked(parts) if parts else sp.csr_matrix((0, self.shape[1]), dtype=np.float32)[:, genes]
         return found if np.array_equal(back, np.arange(found.shape[0])) else found[back]
 
     @abstractmethod
@@ -147,7 +117,7 @@ class Chunks(ABC):
     def stored(self, start: int, stop: int) -> Any:
         """Return some rows, sparse or dense."""
 
-    def of_genes(self, genes: np.ndarray) -> Chunks:
+    def of_genes(self, genes: np.ndarray) -> OfGenes:
         """Return some of the genes, boolean of shape (genes,)."""
         return OfGenes(self, genes)
 
@@ -160,20 +130,8 @@ class Chunks(ABC):
 class Counts:
     """Counts wherever they are, and what a method may know of their cells and genes.
 
-    Attributes
-    ----------
-    chunks
-        The counts.
-    size
-        Molecules of each cell, shape (cells,).
-    totals
-        Molecules of each gene, shape (genes,).
-    cell_names, gene_names
-        Names of cells and genes.
-    used
-        Genes that determine which cells are alike, boolean of shape (genes,); None for all.
-    columns
-        Columns of `obs`, categorical, that a method asked for.
+    `size` and `totals` are the molecules of each cell and gene; `used`, boolean of shape (genes,) or None for all, are
+    the genes that determine which cells are alike; `columns` are the columns of `obs` that a method asked for.
     """
 
     chunks: Chunks
@@ -187,12 +145,11 @@ class Counts:
     @classmethod
     def of(cls, counts: sp.csr_matrix, used: np.ndarray | None = None) -> Counts:
         """Return counts of cells and genes without names."""
-        names = [pd.RangeIndex(n).astype(str) for n in counts.shape]
-        return cls(InMemory(counts), row_sums(counts), column_sums(counts), names[0], names[1], used)
+        cells, genes = (pd.RangeIndex(n).astype(str) for n in counts.shape)
+        return cls(InMemory(counts), row_sums(counts), column_sums(counts), cells, genes, used)
 
     @property
     def n_used(self) -> int:
-        """How many genes determine which cells are alike."""
         return self.chunks.shape[1] if self.used is None else int(self.used.sum())
 
     def in_memory(self) -> sp.csr_matrix:
@@ -201,42 +158,30 @@ class Counts:
 
     def part(self, counts: sp.csr_matrix, cells: np.ndarray) -> Counts:
         """Return other counts of some of the cells, by number: a part of their molecules."""
-        columns = {name: column.iloc[cells] for name, column in self.columns.items()}
-        names = self.cell_names[cells]
-        return Counts(
-            InMemory(counts), row_sums(counts), column_sums(counts), names, self.gene_names, self.used, columns
+        return replace(
+            self,
+            chunks=InMemory(counts),
+            size=row_sums(counts),
+            totals=column_sums(counts),
+            cell_names=self.cell_names[cells],
+            columns={name: column.iloc[cells] for name, column in self.columns.items()},
         )
 
 
 class _Local(Chunks):
     """Counts that this process reads."""
 
-    def run(self, work: Work, to_block: ToBlock | None = None) -> Partial:
-        """See `Chunks`."""
-
-        def of_block(item: tuple[int, Any]) -> Partial:
-            return work((to_block or block_of)(*item))
-
-        n_blocks = -(-self.shape[0] // self._rows)
-        with progress_bar("reading counts", n_blocks) as bar:
-            return _gathered(_counted(in_threads(of_block, self._items()), bar))
-
-    def take(self, cells: np.ndarray) -> sp.csr_matrix:
-        """See `Chunks`; blocks without any of the cells are not read."""
-        wanted = ((start, rows) for start, rows in self._items(cells))
-        return _stacked([(block := block_of(*item)).counts[_within(block, cells)] for item in wanted])
+    def run(self, work: Work, to_block: ToBlock = block_of) -> Partial:
+        starts = range(0, self.shape[0], self._rows)
+        stored = ((start, self.stored(start, min(start + self._rows, self.shape[0]))) for start in starts)
+        found = in_threads(lambda item: work(to_block(*item)), stored)
+        return _gathered(progress_bar("reading counts", len(starts), iterable=found))
 
     def _of_blocks(self, work: Callable[[Block], Any], cells: np.ndarray) -> Iterable[Any]:
         bounds = np.searchsorted(cells, range(0, self.shape[0] + self._rows, self._rows))
         spans = [cells[first:last] for first, last in pairwise(bounds) if first < last]
-        slices = ((int(own[0]), self.stored(int(own[0]), int(own[-1]) + 1)) for own in spans)
-        return in_threads(lambda item: work(block_of(*item)), slices)
-
-    def _items(self, cells: np.ndarray | None = None) -> Iterator[tuple[int, Any]]:
-        for start in range(0, self.shape[0], self._rows):
-            stop = min(start + self._rows, self.shape[0])
-            if cells is None or np.searchsorted(cells, start) < np.searchsorted(cells, stop):
-                yield start, self.stored(start, stop)
+        stored = ((int(own[0]), self.stored(int(own[0]), int(own[-1]) + 1)) for own in spans)
+        return in_threads(lambda item: work(block_of(*item)), stored)
 
 
 class InMemory(_Local):
@@ -250,13 +195,9 @@ class InMemory(_Local):
         return self._counts[start:stop]
 
     def take(self, cells: np.ndarray) -> sp.csr_matrix:
-        """See `Chunks`."""
-        if len(cells) == self.shape[0]:
-            return _canonical(self._counts)
-        return _canonical(self._counts[cells])
+        return _canonical(self._counts if len(cells) == self.shape[0] else self._counts[cells])
 
     def part(self, cells: slice | np.ndarray, genes: slice | np.ndarray = slice(None)) -> sp.csr_matrix:
-        """See `Chunks`."""
         return _canonical(self._counts[cells][:, genes])
 
 
@@ -268,13 +209,11 @@ class OfGenes(Chunks):
         self._chunks = chunks
         self._genes = np.flatnonzero(genes)
 
-    def run(self, work: Work, to_block: ToBlock | None = None) -> Partial:
-        """See `Chunks`."""
+    def run(self, work: Work, to_block: ToBlock = block_of) -> Partial:
         genes = self._genes
         return self._chunks.run(lambda block: work(Block(block.counts[:, genes], block.start)), to_block)
 
     def part(self, cells: slice | np.ndarray, genes: slice | np.ndarray = slice(None)) -> sp.csr_matrix:
-        """See `Chunks`."""
         return self._chunks.part(cells, self._genes[genes])
 
     def _of_blocks(self, work: Callable[[Block], Any], cells: np.ndarray) -> Iterable[Any]:
@@ -313,8 +252,7 @@ class OnDask(Chunks):
         self._array = array
         self._starts = [int(start) for start in np.cumsum([0, *array.chunks[0][:-1]])]
 
-    def run(self, work: Work, to_block: ToBlock | None = None) -> Partial:
-        """See `Chunks`."""
+    def run(self, work: Work, to_block: ToBlock = block_of) -> Partial:
         import dask
 
         add, parts = dask.delayed(_gathered), self._parts(work, to_block)
@@ -324,17 +262,11 @@ class OnDask(Chunks):
             return parts[0].compute()
 
     def rows(self, work: Work, widths: Sequence[int]) -> list[np.ndarray | dask.array.Array]:
-        """See `Chunks`."""
         import dask.array as da
 
-        parts, lengths = self._parts(work), self._array.chunks[0]
+        parts = list(zip(self._parts(work), self._array.chunks[0], strict=True))
         return [
-            da.concatenate(
-                [
-                    da.from_delayed(part[1][i], (n, width), dtype=np.float32)
-                    for part, n in zip(parts, lengths, strict=True)
-                ]
-            )
+            da.concatenate([da.from_delayed(part[1][i], (n, width), dtype=np.float32) for part, n in parts])
             for i, width in enumerate(widths)
         ]
 
@@ -343,23 +275,20 @@ class OnDask(Chunks):
 
         ends = np.searchsorted(cells, np.cumsum(self._array.chunks[0]))
         parts = self._parts(lambda block: Partial(rows=[work(block)]))
-        wanted = [part for part, first, last in zip(parts, [0, *ends[:-1]], ends, strict=True) if first < last]
+        wanted = [part for part, (first, last) in zip(parts, pairwise([0, *ends]), strict=True) if first < last]
         with one_blas_thread():
             return [found.rows[0] for found in dask.compute(*wanted)]
 
     def stored(self, start: int, stop: int) -> Any:
         return _checked(self._array[start:stop].compute(), (stop - start, self.shape[1]))
 
-    def _parts(self, work: Work, to_block: ToBlock | None = None) -> list[Any]:
+    def _parts(self, work: Work, to_block: ToBlock = block_of) -> list[Any]:
         """Return what is learned from each chunk, not computed yet."""
         import dask
 
         of_chunk, shared = dask.delayed(_of_chunk), dask.delayed(work, traverse=False)
-        chunks = self._array.to_delayed()[:, 0]
-        return [
-            of_chunk(shared, to_block or block_of, start, chunk, self._rows)
-            for start, chunk in zip(self._starts, chunks, strict=True)
-        ]
+        chunks = zip(self._starts, self._array.to_delayed()[:, 0], strict=True)
+        return [of_chunk(shared, to_block, start, chunk, self._rows) for start, chunk in chunks]
 
 
 def _of_chunk(work: Work, to_block: ToBlock, start: int, rows: Any, step: int) -> Partial:
@@ -368,36 +297,22 @@ def _of_chunk(work: Work, to_block: ToBlock, start: int, rows: Any, step: int) -
     return alone(lambda: _gathered(work(to_block(start + i, rows[i : i + step])) for i in starts))
 
 
-def _counted(partials: Iterable[Partial], bar: Any) -> Iterator[Partial]:
-    """Yield what was learned from blocks, and move a bar."""
-    for partial in partials:
-        yield partial
-        bar.update()
-
-
 def _gathered(partials: Iterable[Partial]) -> Partial:
     """Return the sums of the sums, float64, and the rows one after another."""
-    sums: list[np.ndarray] | None = None
+    sums: list[np.ndarray] = []
     rows: list[Sequence[np.ndarray]] = []
     for partial in partials:
-        if sums is None:
-            sums = [np.array(each, dtype=np.float64) for each in partial.sums]
-        else:
-            for total, each in zip(sums, partial.sums, strict=True):
-                np.add(total, each, out=total)
+        sums = sums or [np.zeros(np.shape(each)) for each in partial.sums]
+        for total, each in zip(sums, partial.sums, strict=True):
+            np.add(total, each, out=total)
         rows.append(partial.rows)
-    return Partial(sums or [], [_stacked(column) for column in zip(*rows, strict=True)])
+    return Partial(sums, [_stacked(column) for column in zip(*rows, strict=True)])
 
 
 def _stacked(parts: Sequence[Any]) -> Any:
     if len(parts) == 1:
         return parts[0]
     return sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
-
-
-def block_of(start: int, rows: Any) -> Block:
-    """Return the block of rows as they are stored, from the number of the first cell."""
-    return Block(_canonical(rows), start)
 
 
 def _canonical(rows: Any) -> sp.csr_matrix:
@@ -451,9 +366,3 @@ def _checked(rows: Any, shape: tuple[int, int]) -> Any:
     if sp.issparse(rows):
         rows.check_format(full_check=True)
     return rows
-
-
-def _within(block: Block, cells: np.ndarray) -> np.ndarray:
-    """Return which rows of the block are among the cells, which are in rising order."""
-    first, last = np.searchsorted(cells, [block.start, block.start + block.counts.shape[0]])
-    return cells[first:last] - block.start

@@ -6,7 +6,6 @@ truth plus a constant, so the parameter of least loss is the one of least error.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -33,6 +32,7 @@ from ._random import RandomState, as_generator
 from ._result import plain_table
 from ._slots import check_key, committed, marked, owned
 from ._transform import TransformName
+from ._warnings import warn
 from .methods import as_methods
 from .methods._base import Method
 from .methods._function import Function, OwnDepth, checked_rows
@@ -44,21 +44,13 @@ _GRID = "pass a dict of lists, e.g. {'t': [1, 2, 3]}, or a list of such dicts"
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What `calibrate` found.
+    """What `calibrate` found: the parameters chosen, and how all candidates did.
 
-    Attributes
-    ----------
-    best
-        The parameters chosen.
-    table
-        One row a candidate, in the order of the grid: its parameters (`param_loss` for one called `loss`), `loss`,
-        `error` (standard error of loss less the least one, paired by cell; infinite where one cell tells), `gain`
-        (minus the Poisson loss, nats per held-out molecule above the mean profile), `seconds`, `failure` (what went
-        wrong, or nothing) and `chosen`.
-    split_losses
-        The loss of each candidate in each split, shape (candidates, splits).
-    denoised
-        With `refit=True`, what the best denoiser returns for all of the data.
+    A row of `table` is a candidate, in the order of the grid: its parameters (`param_loss` for one called `loss`),
+    `loss`, `error` (standard error of loss less the least one, paired by cell; infinite where one cell tells), `gain`
+    (minus the Poisson loss, nats per held-out molecule above the mean profile), `seconds`, `failure` (what went wrong,
+    or nothing) and `chosen`. `split_losses` has shape (candidates, splits); with `refit=True` `denoised` is what the
+    best denoiser returns for all of the data.
     """
 
     best: Parameters
@@ -182,11 +174,12 @@ def calibrate(
         raise ValueError("nothing that was hidden can be scored: the data have too few molecules to hide some.")
     best = candidates[row]
     for message in _caveats(table, candidates, compared.blind()):
-        warnings.warn(message, UserWarning, stacklevel=2)
+        warn(message)
     found = Calibration(best, table, split_losses, runner.refitted(values, best) if refit else None)
     if adata is not None:
         record = {
-            "best": {name: _plain(value) for name, value in best.items()},
+            # as `h5ad` and `zarr` keep it: a number or a truth value as it is, anything else as text
+            "best": {name: each if isinstance(each, Number | np.bool_) else str(each) for name, each in best.items()},
             "table": plain_table(table),
             "split_losses": split_losses,
             "denoiser": runner.name,
@@ -226,7 +219,6 @@ def expand_grid(grid: Any) -> list[dict[str, Any]]:
 
 
 def _lists(grid: Any) -> dict[str, list[Any]]:
-    """Return the values of each parameter of a grid."""
     if not isinstance(grid, Mapping):
         raise TypeError(f"grid holds {short(grid)}: {_GRID}.")
     lists: dict[str, Any] = {}
@@ -292,10 +284,7 @@ def _groups(method: Any, candidates: Sequence[Parameters]) -> list[list[int]]:
 
 @dataclass(frozen=True, eq=False)
 class _Runner:
-    """A method, and what it is given besides counts and the parameters of a candidate.
-
-    Any method but a function draws from the same seed for every candidate: they differ by their parameters alone.
-    """
+    """A method, and what it is given besides counts and parameters: for every candidate the same seed."""
 
     method: Any
     counts: Counts | None
@@ -303,7 +292,6 @@ class _Runner:
 
     @property
     def name(self) -> str:
-        """Name of the method, or of the function."""
         return self.method.label if isinstance(self.method, Function) else self.method.name
 
     def on(self, seen: Any) -> Callable[[Parameters], Any]:
@@ -359,8 +347,3 @@ def _ends_of_grid(best: Parameters, candidates: Sequence[Parameters]) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isnan(value)
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as `h5ad` and `zarr` keep it: a number or a truth value as it is, anything else as text."""
-    return value if isinstance(value, Number | np.bool_) else str(value)

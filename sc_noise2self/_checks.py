@@ -49,17 +49,16 @@ def check_one_of(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}: pass one of {', '.join(choices)}.")
 
 
-def as_positive(name: str, value: Any) -> int:
-    """Return a whole number from 1 as it is; raise for anything else."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} is {value!r}: pass a whole number, 1 or more.")
+def as_positive(name: str, value: Any, least: int = 1) -> int:
+    """Return a whole number that is not below the least as it is; raise for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} is {value!r}: pass a whole number, {least} or more.")
     return int(value)
 
 
 def check_whole(name: str, value: Any) -> None:
     """Raise unless the value is a whole number from 0."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
-        raise ValueError(f"{name} is {value!r}: pass a whole number, 0 or more.")
+    as_positive(name, value, least=0)
 
 
 def check_number(name: str, value: Any, least: float, most: float, *, open_below: bool = False) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,57 +29,45 @@ COLUMNS = ("loss", "error", "gain", "seconds", "failure", "chosen")
 _LARGEST = 1e100  # a loss whose square is still a number
 
 
-@dataclass(frozen=True, eq=False)
-class _Outcome:
+class _Outcome(NamedTuple):
     """What one candidate did in one fold."""
 
     score: Score | None
-    seconds: float
-    failure: str
-    blind: bool
+    seconds: float = 0.0
+    failure: str = ""
+    blind: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class _Row:
-    """A candidate, and what it did in each fold, by (split, fold)."""
+    """A candidate, and what it did in each fold by (split, fold): jobs may have ended in any order."""
 
     parameters: Parameters
     outcomes: dict[tuple[int, int], _Outcome] = field(default_factory=dict)
 
     @property
-    def ordered(self) -> list[tuple[int, _Outcome]]:
-        """Splits and outcomes, in the order of (split, fold): jobs may have ended in any other."""
-        return [(where[0], self.outcomes[where]) for where in sorted(self.outcomes)]
-
-    @property
     def failure(self) -> str:
         """What went wrong first, or nothing."""
-        return next((outcome.failure for _, outcome in self.ordered if outcome.failure), "")
+        return next((self.outcomes[fold].failure for fold in sorted(self.outcomes) if self.outcomes[fold].failure), "")
 
     def score(self, split: int | None = None) -> Score | None:
         """Return the loss over the folds of a split, or of all; None where it failed or was not measured."""
-        outcomes = [outcome for number, outcome in self.ordered if split in (None, number)]
-        known = [outcome.score for outcome in outcomes if outcome.score is not None]
-        return None if self.failure or not known or len(known) < len(outcomes) else sum(known[1:], known[0])
+        scores = [self.outcomes[fold].score for fold in sorted(self.outcomes) if split in (None, fold[0])]
+        known = [score for score in scores if score is not None]
+        return None if self.failure or not known or len(known) < len(scores) else sum(known[1:], known[0])
 
 
 class Comparison:
     """Losses of candidates in the folds of one or several splits, and the choice between them.
 
     Rows stand in the order in which their candidates first appeared, which matters to "one_standard_error" and to
-    ties: the first wins, so the simplest candidate comes first.
-
-    Parameters
-    ----------
-    candidates
-        Parameters of the first rows, where their order is to be another than that of `add`.
+    ties: the first wins, so the simplest candidate comes first. `candidates` fixes their order beforehand.
     """
 
     def __init__(self, candidates: Iterable[Parameters] = ()) -> None:
         self._rows = [_Row(parameters) for parameters in candidates]
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self._rows)
 
     def parameters(self, row: int) -> Parameters:
@@ -94,30 +82,19 @@ class Comparison:
         row: int | None = None,
         split: int = 0,
         fold: int = 0,
-        seconds: float = 0.0,
-        failure: str = "",
-        blind: bool = False,
+        **more: Any,
     ) -> int:
-        """Take what a candidate lost in one fold, and return its row.
+        """Take what a candidate lost in one fold, on the same cells as every other, and return its row.
 
-        Parameters
-        ----------
-        parameters, row
-            What distinguishes the candidate; parameters equal to earlier ones belong to the same row. `row` says
-            which row it is, where parameters repeat or cannot be compared.
-        score
-            Its loss, on the same cells as every other; `-gain` where it is a gain. None where it failed.
-        split, fold
-            Where the loss was measured. Measured again there, the later loss counts.
-        seconds, failure, blind
-            How long it took; what went wrong, in a line; whether it predicts even what it has seen worse than the
-            mean profile.
+        Parameters equal to earlier ones belong to the same row; `row` says which it is where they repeat or cannot be
+        compared. The score is None where it failed; one that is measured again takes the place of the first. `more` is
+        the rest of an outcome.
         """
         if row is None:
             row = next((i for i, known in enumerate(self._rows) if known.parameters == parameters), len(self._rows))
         if row == len(self._rows):
             self._rows.append(_Row(parameters))
-        self._rows[row].outcomes[split, fold] = _Outcome(score, seconds, failure, blind)
+        self._rows[row].outcomes[split, fold] = _Outcome(score, **more)
         return row
 
     def blind(self) -> list[int]:
@@ -136,17 +113,10 @@ class Comparison:
         return np.array([[score.mean if score and score.n_cells else np.nan for score in each] for each in scores])
 
     def best(self, rule: Rule = "least", tolerance: float = 0.0, *, last: bool = False) -> int:
-        """Return the row that is chosen.
+        """Return the row of least loss, or the first (last) within one standard error of the difference to it.
 
-        Parameters
-        ----------
-        rule
-            `"least"`: the row of least loss. `"one_standard_error"`: the first whose loss is above it by no more than
-            one standard error of their difference, or than the tolerance.
-        tolerance
-            Share of the least loss, of whatever sign, that counts as no difference to `"one_standard_error"`.
-        last
-            Take the last that is as good instead of the first, where the simplest come last.
+        `tolerance` is the share of the least loss, of whatever sign, that counts as no difference to
+        "one_standard_error".
         """
         losses, errors = self._losses()
         least = np.nanmin(losses)
@@ -166,7 +136,7 @@ class Comparison:
         table["loss"], table["error"] = losses, errors
         if gain:
             table["gain"] = -losses
-        table["seconds"] = [sum(outcome.seconds for _, outcome in row.ordered) for row in self._rows]
+        table["seconds"] = [sum(row.outcomes[fold].seconds for fold in sorted(row.outcomes)) for row in self._rows]
         table["failure"] = [row.failure for row in self._rows]
         table["chosen"] = np.arange(len(table)) == self.best(rule, tolerance, last=last)
         return table
@@ -176,12 +146,11 @@ class Comparison:
         scores = self.scores()
         done = [score for score in scores if score is not None]
         if not done:
-            first = self._rows[0] if self._rows else _Row({})
+            first = self._rows[0]
             raise ValueError(f"every candidate failed; the first, {describe(first.parameters)}: {first.failure}")
         least = min(done, key=lambda score: score.mean)
         found = [(np.nan,) * 2 if each is None else (each.mean, each.error_of_difference(least)) for each in scores]
-        losses, errors = np.array(found).T
-        return losses, errors
+        return tuple(np.array(found).T)
 
 
 def compare(
@@ -194,16 +163,10 @@ def compare(
     n_jobs: int,
     prefer: Prefer,
 ) -> Comparison:
-    """Return what each candidate lost in each fold of each split, several at a time, see `in_jobs`.
+    """Return what each candidate lost in each fold of each split, several at a time.
 
-    Parameters
-    ----------
-    splits
-        The folds of each: objects with `seen`, `score(prediction, loss)` and `is_blind(prediction)`.
-    predictor
-        Takes what a fold shows, and returns what predicts for each candidate's parameters.
-    groups
-        Candidates, by number, that run in one task because one fit serves them.
+    `predictor` takes what a fold shows, and returns what predicts for each candidate's parameters. Candidates of a
+    group, by number, run in one task: one fit serves them.
     """
     tasks = [
         _Task({i: candidates[i] for i in group}, fold, split, number)
@@ -216,16 +179,18 @@ def compare(
         while tasks:
             again: list[_Task] = []
             with closing(in_jobs(partial(_evaluate, predictor, loss), tasks, n_jobs, prefer)) as done:
-                for task, outcomes in done:
+                for task, found in done:
                     bar.update()
-                    if not isinstance(outcomes, Exception):
-                        found = dict(zip(task.candidates, outcomes, strict=True))
-                    elif len(task.candidates) == 1:
-                        found = {row: {"score": None, "failure": in_words(outcomes)} for row in task.candidates}
-                    else:  # which of them it was shows when each runs alone
-                        found = {}
+                    if isinstance(found, Exception) and len(task.candidates) > 1:
+                        # which of them it was shows when each runs alone
                         again += [replace(task, candidates={i: each}) for i, each in task.candidates.items()]
-                    for row, outcome in found.items():
+                        continue
+                    outcomes: dict[int, dict[str, Any]] = (
+                        found
+                        if isinstance(found, dict)
+                        else {row: {"score": None, "failure": in_words(found)} for row in task.candidates}
+                    )
+                    for row, outcome in outcomes.items():
                         comparison.add(candidates[row], row=row, split=task.split, fold=task.number, **outcome)
             tasks = again
     return comparison
@@ -241,11 +206,11 @@ class _Task:
     number: int
 
 
-def _evaluate(predictor: Predictor, loss: Any, task: _Task) -> list[dict[str, Any]]:
+def _evaluate(predictor: Predictor, loss: Any, task: _Task) -> dict[int, dict[str, Any]]:
     """Return what `Comparison.add` takes of each candidate; whatever one does, the others go on, until an interrupt."""
-    outcomes = []
+    outcomes = {}
     predict = predictor(task.fold.seen)
-    for parameters in task.candidates.values():
+    for row, parameters in task.candidates.items():
         outcome: dict[str, Any] = {"score": None}
         start = time.perf_counter()
         try:
@@ -256,7 +221,8 @@ def _evaluate(predictor: Predictor, loss: Any, task: _Task) -> list[dict[str, An
             raise
         except BaseException as error:  # also SystemExit
             outcome["failure"] = in_words(error)
-        outcomes.append({**outcome, "seconds": time.perf_counter() - start})
+        outcome["seconds"] = time.perf_counter() - start
+        outcomes[row] = outcome
     return outcomes
 
 

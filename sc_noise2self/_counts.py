@@ -1,7 +1,6 @@
 """What counts as a count matrix, and the first entry that is not a count.
 
-Molecule splitting is defined on whole, non-negative numbers of molecules alone; everything in the package that
-takes counts passes through here once, so that a normalised matrix is refused in one place and in one sentence.
+Molecule splitting is defined on whole, non-negative numbers alone; everything that takes counts passes through here.
 """
 
 from __future__ import annotations
@@ -15,29 +14,25 @@ import scipy.sparse as sp
 CountMatrix: TypeAlias = np.ndarray | sp.csr_matrix | sp.csc_matrix | sp.csr_array | sp.csc_array
 """Cells x genes: dense, or compressed sparse by row or column, `scipy`'s matrices and arrays alike."""
 
-
-SINGLE = 2**24
-"""Up to here single precision, which denoisers work in, holds every whole number."""
+_BLOCK = 1 << 20  # entries checked at a time
+SINGLE = 2**24  # up to here single precision, which denoisers work in, holds every whole number
 
 
 class NotACount(Exception):
-    """An entry that is not a count, or is too large: `cell` and `gene` by number, its value, the largest allowed."""
-
-    def __init__(self, cell: int, gene: int, value: Any, largest: int) -> None:
-        super().__init__(cell, gene, value, largest)
-        self.cell, self.gene, self.value, self.largest = cell, gene, value, largest
+    """An entry that is not a count, or is too large: (cell, gene, value, largest allowed), the first two by number."""
 
     def named(self, name: str, cells: Sequence[str] | None, genes: Sequence[str] | None) -> ValueError:
         """Return the error for a user, with the names of matrix, cell and gene."""
-        where = f"cell {_label(cells, self.cell)}, gene {_label(genes, self.gene)}"
-        if self.largest < self.value < np.inf:
-            value = f"{self.value:.17g}" if isinstance(self.value, np.floating) else self.value
+        cell, gene, value, largest = self.args
+        where = f"cell {_label(cells, cell)}, gene {_label(genes, gene)}"
+        if largest < value < np.inf:
+            shown = f"{value:.17g}" if isinstance(value, np.floating) else value
             return ValueError(
-                f"{name} holds {value} at {where}: counts are exact up to 2^{self.largest.bit_length() - 1} "
+                f"{name} holds {shown} at {where}: counts are exact up to 2^{largest.bit_length() - 1} "
                 "here, and no cell has so many molecules of a gene. Pass raw UMI counts."
             )
         return ValueError(
-            f"{name} holds {str(self.value).removesuffix('.0')} at {where}: molecule splitting needs raw counts. "
+            f"{name} holds {str(value).removesuffix('.0')} at {where}: molecule splitting needs raw counts. "
             'Pass the matrix before normalisation, e.g. layer="counts".'
         )
 
@@ -50,33 +45,12 @@ def check_counts(
     genes: Sequence[str] | None = None,
     largest: int = 2**53,
 ) -> CountMatrix:
-    """Return `counts` when it is a matrix of counts, else raise saying which entry is not one.
+    """Return a matrix of counts up to `largest`, or to where its own type is exact; else say which entry is not one.
 
-    Parameters
-    ----------
-    counts
-        Cells x genes. Sparse CSR or CSC, or dense; any integer or floating type that holds whole numbers.
-    name
-        What the matrix is called in messages, e.g. ``'layer "counts"'``.
-    cells, genes
-        Names used in messages; indices are given where these are None.
-    largest
-        Counts up to here are taken, a power of two, or up to the number to which the matrix's own type is exact.
-
-    Returns
-    -------
-    The same object, or a copy in canonical form where a sparse matrix repeats entries; of a wider type if they add up
-    to more than its own holds.
-
-    Raises
-    ------
-    TypeError
-        If it is not a two-dimensional CSR, CSC or dense numeric matrix.
-    ValueError
-        If an entry is negative, not finite, not a whole number or too large, if the indices of a sparse matrix are
-        out of range, or if there is no molecule at all.
+    A sparse matrix that repeats entries is copied, to a wider type if they add up to more than its own holds. `cells`
+    and `genes` are names for messages.
     """
-    counts = check_format(counts, name=name)
+    counts = check_format(counts, name)
     try:
         check_values(counts, largest)
         if sp.issparse(counts) and not counts.has_canonical_format:
@@ -90,8 +64,8 @@ def check_counts(
     return counts
 
 
-def check_format(counts: Any, *, name: str = "the matrix") -> CountMatrix:
-    """Return `counts` when it is a numeric matrix of a format that counts come in; see `check_counts`."""
+def check_format(counts: Any, name: str) -> CountMatrix:
+    """Return a numeric matrix of a format that counts come in; raise for anything else."""
     if isinstance(counts, np.ndarray) and not isinstance(counts, np.ma.MaskedArray):
         counts = np.asarray(counts)  # a view of AnnData would write through to its parent
     if sp.issparse(counts):
@@ -99,7 +73,7 @@ def check_format(counts: Any, *, name: str = "the matrix") -> CountMatrix:
             raise TypeError(
                 f"{name} is a sparse matrix of format {counts.format!r}: pass CSR or CSC, e.g. counts.tocsr()."
             )
-        check_indices(counts, name)
+        _check_indices(counts, name)
     elif type(counts) is not np.ndarray:
         raise TypeError(
             f"{name} is of type {type(counts).__name__}: molecule splitting needs a NumPy array or a SciPy "
@@ -112,14 +86,8 @@ def check_format(counts: Any, *, name: str = "the matrix") -> CountMatrix:
     return counts
 
 
-def check_indices(counts: sp.csr_matrix | sp.csc_matrix, name: str) -> None:
-    """Raise where a compressed matrix names rows or columns that it does not have: reading them would end the process.
-
-    Raises
-    ------
-    ValueError
-        In one sentence; the matrix itself is not touched.
-    """
+def _check_indices(counts: sp.csr_matrix | sp.csc_matrix, name: str) -> None:
+    """Raise where a matrix names rows or columns that it does not have: reading them would end the process."""
     try:
         # SciPy's check casts and trims what it checks, so it is given another matrix of the same arrays.
         type(counts)((counts.data, counts.indices, counts.indptr), shape=counts.shape, copy=False).check_format()
@@ -130,19 +98,11 @@ def check_indices(counts: sp.csr_matrix | sp.csc_matrix, name: str) -> None:
 
 
 def check_values(counts: CountMatrix, largest: int) -> None:
-    """Raise for the first entry that is negative, not finite, not whole, or above `largest`.
-
-    A floating type lowers `largest` to the number up to which it holds every whole number.
-
-    Raises
-    ------
-    NotACount
-        With the position of the entry.
-    """
+    """Raise NotACount for the first entry that is negative, not finite, not whole, or too large, also for its type."""
     if counts.dtype.kind == "f":
         largest = min(largest, 2 ** (np.finfo(counts.dtype).nmant + 1))
     values: Any = counts.data if sp.issparse(counts) else counts
-    wrong = _first_wrong(values, largest)
+    wrong = None if counts.dtype.kind == "b" else _first_wrong(values, largest)
     if wrong is not None:
         raise NotACount(*_position(counts, wrong), values.flat[wrong], largest)
 
@@ -170,13 +130,11 @@ def column_sums(counts: CountMatrix) -> np.ndarray:
     return np.asarray(counts.sum(axis=0, dtype=np.float64)).ravel()
 
 
-def _first_wrong(values: np.ndarray, largest: int, block: int = 1 << 20) -> int | None:
+def _first_wrong(values: np.ndarray, largest: int) -> int | None:
     """Return the flat index of the first entry that is not a count up to the largest, by blocks that stay in cache."""
     flat = values.reshape(-1) if values.flags.c_contiguous else values.flat
-    for start in range(0, values.size, block):
-        part = np.asarray(flat[start : start + block])
-        if part.dtype.kind == "b":
-            return None
+    for start in range(0, values.size, _BLOCK):
+        part = np.asarray(flat[start : start + _BLOCK])
         wrong = ~(part >= 0) | (part > largest)  # also NaN
         if part.dtype.kind == "f":
             wrong |= part != np.rint(part)
@@ -188,8 +146,7 @@ def _first_wrong(values: np.ndarray, largest: int, block: int = 1 << 20) -> int 
 def _position(counts: CountMatrix, index: int) -> tuple[int, int]:
     """Return (cell, gene) of the entry at this index of the stored values."""
     if isinstance(counts, np.ndarray):
-        cell, gene = np.unravel_index(index, counts.shape)
-        return int(cell), int(gene)
+        return divmod(index, counts.shape[1])
     major = int(np.searchsorted(counts.indptr, index, side="right")) - 1
     minor = int(counts.indices[index])
     return (major, minor) if counts.format == "csr" else (minor, major)

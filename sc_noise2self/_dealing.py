@@ -5,12 +5,11 @@ Flood 2014) started at the hash of the three. Every draw takes the next word, so
 by its number and its counts: with its number alone, two matrices that are split by one seed would share their draws,
 and so would a matrix and a part of it that is split again.
 
-Laws. One molecule falls into a part by its share. Many fall one part after another: the first gets
-Binomial(n, share), the next its share of the rest. With overdispersion phi a part's probability is itself drawn, from
-Beta(share / phi, rest / phi), which makes the parts Dirichlet-multinomial. A binomial of few molecules is drawn by
-inversion; one of many is first cut at an order statistic of its uniforms, which is Beta distributed (Devroye 1986,
-"Non-uniform random variate generation", X.4.3), until few are left: exact for every n and p, in a time of log n. Gamma
-variates are those of Marsaglia & Tsang (2000).
+One molecule falls into a part by its share; of many the first part gets Binomial(n, share), the next its share of the
+rest. With overdispersion phi a part's probability is drawn from Beta(share / phi, rest / phi). A binomial of few
+molecules is drawn by inversion; one of many is first cut at an order statistic of its uniforms, which is Beta
+distributed (Devroye 1986, X.4.3), until few are left: exact for every n and p, in a time of log n. Gamma variates are
+those of Marsaglia & Tsang (2000).
 """
 
 from __future__ import annotations
@@ -31,6 +30,9 @@ _BITS = 64  # of a word: so many molecules it deals to even halves
 _ONE_BY_ONE = 16  # molecules of an entry up to which each is dealt on its own
 _INVERTED = 64  # molecules up to which a binomial is drawn by inversion
 
+Entries = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Counts, minor indices and indptr of some rows (columns) of a compressed matrix, int64 as in SciPy."""
+
 _compiled = numba.njit(nogil=True, cache=True)  # what it compiles takes its types from the call
 _inlined = numba.njit(nogil=True, cache=True, inline="always")  # a call with arrays would count references, atomically
 
@@ -45,22 +47,12 @@ def _mixed(word: np.uint64) -> np.uint64:
 
 @_compiled
 def _entry_state(key: np.uint64, number: int) -> np.uint64:
-    """Return the state that the stream of an entry starts at, from the key of its row and its number there."""
+    """Return where the stream of an entry starts, from the key of its row and its number there."""
     return _mixed(key + (np.uint64(number) + _ONE) * _STEP)
 
 
 def row_keys(key: int, rows: np.ndarray, contents: np.ndarray | None = None) -> np.ndarray:
-    """Return the key of each row, uint64 of shape (rows,).
-
-    Parameters
-    ----------
-    key
-        Of the matrix.
-    rows
-        Their numbers.
-    contents
-        From `add_contents`, shape (rows,); None where only the number counts.
-    """
+    """Return the key of each row by its number and, where they count, its `contents`, uint64 of shape (rows,)."""
     contents = np.zeros(len(rows), np.uint64) if contents is None else contents
     return _row_keys(np.uint64(key), rows.astype(np.int64), contents)
 
@@ -74,18 +66,9 @@ def _row_keys(key: np.uint64, rows: np.ndarray, contents: np.ndarray) -> np.ndar
 
 
 @_compiled
-def add_contents(
-    counts: np.ndarray, minor: np.ndarray, indptr: np.ndarray, first: int, by_row: bool, contents: np.ndarray
-) -> None:
-    """Add to the hash of each cell's contents that of some entries; the order of entries does not matter.
-
-    Parameters
-    ----------
-    counts, minor, indptr, first, by_row
-        As in `deal`.
-    contents
-        Added to, uint64: of these rows, or of all rows where columns are compressed.
-    """
+def add_contents(entries: Entries, first: int, by_row: bool, contents: np.ndarray) -> None:
+    """Add to `contents`, a hash of each cell's counts, that of some entries, given as to `deal`, in any order."""
+    counts, minor, indptr = entries
     for row in range(len(indptr) - 1):
         for j in range(indptr[row], indptr[row + 1]):
             gene = minor[j] if by_row else first + row
@@ -206,40 +189,23 @@ def _deal(n: np.int64, shares: np.ndarray, rest: np.ndarray, phi: float, state: 
 
 @_compiled
 def deal(
-    counts: np.ndarray,
-    minor: np.ndarray,
-    indptr: np.ndarray,
+    entries: Entries,
     keys: np.ndarray,
     first: int,
     by_row: bool,
-    shares: np.ndarray,
-    rest: np.ndarray,
-    phi: np.ndarray,
-    overlap: bool,
-    values: np.ndarray,
-    minors: np.ndarray,
-    ends: np.ndarray,
+    law: tuple[np.ndarray, np.ndarray, np.ndarray, bool],
+    out: tuple[np.ndarray, np.ndarray, np.ndarray],
 ) -> None:
-    """Deal the stored entries of some rows (columns) of a compressed matrix; only what is not zero is kept.
+    """Deal the entries of some rows (columns), from number `first`; only what is not zero is kept.
 
-    Parameters
-    ----------
-    counts, minor, indptr
-        As in SciPy, int64; `indptr` starts at 0.
-    keys
-        Of the cells: of these rows, or of all rows where columns are compressed. Shape (cells,).
-    first
-        Number of the first row (column).
-    by_row
-        Whether rows are compressed.
-    shares, rest, phi
-        Probability of each category, it and those after it, and the overdispersion of each gene.
-    overlap
-        Whether the first category belongs to every part and each other to one; else each is a part.
-    values, minors, ends
-        Written: entries of each part, int64 of shape (parts, entries), and where its rows (columns) end, shape
-        (parts, rows).
+    `keys` are those of the cells: of these rows (`by_row`), or of all where columns are compressed. `law` has the
+    probability of each category, of it and those after it, the overdispersion of each gene, and whether the first
+    category belongs to both parts. Written to `out` are the values and minor indices of each part, int64 of shape
+    (parts, entries), and where its rows (columns) end, shape (parts, rows).
     """
+    counts, minor, indptr = entries
+    shares, rest, phi, overlap = law
+    values, minors, ends = out
     n_parts = len(values)
     even = n_parts == 2 and len(shares) == 2 and shares[0] == 0.5 and not phi.any()
     dealt = np.zeros(len(shares), np.int64)

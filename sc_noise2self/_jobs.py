@@ -44,10 +44,7 @@ def as_n_jobs(n_jobs: int) -> int:
 def in_jobs(
     work: Callable[[Item], Out], items: Sequence[Item], n_jobs: int, prefer: Prefer
 ) -> Generator[tuple[Item, Out | Exception]]:
-    """Yield each item with what `work` returned of it, or with what went wrong, as they are done.
-
-    One job runs here and now. What interrupts one interrupts all.
-    """
+    """Yield each item with what `work` returned of it, or with what went wrong, as they are done; one job runs here."""
     if n_jobs == 1:
         for item in items:
             yield item, work(item)
@@ -85,7 +82,7 @@ def in_jobs(
 
 
 def _call(sent: bytes) -> Any:
-    """Return what the work that was sent returns of its item, in the process that it was sent to."""
+    """Return what the work that was sent returns of its item."""
     work, item = pickle.loads(sent)
     return work(item)
 
@@ -98,15 +95,7 @@ class _Process:
         self._executor = ProcessPoolExecutor(max_workers=1, env=self._env)
 
     def run(self, work: Callable[[Item], Out], item: Item) -> Out:
-        """Return what `work` returns of an item there.
-
-        Raises
-        ------
-        TypeError
-            If they cannot be sent there.
-        ChildProcessError
-            If the process ended.
-        """
+        """Return what `work` returns of an item there; a ChildProcessError says that the process ended."""
         try:
             sent = bytes(dumps((work, item)))
         except Exception as error:

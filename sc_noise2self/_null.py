@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar, cast, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import scipy.sparse as sp
-from anndata import AnnData
 
-from ._anndata import read_counts, with_counts
+from ._anndata import Countable, read_matrix, with_counts
 from ._checks import check_one_of
-from ._counts import CountMatrix, check_counts, narrowed, row_sums
+from ._counts import narrowed, row_sums
 from ._memory import available_memory, gigabytes
 from ._random import RandomState, as_generator
 
@@ -19,16 +18,10 @@ _N_BINS = 20  # of depth, equal in cells
 _BYTES = 8  # a molecule, at least, while labels are shuffled
 _BLOCK = 1 << 22  # dense entries permuted at a time
 
-Counts = TypeVar("Counts", bound="AnnData | CountMatrix")
-
 
 def null_counts(
-    counts: Counts,
-    kind: Kind = "shuffled",
-    *,
-    layer: str | None = None,
-    random_state: RandomState = 0,
-) -> Counts:
+    counts: Countable, kind: Kind = "shuffled", *, layer: str | None = None, random_state: RandomState = 0
+) -> Countable:
     """Return counts of the same cells and genes without what a denoiser should find.
 
     Parameters
@@ -69,17 +62,10 @@ def null_counts(
     """
     check_one_of("kind", kind, get_args(Kind))
     rng = as_generator(random_state)
-    if isinstance(counts, AnnData):
-        return cast("Counts", with_counts(counts, _null(read_counts(counts, layer), kind, rng)))
-    if layer is not None:
-        raise ValueError(f"layer={layer!r} was given with a matrix: it names a layer of an AnnData object.")
-    return cast("Counts", _null(check_counts(counts), kind, rng))
-
-
-def _null(counts: CountMatrix, kind: Kind, rng: np.random.Generator) -> CountMatrix:
-    csr = sp.csr_matrix(counts)
+    matrix = read_matrix(counts, layer)
+    csr = sp.csr_matrix(matrix)
     null = _shuffled(csr, rng) if kind == "shuffled" else _permuted(csr, rng)
-    return null.toarray() if isinstance(counts, np.ndarray) else type(counts)(null)
+    return with_counts(counts, null.toarray() if isinstance(matrix, np.ndarray) else type(matrix)(null))
 
 
 def _shuffled(counts: sp.csr_matrix, rng: np.random.Generator) -> sp.csr_matrix:

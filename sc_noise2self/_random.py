@@ -1,7 +1,7 @@
 """Randomness: one way to turn `random_state` into a generator, and a generator into the key of a split.
 
-A generator's numbers belong to turns, so what an entry of a matrix gets depends on which entries were drawn before it.
-A split draws a key alone from it, and its random numbers belong to a cell and a gene (`sc_noise2self._dealing`).
+A split draws a key alone from the generator: its random numbers belong to a cell and a gene, not to turns
+(`sc_noise2self._dealing`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,7 @@ RandomState = int | np.random.Generator
 
 
 def as_generator(random_state: RandomState) -> np.random.Generator:
-    """Return a generator for a seed; a generator is returned as it is, and so moves on when it is used.
-
-    Raises
-    ------
-    TypeError
-        If `random_state` is neither a whole number nor a `numpy.random.Generator`.
-    ValueError
-        If it is negative, or larger than a file can keep.
-    """
+    """Return a generator for a seed; a generator is returned as it is, and so moves on when it is used."""
     if isinstance(random_state, np.random.Generator):
         return random_state
     if isinstance(random_state, bool) or not isinstance(random_state, Integral):

@@ -10,17 +10,9 @@ from anndata import AnnData
 from scanpy import logging as logg
 
 from ._anndata import as_counts
-from ._checks import (
-    as_positive,
-    bounded,
-    check_flag,
-    check_one_of,
-    describe_counts,
-    describe_mask,
-    seed_of,
-)
+from ._checks import as_positive, bounded, check_flag, check_one_of, describe_counts, describe_mask, seed_of
 from ._random import RandomState, as_generator
-from ._rank_curve import Protocol, RankCurve, learned_shape, rank_curve
+from ._rank_curve import Protocol, learned_shape, rank_curve
 from ._slots import check_key, committed, marked
 from ._transform import TransformName
 from ._warnings import warn
@@ -105,7 +97,13 @@ def select_rank(
     max_rank = bounded("max_rank", max_rank, _MAX_RANK, *learned_shape(protocol, *chunks.shape))
     start = logg.info(f"selecting the rank of {describe_counts(adata, layer)}")
     curve = rank_curve(chunks, max_rank, rng, protocol=protocol, transform=transform, center=center, n_splits=n_splits)
-    _warn_of_rank(curve)
+    if not curve.beats_none:
+        warn(
+            "no rank predicts held-out molecules better than rank 0 by more than the error: the counts show no "
+            "structure that principal components could use."
+        )
+    elif curve.at_edge:
+        warn(f"the loss still falls at the largest rank tried, {max_rank}: pass a larger max_rank.")
     within = curve.within_one_error
     record = {
         "rank": curve.rank,
@@ -133,13 +131,3 @@ def select_rank(
         deep=f"added\n    {key_added!r}, the loss of every rank (adata.uns)",
     )
     return curve.rank
-
-
-def _warn_of_rank(curve: RankCurve) -> None:
-    if not curve.beats_none:
-        warn(
-            "no rank predicts held-out molecules better than rank 0 by more than the error: the counts show no "
-            "structure that principal components could use."
-        )
-    elif curve.at_edge:
-        warn(f"the loss still falls at the largest rank tried, {curve.ranks[-1]}: pass a larger max_rank.")

@@ -1,33 +1,25 @@
 """How many principal components: every rank's self-supervised loss from one factorisation per split.
 
-Molecules are split into X1 and X2; principal components are learned from X1 and must predict X2. Four protocols differ
-in what predicts:
+Molecules are split into X1 and X2; principal components are learned from X1 and must predict X2 (`select_rank`):
 
 * ``"loo"``: X2 is regressed on X1's left singular vectors U, and each cell is predicted by the regression of all other
-  cells: the leave-one-out residual r_i / (1 - h_i), with h_i the leverage, is exact, so no cells are set aside.
-  (Without it cell i's own X2 is in its prediction, and the loss falls for ever.)
-* ``"noise2self"``: the protocol of Noise2Self (Batson & Royer 2019), Figure 3: square roots, uncentred; the
-  regression is learned on three quarters of the cells and scored on the rest, one direction.
-* ``"bcv"``: genes are split, not molecules (bi-cross-validation, Owen & Perry 2009): one half of the genes in a quarter
-  of the cells is predicted from the other half of the genes, by the regression learned from the other cells, B D_k^+ C.
-  Square roots, uncentred; cells are brought to one depth by the genes that predict.
-* ``"mcv"``: X1 truncated to rank k is itself the prediction of X2 (molecular cross-validation, Batson, Royer & Webber
-  2019); square roots, uncentred.
+  cells: the leave-one-out residual r_i / (1 - h_i), with h_i the leverage, is exact. (Without it cell i's own X2 is in
+  its prediction, and the loss falls for ever.)
+* ``"noise2self"``: the regression is learned on some cells and scored on the others.
+* ``"bcv"``: genes are split, not molecules, and the regression B D_k^+ C is learned from other cells.
+* ``"mcv"``: X1 truncated to rank k is itself the prediction.
 
-Depth. A half sees half the molecules, so its best rank is too small for the full data. The fit to the molecules
-that a component was learned from falls by I = signal + noise; the self-supervised loss by D = signal - noise. With
-all molecules the noise is p times as large (p = 1/2 for halves), so the loss would fall by signal - p noise = ((1 -
-p) I + (1 + p) D) / 2: the loss at full depth is that mean of the two curves. For ``"mcv"`` this is the rule to keep
-a component whose weight 1 / (1 + p (1/c - 1)) exceeds 1/2, with c its least-squares weight.
+A half sees half the molecules, so its best rank is too small for the full data. The fit to the molecules that a
+component was learned from falls by I = signal + noise; the self-supervised loss by D = signal - noise. With all
+molecules the noise is p times as large (p = 1/2 for halves), so the loss would fall by signal - p noise = ((1 - p) I +
+(1 + p) D) / 2: the loss at full depth is that mean of the two curves.
 
-Passes. The counts are read some eight times, a block of cells at a time: for the sizes of cells, the means of genes,
-the components (`sc_noise2self.methods._svd`), the regression, and the losses. All splits and directions share them,
-and each block is split anew every time, so that no half is ever held.
+The counts are read some eight times, a block of cells at a time. All splits and directions share the passes, and each
+block is split anew every time, so that no half is ever held.
 """
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -38,7 +30,6 @@ import scipy.sparse as sp
 
 from ._blocks import Block, Chunks, Partial
 from ._counts import column_sums, row_sums
-from ._loss import cumulative_residuals, paired_errors
 from ._random import as_key, random_groups
 from ._split import halves
 from ._transform import Transform, TransformName
@@ -51,22 +42,11 @@ _LEAST_LEFT = 1e-5  # of 1 less a leverage: less is rounding
 
 @dataclass(frozen=True, eq=False)
 class RankCurve:
-    """The loss of every rank, and the choice.
+    """The loss of every rank from 0 to the largest, and the choice.
 
-    Attributes
-    ----------
-    ranks
-        0, 1, ..., max_rank; 0 is the mean profile where the counts are centred, nothing where they are not.
-    loss
-        Mean squared error per entry of X2 on the transformed scale, mean over splits and directions, shape (ranks,).
-    error
-        Standard error of loss less the smallest loss, paired by cell, shape (ranks,).
-    splits
-        The loss of each split and direction, shape (splits, ranks).
-    full_depth_loss
-        The loss corrected to the depth of the full data, shape (ranks,); None for ``"noise2self"`` and ``"bcv"``.
-    transform, center
-        What the loss was measured on.
+    `loss` is the mean squared error per entry of X2 on the transformed scale, `error` the standard error of loss less
+    the least, paired by cell; `splits` has the loss of each split and direction, shape (splits, ranks);
+    `full_depth_loss` is None where the loss is not corrected. Rank 0 is the mean profile where counts are centred.
     """
 
     ranks: np.ndarray
@@ -79,7 +59,6 @@ class RankCurve:
 
     @property
     def table(self) -> pd.DataFrame:
-        """A row for each rank: `rank`, `loss`, `error`, `full_depth_loss` where the loss is corrected, `chosen`."""
         table = pd.DataFrame({"rank": self.ranks, "loss": self.loss, "error": self.error})
         if self.full_depth_loss is not None:
             table["full_depth_loss"] = self.full_depth_loss
@@ -106,7 +85,7 @@ class RankCurve:
     @property
     def at_edge(self) -> bool:
         """Whether the loss still fell at the largest rank tried."""
-        return self.rank == self.ranks[-1] or self.split_rank == self.ranks[-1]
+        return self.ranks[-1] in (self.rank, self.split_rank)
 
     @property
     def beats_none(self) -> bool:
@@ -124,23 +103,11 @@ def rank_curve(
     center: bool | None = None,
     n_splits: int = 1,
 ) -> RankCurve:
-    """Return the self-supervised loss of every rank from 0 to `max_rank`.
-
-    Parameters
-    ----------
-    chunks
-        Counts, cells x genes.
-    max_rank
-        Largest rank tried, at most min(cells, genes) - 1 of `learned_shape`.
-    protocol, transform, center
-        See the module; None takes the protocol's own: log1p and centred for ``"loo"``, sqrt and uncentred else.
-    n_splits
-        Independent splits averaged; each is used in both directions but by ``"noise2self"``.
-    """
+    """Return the self-supervised loss of every rank from 0 to `max_rank`; None takes the protocol's own options."""
     transform = transform or ("log1p" if protocol == "loo" else "sqrt")
     center = protocol == "loo" if center is None else center
     hide = _HiddenGenes if protocol == "bcv" else _HiddenMolecules
-    hidden: list[_Hidden] = [hide(protocol, chunks.shape, rng) for _ in range(n_splits)]
+    hidden = [hide(protocol, chunks.shape, rng) for _ in range(n_splits)]
 
     def sizes(block: Block) -> Partial:
         return Partial(rows=[size for each in hidden for size in each.sizes(block)])
@@ -161,8 +128,7 @@ def rank_curve(
 
     n_seen = [n_genes for each in hidden for n_genes in each.n_seen]
     models = fit(chunks, pieces, n_seen, max_rank, protocol, center, rng)
-    out = _scored(chunks, pieces, models, transform, max_rank)
-    return out
+    return _scored(chunks, pieces, models, transform, max_rank)
 
 
 def learned_shape(protocol: Protocol, n_cells: int, n_genes: int) -> tuple[int, int]:
@@ -174,14 +140,9 @@ def learned_shape(protocol: Protocol, n_cells: int, n_genes: int) -> tuple[int, 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """What one prediction takes from a block.
+    """What one prediction takes from a block: components of what is seen predict the target, both transformed CSR.
 
-    Attributes
-    ----------
-    seen, target
-        CSR of the same cells, transformed: components are learned from the first and predict the second.
-    learned, scored
-        Cells that are learned from and cells that are predicted, boolean of shape (cells,).
+    `learned` and `scored` are the cells that are learned from and that are predicted, boolean of shape (cells,).
     """
 
     seen: sp.csr_matrix
@@ -198,23 +159,8 @@ def _only(matrix: sp.csr_matrix, rows: np.ndarray) -> sp.csr_matrix:
     return matrix if rows.all() else matrix[rows]
 
 
-class _Hidden(typing.Protocol):
-    """One split: what is hidden, in every direction."""
-
-    transforms: Sequence[Transform]
-    n_seen: Sequence[int]
-
-    def sizes(self, block: Block) -> list[np.ndarray]:
-        """Return the two sizes of cells whose medians the transforms bring cells to."""
-        ...
-
-    def pieces(self, block: Block) -> list[Piece]:
-        """Return what each prediction takes."""
-        ...
-
-
 class _HiddenMolecules:
-    """Half of the molecules, in both directions; of ``"noise2self"`` one, with a quarter of the cells scored."""
+    """A split: half of the molecules, in both directions; of ``"noise2self"`` one, a quarter of the cells scored."""
 
     def __init__(self, protocol: Protocol, shape: tuple[int, int], rng: np.random.Generator) -> None:
         self.transforms: Sequence[Transform] = ()
@@ -226,11 +172,10 @@ class _HiddenMolecules:
         self.n_seen: Sequence[int] = [shape[1]] * (2 if self._scored is None else 1)
 
     def sizes(self, block: Block) -> list[np.ndarray]:
-        """See `_Hidden`."""
+        """Return the two sizes of cells whose medians the transforms bring cells to."""
         return [row_sums(half) for half in halves(block.counts, self._key, block.cells)]
 
     def pieces(self, block: Block) -> list[Piece]:
-        """See `_Hidden`."""
         parts = halves(block.counts, self._key, block.cells)
         z1, z2 = (transform.apply(part, row_sums(part)) for transform, part in zip(self.transforms, parts, strict=True))
         if self._scored is not None:
@@ -241,7 +186,7 @@ class _HiddenMolecules:
 
 
 class _HiddenGenes:
-    """Half of the genes in a group of cells, for every half and group."""
+    """A split: half of the genes in a group of cells, for every half and group."""
 
     def __init__(self, protocol: Protocol, shape: tuple[int, int], rng: np.random.Generator) -> None:
         self.transforms: Sequence[Transform] = ()
@@ -251,11 +196,9 @@ class _HiddenGenes:
         self.n_seen: Sequence[int] = [int((~hidden).sum()) for hidden in self._hidden for _ in range(_CELL_GROUPS)]
 
     def sizes(self, block: Block) -> list[np.ndarray]:
-        """See `_Hidden`."""
         return [row_sums(block.counts[:, ~hidden]) for hidden in self._hidden]
 
     def pieces(self, block: Block) -> list[Piece]:
-        """See `_Hidden`."""
         out = []
         groups = self._group[block.cells]
         for hidden, transform, size in zip(self._hidden, self.transforms, self.sizes(block), strict=True):
@@ -269,18 +212,9 @@ class _HiddenGenes:
 class Model:
     """Every rank's prediction of a target by the components of what was seen.
 
-    Attributes
-    ----------
-    protocol
-        Says what the losses of a cell are.
-    components
-        V, shape (genes seen, K).
-    to_scores
-        From [1, seen @ V] to scores, shape (1 + K, .); without the row of ones where genes are not centred.
-    loadings
-        What each score adds to the target, shape (scores, genes of the target).
-    center
-        Whether the first score is that of the mean, which rank 0 has already.
+    From V, shape (genes seen, K), and [1, seen @ V] (without the ones where genes are not centred) `to_scores` gives
+    the scores of cells, and `loadings` what each score adds to the target. With `center` the first score is that of the
+    mean, which rank 0 has already.
     """
 
     protocol: Protocol
@@ -294,7 +228,7 @@ class Model:
         return _coordinates(seen, self.components, self.center) @ self.to_scores
 
     def losses(self, piece: Piece) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return squared errors per entry of every rank, of each cell scored; also those in the sample, if it has any.
+        """Return squared errors per entry, shape (cells scored, ranks), and those in the sample, if it has any.
 
         The leave-one-out error of a cell is its residual over 1 less its leverage. A component that a cell has alone
         is none without it, so its error is then that at the last rank that other cells know of.
@@ -323,15 +257,7 @@ def fit(
     center: bool,
     rng: np.random.Generator,
 ) -> list[Model]:
-    """Return the model of each prediction, all learned in the same passes.
-
-    Parameters
-    ----------
-    pieces
-        What each prediction takes from a block.
-    n_seen
-        How many genes each of them sees.
-    """
+    """Return the model of each prediction, all learned in the same passes; `n_seen` genes are seen by each."""
     means: Sequence[np.ndarray | None] = [None] * len(n_seen)
     mean_rows = means
     if center:
@@ -364,11 +290,11 @@ def _means(chunks: Chunks, pieces: Pieces) -> tuple[list[np.ndarray], list[np.nd
     """Return the mean cell that each prediction learns from, and q'Z, with q the unit vector of even weights."""
 
     def of_block(block: Block) -> Partial:
-        of_each = ((_only(piece.seen, piece.learned), piece.learned) for piece in pieces(block))
-        return Partial([each for z, learned in of_each for each in (column_sums(z), np.array(learned.sum()))])
+        found = pieces(block)
+        totals = [column_sums(_only(piece.seen, piece.learned)) for piece in found]
+        return Partial([*totals, np.array([piece.learned.sum() for piece in found])])
 
-    sums = chunks.run(of_block).sums
-    totals, n_cells = sums[::2], sums[1::2]
+    *totals, n_cells = chunks.run(of_block).sums
     means = [total / n for total, n in zip(totals, n_cells, strict=True)]
     return means, [mean * n**0.5 for mean, n in zip(means, n_cells, strict=True)]
 
@@ -436,3 +362,44 @@ def _scored(
     error = paired_errors(loss, products, float(n_cells))
     by_split = splits[counted > 0] / counted[counted > 0, None]  # of three cells or fewer, some groups have none
     return RankCurve(np.arange(max_rank + 1), loss, error, by_split, full, transform, center)
+
+
+def cumulative_residuals(target: sp.csr_matrix, scores: np.ndarray, loadings: np.ndarray) -> np.ndarray:
+    """Return each cell's squared error when `target` is predicted by the first 0, 1, ..., K scores and loadings.
+
+    With A the scores and C the loadings, M = target C' and G = C C':
+    |r_i(k)|^2 = |x_i|^2 - 2 sum_{j<=k} A_ij M_ij + sum_{j,l<=k} A_ij A_il G_jl, of shape (cells, K + 1).
+    Sparse products only; nothing of size cells x genes is formed.
+    """
+    a = scores.astype(np.float64)
+    m = np.asarray(target @ np.ascontiguousarray(loadings.T), dtype=np.float64)
+    gram = loadings.astype(np.float64) @ loadings.T.astype(np.float64)
+    # What component k adds to the quadratic form: its products with the components before it, twice, and its square.
+    adds = a * (2 * (a @ np.triu(gram, 1)) + a * np.diag(gram)) - 2 * a * m
+    return row_square_sums(target)[:, None] + np.concatenate([np.zeros((len(a), 1)), np.cumsum(adds, axis=1)], axis=1)
+
+
+def row_square_sums(matrix: sp.csr_matrix, block: int = 256) -> np.ndarray:
+    """Return the squared norm of each row of a CSR matrix, float64, by blocks of rows."""
+    out = np.empty(matrix.shape[0])
+    for start in range(0, matrix.shape[0], block):
+        ends = matrix.indptr[start : start + block + 1]
+        rows = np.repeat(np.arange(len(ends) - 1), np.diff(ends))
+        squares = matrix.data[ends[0] : ends[-1]].astype(np.float64) ** 2
+        out[start : start + block] = np.bincount(rows, weights=squares, minlength=len(ends) - 1)
+    return out
+
+
+def paired_errors(loss: np.ndarray, products: np.ndarray, n_cells: float) -> np.ndarray:
+    """Return the standard error of each candidate's mean loss less the least one's, paired by cell; infinite of one.
+
+    `products` are D'D, with D the cells' losses less that of one of the candidates: sums over cells from which the
+    variance of any difference follows.
+    """
+    if n_cells < 2:
+        return np.full(len(loss), np.inf)
+    best = int(np.argmin(loss))
+    squares = np.diag(products) + products[best, best] - 2 * products[best]
+    variance = (squares - n_cells * (loss - loss[best]) ** 2) / (n_cells - 1)
+    variance[best] = 0
+    return np.sqrt(np.maximum(variance, 0) / n_cells)

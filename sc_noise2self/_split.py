@@ -1,58 +1,40 @@
 """Split the molecules of a count matrix into independent parts.
 
-A cell is a bag of molecules. Dealing each molecule to X1 with probability p, else to X2, is a binomial draw per entry:
-X1 ~ Binomial(X, p), X2 = X - X1. Given the cell's true rates (Poisson counts) the parts are independent, so any
-function of X1 is J-invariant for X2 and its squared error against X2 is its squared error against the truth plus a
-constant (Noise2Self, Batson & Royer 2019, Proposition 1 and section 3.1).
+Given the cell's true rates (Poisson counts) the parts are independent, so any function of X1 is J-invariant for X2, and
+its squared error against X2 is its squared error against the truth plus a constant (Noise2Self, Batson & Royer 2019,
+Proposition 1 and section 3.1).
 
-The draw of an entry depends on the seed, its cell (number and counts) and its gene alone (`sc_noise2self._dealing`), so
-the same split comes from all cells and from some of them, and from any format and dtype.
-
-Capture fractions are those of Batson, Royer & Webber 2019 (Molecular cross-validation); the Dirichlet-multinomial
-split for overdispersed counts is that of Neufeld et al. 2023 (Negative binomial count splitting).
+The draw of an entry depends on the seed, its cell (number and counts) and its gene alone (`sc_noise2self._dealing`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from numbers import Integral, Real
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 
 from ._counts import CountMatrix, check_counts
-from ._dealing import add_contents, deal, row_keys
+from ._dealing import Entries, add_contents, deal, row_keys
 from ._random import RandomState, as_generator, as_key
 
 _BLOCK = 1 << 15  # entries dealt at a time: they and their parts stay in the cache
 
 
 class Law(NamedTuple):
-    """How a molecule is dealt.
+    """How a molecule is dealt: the probability of each category, and the overdispersion of each gene.
 
-    Attributes
-    ----------
-    shares
-        Probability of each category, summing to 1, shape (categories,).
-    overlap
-        Whether the first category is that of both of two parts, and each other of one; else each category is a part.
-    phi
-        Overdispersion of each gene, shape (genes,).
+    A category is a part; with `overlap` the first is that of both of two parts, and each other of one.
     """
 
     shares: np.ndarray
     overlap: bool
     phi: np.ndarray
 
-    @classmethod
-    def even(cls, n_genes: int) -> Self:
-        """Return that of even halves."""
-        return cls(np.array([0.5, 0.5]), False, np.zeros(n_genes))
-
     @property
     def n_parts(self) -> int:
-        """How many parts there are."""
         return len(self.shares) - int(self.overlap)
 
 
@@ -91,18 +73,12 @@ def split_matrix(
 
 
 def halves(counts: sp.csr_matrix, key: int, cells: np.ndarray) -> tuple[sp.csr_matrix, sp.csr_matrix]:
-    """Return the even split of some rows of a matrix, the same as that of the whole matrix there.
+    """Return the even split of some rows of a matrix, by number, the same as that of the whole matrix there.
 
-    Parameters
-    ----------
-    counts
-        CSR of whole numbers, in canonical form.
-    key
-        Which split, from `sc_noise2self._random.as_key`.
-    cells
-        Which rows of the whole they are, shape (rows,).
+    `counts` are CSR in canonical form; `key`, from `as_key`, says which split.
     """
-    first, second = _split_sparse(counts, key, cells, Law.even(counts.shape[1]))
+    law = Law(np.array([0.5, 0.5]), False, np.zeros(counts.shape[1]))
+    first, second = _split_sparse(counts, key, cells, law)
     return first, second
 
 
@@ -119,15 +95,7 @@ def overlap_probabilities(fraction: float, capture: float) -> tuple[float, float
     return first / capture, second / capture, first * second / capture
 
 
-class _Entries(NamedTuple):
-    """Stored entries of some rows (columns) of a compressed matrix, as the kernel takes them."""
-
-    counts: np.ndarray
-    minor: np.ndarray
-    indptr: np.ndarray
-
-
-def _in_blocks(counts: Any) -> Iterator[tuple[int, int, _Entries]]:
+def _in_blocks(counts: Any) -> Iterator[tuple[int, int, Entries]]:
     """Yield (first row or column, the one after the last, their entries)."""
     indptr, n_major = counts.indptr.astype(np.int64), len(counts.indptr) - 1
     first = 0
@@ -135,27 +103,27 @@ def _in_blocks(counts: Any) -> Iterator[tuple[int, int, _Entries]]:
         last = max(first + 1, int(np.searchsorted(indptr, indptr[first] + _BLOCK, side="right")) - 1)
         entries = slice(indptr[first], indptr[last])
         values, minor = counts.data[entries].astype(np.int64), counts.indices[entries].astype(np.int64)
-        yield first, last, _Entries(values, minor, indptr[first : last + 1] - indptr[first])
+        yield first, last, (values, minor, indptr[first : last + 1] - indptr[first])
         first = last
 
 
 def _split_sparse(counts: Any, key: int, cells: np.ndarray, law: Law) -> tuple[Any, ...]:
     """Deal the stored entries, some rows (columns) at a time; only entries that are not zero are kept."""
     by_row, n_parts, n_major = counts.format == "csr", law.n_parts, len(counts.indptr) - 1
-    shares = law.shares, np.cumsum(law.shares[::-1])[::-1].copy()
+    rest = np.cumsum(law.shares[::-1])[::-1].copy()
     contents = np.zeros(len(cells), np.uint64)
     for first, last, entries in _in_blocks(counts):
-        add_contents(*entries, first, by_row, contents[first:last] if by_row else contents)
+        add_contents(entries, first, by_row, contents[first:last] if by_row else contents)
     keys = row_keys(key, cells, contents)
     # As long as the counts' own, then cut to what is stored: pages never written to take no memory.
     data = [np.empty_like(counts.data) for _ in range(n_parts)]
     indices = [np.empty_like(counts.indices) for _ in range(n_parts)]
     ends = np.zeros((n_parts, n_major + 1), np.int64)
     for first, last, entries in _in_blocks(counts):
-        values, minors = np.empty((2, n_parts, len(entries.counts)), np.int64)
+        values, minors = np.empty((2, n_parts, len(entries[0])), np.int64)
         of_block = np.empty((n_parts, last - first), np.int64)
         own_keys = keys[first:last] if by_row else keys
-        deal(*entries, own_keys, first, by_row, *shares, law.phi, law.overlap, values, minors, of_block)
+        deal(entries, own_keys, first, by_row, (law.shares, rest, law.phi, law.overlap), (values, minors, of_block))
         for i, end in enumerate(of_block):
             stored, n_new = ends[i, first], end[-1]
             data[i][stored : stored + n_new] = values[i, :n_new]
@@ -165,8 +133,8 @@ def _split_sparse(counts: Any, key: int, cells: np.ndarray, law: Law) -> tuple[A
     for own_data, own_indices, end in zip(data, indices, ends, strict=True):
         own_data.resize(end[-1], refcheck=False)
         own_indices.resize(end[-1], refcheck=False)
-        own_indptr = end.astype(counts.indptr.dtype)
-        part = type(counts)((own_data, own_indices, own_indptr), shape=counts.shape, copy=False)
+        arrays = own_data, own_indices, end.astype(counts.indptr.dtype)
+        part = type(counts)(arrays, shape=counts.shape, copy=False)
         part.has_canonical_format = True
         parts.append(part)
     return tuple(parts)

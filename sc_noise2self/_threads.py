@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from functools import lru_cache
+from functools import cache
 from itertools import chain, islice
 from threading import Event, Lock, Thread, local
 from typing import TypeVar
@@ -54,8 +54,7 @@ def in_threads(work: Callable[[Item], Out], items: Iterable[Item]) -> Iterator[O
 
 def alone(work: Callable[[], Out]) -> Out:
     """Return what `work` returns, run in this thread only; for tasks of a scheduler that has threads of its own."""
-    before = getattr(_thread, "is_ours", False)
-    _mark()
+    before, _thread.is_ours = getattr(_thread, "is_ours", False), True
     try:
         return work()
     finally:
@@ -65,8 +64,7 @@ def alone(work: Callable[[], Out]) -> Out:
 class _OneBlasThread:
     """A limit of the process that many may ask for at once: set for the first of them, lifted after the last.
 
-    A thread of its own keeps it meanwhile. A limit that each caller set and restored for itself would be lifted under
-    the others; and threadpoolctl lets only the thread that first set one change it, so that of a caller could stay.
+    A thread of its own keeps it meanwhile: threadpoolctl lets only the thread that first set a limit change it.
     """
 
     def __init__(self) -> None:
@@ -75,7 +73,6 @@ class _OneBlasThread:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Return the context."""
         with self._lock:
             if self._n_users == 0:
                 self._is_set, self._is_over = Event(), Event()
@@ -106,18 +103,14 @@ def _limit() -> AbstractContextManager[object]:
     return _controller().limit(limits=1, user_api="blas")
 
 
-@lru_cache(maxsize=1)
+@cache
 def _controller() -> ThreadpoolController:
     return ThreadpoolController()
 
 
 def _start() -> None:
-    _mark()
-    _limit()  # until the thread ends
-
-
-def _mark() -> None:
     _thread.is_ours = True
+    _limit()  # until the thread ends
 
 
 one_blas_thread = _OneBlasThread()

@@ -1,8 +1,8 @@
 """From counts to the scale on which a linear model works, and the way back.
 
-A transform brings every cell to one depth and then bends the scale (`log1p`, `sqrt`, the paper's, or `none`). Going
-back is not the inverse function: E[T(counts)] is not T(E[counts]), and squaring a denoised square root loses most of
-what denoising gained (Notes of `rates`). `PoissonExpectation` is the exact relation between the two.
+A transform brings every cell to one depth and then bends the scale. Going back is not the inverse function:
+E[T(counts)] is not T(E[counts]), and squaring a denoised square root loses most of what denoising gained.
+`PoissonExpectation` is the exact relation between the two.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ TransformName = Literal["log1p", "sqrt", "none"]
 Link = Literal["log1p", "sqrt", "none", "exp"]
 """From a linear model to rates: the way back from a transform, or the exponential of a log-linear one."""
 _LARGEST = 60.0  # log of a rate, in any unit: beyond, single precision overflows in the sum over genes
+_LIMIT = 60.0  # mean of a Poisson distribution up to which expectations are tabulated
 _BLOCK = 1 << 16  # entries looked up at a time: they and the table stay in the cache
 
 
@@ -36,15 +37,7 @@ class Transform:
             raise ValueError(f"target is {self.target!r}: the depth that cells are brought to is above 0.")
 
     def apply(self, counts: sp.csr_matrix, size: np.ndarray) -> sp.csr_matrix:
-        """Return the transformed counts, float32, sharing the sparsity pattern of `counts`.
-
-        Parameters
-        ----------
-        counts
-            CSR, cells x genes.
-        size
-            Molecules of each cell, shape (cells,); an empty cell stays empty.
-        """
+        """Return the transformed counts, float32, of the same sparsity pattern; an empty cell stays empty."""
         scale = self.target / np.maximum(size, 1)
         values = np.repeat(scale.astype(np.float32), np.diff(counts.indptr))
         values *= counts.data
@@ -57,7 +50,7 @@ class Transform:
     def own_depth(self, size: np.ndarray) -> np.ndarray:
         """Return the factor that takes an expectation from the target depth to where `rates` needs it, shape (cells,).
 
-        For `sqrt` that is the cell's own depth; for the others `rates` holds at any depth and the factor is 1.
+        For `sqrt` that is the cell's own depth; for the others `rates` holds at any depth.
         """
         return np.sqrt(size / self.target) if self.name == "sqrt" else np.ones(len(size))
 
@@ -72,33 +65,16 @@ class Transform:
         change = full.data - less_one.data
         change *= change
         change *= counts.data
-        total = np.bincount(counts.indices, weights=change, minlength=counts.shape[1])
-        return total / counts.shape[0]
+        return np.bincount(counts.indices, weights=change, minlength=counts.shape[1]) / counts.shape[0]
 
 
 def rates(link: Link, expectation: np.ndarray) -> np.ndarray:
     """Return the expected counts behind expectations on the transformed scale: the way back.
 
-    Parameters
-    ----------
-    link
-        The transform, or `"exp"`.
-    expectation
-        E[T(counts)], shape (cells, genes), after `Transform.own_depth`, or log rates. Overwritten where that saves a
-        copy.
-
-    Returns
-    -------
-    Non-negative, of the same shape, up to one factor per gene and one per cell
-    (see `sc_noise2self.methods._profiles`).
-
-    Notes
-    -----
-    `sqrt`: the exact inverse of E[sqrt(Poisson(m))]. Squaring instead costs up to a third of the held-out gain: the
-    square of an expectation of mostly zeros and ones is far below the rate, by a factor that differs between cells,
-    which gene totals cannot mend.
-    `log1p`: expm1. The exact inverse differs from it by little more than a factor per gene, which the gene totals
-    restore, and stretches the noise left in a denoised value: on three data sets it lost .0001 to .0026 nats.
+    `expectation` is E[T(counts)], shape (cells, genes), after `Transform.own_depth`, or log rates; it is overwritten
+    where that saves a copy. What is returned is known up to one factor per gene and one per cell
+    (`sc_noise2self.methods._profiles`). The exact inverse of the square root is worth up to a third of the held-out
+    gain; that of `log1p` differs from expm1 by little more than a factor per gene, and stretches noise.
     """
     if link == "exp":
         np.minimum(expectation, _LARGEST, out=expectation)
@@ -115,38 +91,29 @@ def rates(link: Link, expectation: np.ndarray) -> np.ndarray:
 class PoissonExpectation:
     """g(m) = E[T(scale * Poisson(m))] and its inverse, for T = log1p or sqrt.
 
-    Below a mean of `limit`, g is the sum over the Poisson distribution, tabulated and interpolated; above, the
-    expansion
+    Small means have the sum over the Poisson distribution, tabulated and interpolated; larger ones an expansion:
 
     * sqrt: sqrt(m) - m^(-1/2) / 8 - 7 m^(-3/2) / 128, times sqrt(scale)
     * log1p, with s the scale: log1p(s m) - s^2 m / (2 (1 + s m)^2) + s^3 m / (3 (1 + s m)^3)
-
-    The expectation that a cell has at depth b, from the one at depth a, is ``g_b(ratio * g_a.inverse(z))`` with `ratio`
-    the depth of b over that of a.
     """
 
     name: TransformName
     scale: float = 1.0
-    limit: float = 60.0
 
     def __call__(self, mean: np.ndarray) -> np.ndarray:
         """Return E[T(scale * Poisson(mean))], elementwise."""
         mean = np.asarray(mean, dtype=np.float64)
         if self.name == "none":
             return mean * self.scale
-        means, values = _poisson_grid(self.name, self.scale, self.limit)
-        return np.where(
-            mean < self.limit,
-            np.interp(mean, means, values),
-            self._expansion(np.maximum(mean, self.limit)),
-        )
+        tabulated = np.interp(mean, *_poisson_grid(self.name, self.scale))
+        return np.where(mean < _LIMIT, tabulated, self._expansion(np.maximum(mean, _LIMIT)))
 
     def inverse(self, expectation: np.ndarray) -> np.ndarray:
         """Return the Poisson mean whose expectation this is, elementwise and in its type; negative gives 0."""
         z = np.maximum(expectation, 0)
         if self.name == "none":
             return z / self.scale
-        table, slope, step = _inverse_table(self.name, self.scale, self.limit)
+        table, slope, step = _inverse_table(self.name, self.scale)
         table, slope = table.astype(z.dtype), slope.astype(z.dtype)
         mean = np.empty(z.shape, z.dtype)
         flat, out = z.reshape(-1), mean.reshape(-1)
@@ -174,24 +141,24 @@ class PoissonExpectation:
         mean = z**2 / self.scale if self.name == "sqrt" else np.expm1(z) / self.scale
         for _ in range(4):
             slope = 0.5 * np.sqrt(self.scale / mean) if self.name == "sqrt" else self.scale / (1 + self.scale * mean)
-            mean = np.maximum(mean + (z - self._expansion(mean)) / slope, self.limit / 2)
+            mean = np.maximum(mean + (z - self._expansion(mean)) / slope, _LIMIT / 2)
         return mean
 
 
 @lru_cache(maxsize=64)
-def _poisson_grid(name: TransformName, scale: float, limit: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return means from 0 to `limit`, even in their square roots, and the expectations there."""
-    means = np.linspace(0, np.sqrt(limit), 2000) ** 2
-    k = np.arange(int(limit + 12 * np.sqrt(limit)))
+def _poisson_grid(name: TransformName, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return means from 0 to the limit, even in their square roots, and the expectations there."""
+    means = np.linspace(0, np.sqrt(_LIMIT), 2000) ** 2
+    k = np.arange(int(_LIMIT + 12 * np.sqrt(_LIMIT)))
     log_pmf = k * np.log(np.maximum(means, 1e-300))[:, None] - means[:, None] - gammaln(k + 1)
     transformed = np.sqrt(scale * k) if name == "sqrt" else np.log1p(scale * k)
     return means, np.exp(log_pmf) @ transformed
 
 
 @lru_cache(maxsize=64)
-def _inverse_table(name: TransformName, scale: float, limit: float) -> tuple[np.ndarray, np.ndarray, float]:
+def _inverse_table(name: TransformName, scale: float) -> tuple[np.ndarray, np.ndarray, float]:
     """Return means on an even grid of expectations from 0 to g(limit), their differences, and the grid's step."""
-    means, values = _poisson_grid(name, scale, limit)
+    means, values = _poisson_grid(name, scale)
     even = np.linspace(0, values[-1], 4097)
     table = np.interp(even, values, means)
     return table, np.append(np.diff(table), 0), float(even[1])

@@ -34,11 +34,9 @@ def pbmc68k_reduced() -> AnnData:
     counts = np.empty(logged.nnz, np.float32)
     for start, stop in zip(logged.indptr[:-1], logged.indptr[1:], strict=True):
         counts[start:stop] = _whole_numbers(logged.data[start:stop].astype(np.float64))
-    x = sp.csr_matrix((counts, logged.indices, logged.indptr), shape=logged.shape)
-    obs = source.obs[["bulk_labels", "louvain"]].copy()
     return AnnData(
-        x,
-        obs=obs,
+        sp.csr_matrix((counts, logged.indices, logged.indptr), shape=logged.shape),
+        obs=source.obs[["bulk_labels", "louvain"]].copy(),
         var=source.raw.var[[]].copy(),
         obsm={"X_umap": source.obsm["X_umap"]},
         uns={key: source.uns[key] for key in ("bulk_labels_colors", "louvain_colors")},
@@ -47,21 +45,9 @@ def pbmc68k_reduced() -> AnnData:
 
 _PAUL15 = "https://exampledata.scverse.org/scanpy/paul15.h5"  # the file of scanpy.datasets.paul15, 10 MB
 _PAUL15_SHA256 = "6161984f758dd464992edc23f1a8ab89b2081600130c6aa93a1ab12b3ada5bfb"
-_PAUL15_TYPES = ["Ery"] * 6 + [
-    "MEP",
-    "Mk",
-    "GMP",
-    "GMP",
-    "DC",
-    "Baso",
-    "Baso",
-    "Mo",
-    "Mo",
-    "Neu",
-    "Neu",
-    "Eos",
-    "Lymph",
-]
+_PAUL15_TYPES = (
+    ["Ery"] * 6 + ["MEP", "Mk"] + ["GMP"] * 2 + ["DC"] + ["Baso"] * 2 + ["Mo"] * 2 + ["Neu"] * 2 + ["Eos", "Lymph"]
+)
 
 
 def paul15() -> AnnData:

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from ._checks import as_positive
 from ._counts import column_sums, row_sums
 from ._loss import LOSSES, Gain, Loss, Profiles, Score, held_out_gain, held_out_probabilities
 from ._random import random_groups
@@ -35,14 +35,6 @@ _ROUNDING = 1e-3  # nats, which the mean profile itself may be from the mean pro
 _FOLDS = "return a list of sc_noise2self.partitions.Fold"
 
 
-class Rows(Protocol):
-    """An array, or what gives rows of one on request."""
-
-    def __getitem__(self, cells: np.ndarray) -> np.ndarray:
-        """Return some rows, dense."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class LazyRows:
     """Rows that a function of their numbers computes when they are asked for."""
@@ -51,6 +43,9 @@ class LazyRows:
 
     def __getitem__(self, cells: np.ndarray) -> np.ndarray:
         return self.rows(cells)
+
+
+Rows = np.ndarray | LazyRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,12 +133,11 @@ class Fold:
                 expected *= np.where(known, self.size[cells] / np.where(known, total, 1), 1)[:, None]
             held_out = self.held_out[cells] if genes is None else self.held_out[cells][:, genes]
             if callable(loss):
-                sums[cells] += _of_each(loss(expected, held_out.toarray()), len(cells), "cell")
-                weights[cells] += 1
+                lost: Any = _of_each(loss(expected, held_out.toarray()), len(cells), "cell"), 1
             else:
-                of_sums, of_weights = LOSSES[loss](expected, held_out, mean)
-                sums[cells] += of_sums
-                weights[cells] += of_weights
+                lost = LOSSES[loss](expected, held_out, mean)
+            sums[cells] += lost[0]
+            weights[cells] += lost[1]
         return Score(sums, weights)
 
     def is_blind(self, predicted: Rows) -> bool:
@@ -151,15 +145,14 @@ class Fold:
         cells = np.arange(0, len(self.size), max(1, len(self.size) // _CHECKED_CELLS))
         seen = self.seen[cells]
         some = LazyRows(lambda rows: predicted[cells[rows]])
-        score = Fold(seen, seen, row_sums(seen), self.share).score(some, "poisson")
+        score = fold_of(seen, seen, share=self.share).score(some, "poisson")
         return bool(score.weights.any()) and score.mean > 2 * score.error + _ROUNDING
 
     def _blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """Yield cells with the genes that are hidden in them; None for all."""
         step = max(1, _BLOCK // self.seen.shape[1])
-        if self.groups is None or self.hidden is None:
-            parts: list[tuple[np.ndarray, np.ndarray | None]] = [(np.arange(len(self.size)), None)]
-        else:
+        parts: list[tuple[np.ndarray, np.ndarray | None]] = [(np.arange(len(self.size)), None)]
+        if self.groups is not None and self.hidden is not None:
             parts = [(np.flatnonzero(self.groups == i), genes) for i, genes in enumerate(self.hidden) if genes.any()]
         for cells, genes in parts:
             for start in range(0, len(cells), step):
@@ -167,15 +160,9 @@ class Fold:
 
 
 def fold_of(
-    seen: sp.csr_matrix,
-    held_out: sp.csr_matrix,
-    cells: np.ndarray | None = None,
-    share: np.ndarray | None = None,
+    seen: sp.csr_matrix, held_out: sp.csr_matrix, cells: np.ndarray | None = None, share: np.ndarray | None = None
 ) -> Fold:
-    """Return the fold in which molecules of any gene are held out, as in a half of a split; raise if none is seen.
-
-    `share` is the mean profile where these are some cells of more; None for that of what is seen.
-    """
+    """Return the fold in which molecules of any gene are held out; `share` is None for the mean of what is seen."""
     share = _profile(column_sums(seen)) if share is None else share
     return Fold(seen, held_out, row_sums(held_out), share, cells=cells)  # type: ignore[arg-type]
 
@@ -185,7 +172,6 @@ class Partition(Protocol):
 
     def folds(self, data: Any, rng: np.random.Generator) -> Sequence[Any]:
         """Return the ways to hide a part of the data, such that all have been hidden once."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -209,10 +195,10 @@ class Molecules:
     def __post_init__(self) -> None:
         if self.fraction is not None and self.n_folds != 2:
             raise ValueError("n_folds and fraction were both given: folds are equal parts, so pass one.")
-        _check_folds("n_folds", self.n_folds)
+        as_positive("n_folds", self.n_folds, least=2)
 
     def folds(self, data: sp.csr_matrix, rng: np.random.Generator) -> list[Fold]:
-        """See `Partition`; `data` are counts, CSR of shape (cells, genes)."""
+        """Return the folds of counts, CSR of shape (cells, genes)."""
         if self.fraction is not None:
             seen, held_out = split_matrix(data, self.fraction, random_state=rng)
             return [fold_of(seen, held_out)]
@@ -244,17 +230,15 @@ class Genes:
     n_folds: int = 10
 
     def __post_init__(self) -> None:
-        _check_folds("n_folds", self.n_folds)
+        as_positive("n_folds", self.n_folds, least=2)
         if not isinstance(self.sets, Mapping):
-            _check_folds("sets", self.sets)
+            as_positive("sets", self.sets, least=2)
 
     def folds(self, data: sp.csr_matrix, rng: np.random.Generator) -> list[Fold]:
-        """See `Partition`; `data` are counts, CSR of shape (cells, genes)."""
+        """Return the folds of counts, CSR of shape (cells, genes)."""
         n_cells, n_genes = data.shape
         if isinstance(self.sets, Mapping):
-            sets = np.zeros((len(self.sets), n_genes), bool)
-            for row, genes in zip(sets, self.sets.values(), strict=True):
-                row[_positions(genes, n_genes)] = True
+            sets = np.array([_chosen(genes, n_genes) for genes in self.sets.values()]).reshape(-1, n_genes)
         else:
             sets = _groups_of("genes", n_genes, self.sets, rng) == np.arange(self.sets)[:, None]
         n_groups = max(self.n_folds, len(sets))
@@ -282,16 +266,19 @@ class Blocks:
     genes: int = 5
 
     def __post_init__(self) -> None:
-        _check_folds("cells", self.cells)
-        _check_folds("genes", self.genes)
+        as_positive("cells", self.cells, least=2)
+        as_positive("genes", self.genes, least=2)
 
     def folds(self, data: sp.csr_matrix, rng: np.random.Generator) -> list[Fold]:
-        """See `Partition`; `data` are counts, CSR of shape (cells, genes)."""
+        """Return the folds of counts, CSR of shape (cells, genes)."""
         groups = _groups_of("cells", data.shape[0], self.cells, rng)
         sets = _groups_of("genes", data.shape[1], self.genes, rng)
         own = np.arange(self.cells)[:, None]
         blocks = [(own == group) & (sets == genes) for group in range(self.cells) for genes in range(self.genes)]
         return [_hide(data, groups, *each) for each in zip(blocks, _one_each(len(blocks), rng), strict=True)]
+
+
+PARTITIONS: dict[str, Callable[[], Partition]] = {"molecules": Molecules, "genes": Genes, "blocks": Blocks}
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,7 +301,7 @@ class Masks:
     fill: Callable[[np.ndarray], np.ndarray]
 
     def folds(self, data: np.ndarray, rng: np.random.Generator) -> list[_MaskedFold]:
-        """See `Partition`; `data` is an array."""
+        """Return the folds of an array."""
         data = as_numbers(data, "the data hold")
         if not np.isfinite(data).all():
             raise ValueError("the data hold NaN or infinite values: fill them first.")
@@ -366,8 +353,8 @@ class _MaskedFold:
         return False
 
 
-def _positions(genes: Sequence[int] | np.ndarray, n_genes: int) -> np.ndarray:
-    """Return the positions of a set of genes, checked."""
+def _chosen(genes: Sequence[int] | np.ndarray, n_genes: int) -> np.ndarray:
+    """Return which genes a set holds, boolean of shape (genes,)."""
     index = np.asarray(genes)
     if index.dtype.kind not in "biu":
         raise ValueError(f"Genes was given {index.dtype} in a set: pass positions, or name genes in partition={{...}}.")
@@ -377,7 +364,9 @@ def _positions(genes: Sequence[int] | np.ndarray, n_genes: int) -> np.ndarray:
         raise ValueError(
             f"Genes was given positions {index.min()} to {index.max()}: there are {n_genes} genes, from 0."
         )
-    return index
+    out = np.zeros(n_genes, bool)
+    out[index] = True
+    return out
 
 
 def _profile(totals: np.ndarray) -> np.ndarray:
@@ -397,14 +386,10 @@ def _hide(counts: sp.csr_matrix, groups: np.ndarray, hidden: np.ndarray, rng: np
         raise ValueError("a set holds every gene: nothing is left to predict it from, so hide fewer together.")
     cells = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
     is_hidden = hidden[groups[cells], counts.indices]
-
-    def part(keep: np.ndarray) -> sp.csr_matrix:
-        out = counts.copy()
-        out.data *= keep
-        out.eliminate_zeros()
-        return out
-
-    visible, held_out = part(~is_hidden), part(is_hidden)
+    visible, held_out = counts.copy(), counts.copy()
+    for part, keep in ((visible, ~is_hidden), (held_out, is_hidden)):
+        part.data *= keep
+        part.eliminate_zeros()
     size, totals = row_sums(visible), column_sums(visible)
     share = _profile(totals)
     per_group = np.bincount(groups, weights=size, minlength=len(hidden))
@@ -445,13 +430,12 @@ def as_numbers(values: Any, whose: str) -> np.ndarray:
 
 def as_partition(partition: Any, gene_names: Sequence[str] | None) -> Partition:
     """Return the partition that a name, a mapping of pathways or an object stands for; raise if it is none."""
-    named: dict[str, Callable[[], Partition]] = {"molecules": Molecules, "genes": Genes, "blocks": Blocks}
     if isinstance(partition, str):
-        if partition not in named:
+        if partition not in PARTITIONS:
             raise ValueError(
-                f"partition is {partition!r}: pass one of {', '.join(named)}, or an object of `partitions`."
+                f"partition is {partition!r}: pass one of {', '.join(PARTITIONS)}, or an object of `partitions`."
             )
-        return named[partition]()
+        return PARTITIONS[partition]()
     if isinstance(partition, Mapping):
         return Genes(_pathways(partition, gene_names))
     if isinstance(partition, type) or not callable(getattr(partition, "folds", None)):
@@ -509,7 +493,6 @@ def _pathways(pathways: Mapping[str, Sequence[str]], gene_names: Sequence[str] |
 
 
 def _groups_of(what: str, n: int, n_groups: int, rng: np.random.Generator) -> np.ndarray:
-    """Return the group of each of n, as even as can be."""
     if n_groups > n:
         raise ValueError(f"{n} {what} cannot be dealt to {n_groups} groups: ask for fewer.")
     return random_groups(n, n_groups, rng)
@@ -518,8 +501,3 @@ def _groups_of(what: str, n: int, n_groups: int, rng: np.random.Generator) -> np
 def _one_each(n: int, rng: np.random.Generator) -> list[np.random.Generator]:
     """Return a generator for each fold: with one for all, a fold's draws would tell how many others had made."""
     return [np.random.default_rng(key) for key in rng.integers(1 << 63, size=n)]
-
-
-def _check_folds(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 2:
-        raise ValueError(f"{name} is {value!r}: pass a whole number, 2 or more.")
