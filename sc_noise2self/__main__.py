@@ -91,11 +91,6 @@ def _made(what: str, given: str, classes: Mapping[str, Sequence[type]]) -> Any:
     """Return the object that `name:option=value,...` describes; a name alone as it is.
 
     Values are Python literals, or else text; commas within brackets are the value's.
-
-    Raises
-    ------
-    ValueError
-        If there is no such option; what is wrong with a value, the object itself says.
     """
     name, _, options = given.partition(":")
     if not options or name not in classes:

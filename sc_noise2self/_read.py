@@ -34,13 +34,6 @@ def record(adata: AnnData, key: str) -> Mapping[str, Any]:
     """Return what `sc_noise2self.denoise` wrote to `.uns[key]`, if cells and genes belong to the same result.
 
     Whatever reads a result begins here.
-
-    Raises
-    ------
-    KeyError
-        If it wrote nothing there, or the record is gone.
-    ValueError
-        If the record, the cells and the genes are not of one result.
     """
     check_not_transposed(adata, key)
     if kind_of(adata, key) != "denoise":
@@ -100,15 +93,7 @@ def sizes(adata: AnnData, key: str) -> np.ndarray:
 
 
 def gene_factors(adata: AnnData, key: str) -> GeneFactors:
-    """Return what a result knows of genes; it holds nothing else of `adata`.
-
-    Raises
-    ------
-    KeyError
-        If the factors are gone.
-    ValueError
-        If the result has none, because a member returns values of genes instead.
-    """
+    """Return what a result knows of genes; it holds nothing else of `adata`."""
     written = record(adata, key)
     if not written["has_factors"]:
         raise ValueError(
@@ -125,19 +110,6 @@ def profiles(adata: AnnData, key: str = "denoised", layer: str | None = None) ->
     """Return the profiles that `sc_noise2self.denoise` wrote in factors under `key`.
 
     Counts that were mixed in are read where they are asked for.
-
-    Parameters
-    ----------
-    layer
-        As in `observed`, for counts that were mixed in.
-
-    Raises
-    ------
-    KeyError
-        If there is no such result.
-    ValueError
-        If it was put together from several or has no factors, or if counts were mixed in and are no longer where they
-        were.
     """
     factors = gene_factors(adata, key)
     scores, scales = (np.asarray(as_array(adata.obsm.get(name))) for name in (key, f"{key}_scale"))
@@ -186,19 +158,8 @@ def values_of(
 def observed(adata: AnnData, key: str, layer: str | None = None, *, to_mix: bool = False) -> Chunks:
     """Return the counts that were denoised, wherever they are: one pass over them makes sure that they still are those.
 
-    Parameters
-    ----------
-    layer
-        Where the counts are now; None for where they were.
-    to_mix
-        Whether they are mixed in rather than shown, for the messages.
-
-    Raises
-    ------
-    KeyError
-        If the layer is not there.
-    ValueError
-        If it holds other numbers than were denoised.
+    `layer` is where they are now, None for where they were. For the messages, `to_mix` says that they are mixed in
+    rather than shown.
     """
     guess = " (normalised since?)" if layer is None else ""
     layer = record(adata, key)["params"].get("layer") if layer is None else layer
@@ -285,13 +246,7 @@ def clear_gains(adata: AnnData, key: str) -> dict[str, np.ndarray]:
 
 
 def positions(names: pd.Index, wanted: str | Sequence[str] | None, what: str) -> np.ndarray:
-    """Return where these names of genes or cells stand; None for all.
-
-    Raises
-    ------
-    KeyError
-        If one is not there, or names are not unique.
-    """
+    """Return where these names of genes or cells stand; None for all."""
     if wanted is None:
         return np.arange(len(names))
     wanted = [wanted] if isinstance(wanted, str) else list(wanted)

@@ -26,25 +26,7 @@ _CLOCKS_DIFFER = 3600  # seconds by which the start of one and the same process 
 
 @contextmanager
 def replaced(target: Path, *, overwrite: bool = False, like: Path | None = None) -> Iterator[Path]:
-    """Yield a path to write to; it becomes the target when the block ends, and is removed when the block fails.
-
-    Parameters
-    ----------
-    target
-        A file, or a folder that does not exist. Where it is a link to a file, that file is replaced.
-    overwrite
-        Replace a file that exists; the new one has its permissions.
-    like
-        File or folder whose permissions a new target has, as far as reading and writing go; None takes the user's own
-        for new files.
-
-    Raises
-    ------
-    FileExistsError, FileNotFoundError
-        As `check_target`, before and after the block.
-    OSError
-        If the disk, or what the user may write, is full: what to do, for the operating system's own error.
-    """
+    """Yield a path to write to; it becomes the target when the block ends, and is removed when the block fails."""
     check_target(target, overwrite)
     place = Path(os.path.realpath(target))
     prefix = f"{_MARK}-{socket.gethostname()}-{os.getpid()}-{_started(os.getpid())}-"
@@ -71,13 +53,7 @@ def replaced(target: Path, *, overwrite: bool = False, like: Path | None = None)
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse a path that cannot be written to.
-
-    Raises
-    ------
-    FileNotFoundError, FileExistsError
-        If it has no folder or is a link to nothing; if it exists and is not to be overwritten, or is a folder.
-    """
+    """Refuse a path that cannot be written to."""
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target.parent} is not a folder: make it first.")
     if target.is_symlink() and not target.exists():

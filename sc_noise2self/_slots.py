@@ -216,17 +216,7 @@ def check_not_transposed(adata: AnnData, key: str) -> None:
 
 
 def check_key(adata: AnnData, key: str, layer: str | None, kind: Kind = "denoise", with_layer: bool = False) -> None:
-    """Refuse a key that files do not keep, that scanpy writes to, or under which something else stands.
-
-    Parameters
-    ----------
-    layer
-        The layer that holds the counts.
-    kind
-        The function that will write.
-    with_layer
-        Whether `calibrate` will write a layer.
-    """
+    """Refuse a key that files do not keep, that scanpy writes to, or under which something else stands."""
     check_key_name(key)
     check_not_transposed(adata, key)
     if key == layer:

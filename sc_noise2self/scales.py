@@ -156,13 +156,7 @@ SCALES: dict[str, type[Scale]] = {each.name: each for each in (Counts, Rates, Lo
 
 
 def as_scale(scale: str | Scale) -> Scale:
-    """Return the scale of a name, or the one given.
-
-    Raises
-    ------
-    ValueError
-        If there is none of that name.
-    """
+    """Return the scale of a name, or the one given."""
     if isinstance(scale, Scale):
         return scale
     if not isinstance(scale, str) or scale not in SCALES:

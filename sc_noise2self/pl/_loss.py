@@ -79,22 +79,7 @@ def loss(
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """The losses of one result.
-
-    Attributes
-    ----------
-    table
-        A row for each candidate: `x` (where it stands on the axis), `line` (the values of the other parameters),
-        `loss`, `error`, `chosen`, and `full_depth_loss` where there is one.
-    x, unit
-        What the axes are called.
-    zero
-        What the line at 0 is called; None where 0 is nothing that a candidate should be compared with.
-    choice
-        What was chosen, in words.
-    ticks
-        Names of the positions 0, 1, ..., where `x` is not a number.
-    """
+    """The losses of one result."""
 
     table: pd.DataFrame
     x: str

@@ -51,11 +51,6 @@ def groups_and_colors(adata: AnnData, column: str) -> tuple[pd.Series, dict[str,
     """Return a categorical column of `obs`, and the colour of each category that a cell has.
 
     Colours are those of `.uns`, as scanpy keeps them, or scanpy's own.
-
-    Raises
-    ------
-    KeyError, ValueError
-        If there is no such column, or it holds numbers.
     """
     if column not in adata.obs:
         raise KeyError(f"there is no column {column!r} in adata.obs: it has {list(adata.obs.columns)}.")
