@@ -292,15 +292,16 @@ class _Prediction:
         """Return the dispersion of each gene; a fold's own are learned from the other fold."""
         folds = folds_of(halves[0].cells[cells])
         # The mean over halves, not the sum: the two directions of a split say nearly the same.
-        by_fold = [
-            np.mean([self._curves(i, half.of_cells(cells[folds == fold])) for i, half in enumerate(halves)], axis=0)
-            for fold in (0, 1)
-        ]
+        by_fold = []
+        for own in (cells[folds == 0], cells[folds == 1]):
+            parts = [half.of_cells(own) for half in halves]
+            curves = [
+                dispersion_curves(self(i, half.seen, half.cells), half.held_out, row_sums(half.seen))
+                for i, half in enumerate(parts)
+            ]
+            by_fold.append(np.mean(curves, axis=0))
         self._phi_for_fold = [dispersions(by_fold[1]), dispersions(by_fold[0])]
         return dispersions(by_fold[0] + by_fold[1])
-
-    def _curves(self, i: int, half: Fold) -> np.ndarray:
-        return dispersion_curves(self(i, half.seen, half.cells), half.held_out, row_sums(half.seen))
 
 
 class Measurement:

@@ -7,7 +7,7 @@ computed before anything is written, so a refusal or an interrupt leaves `adata`
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from ._anndata import as_counts
 from ._blocks import Counts, InMemory
 from ._checks import as_positive, check_flag, check_name, describe_counts, describe_mask, seed_of
 from ._choose import Selection, select
-from ._loss import Gain
 from ._memory import check_fits_memory
 from ._random import RandomState, as_generator
 from ._replace import check_target
@@ -191,25 +190,25 @@ def denoise(
                 + (" No model is saved." if save_model else "")
             )
         result = result_of(
-            name,
-            {
+            counts,
+            layer,
+            scale,
+            random_state,
+            write_layer,
+            method=name,
+            params={
                 "n_splits": n_splits,
                 "mix": mix,
                 "mask_var": describe_mask(mask_var),
                 "methods": {f"{i} {each.name}": _options(each) for i, each in enumerate(methods)},
             },
-            _members(selection, counts, rng),
-            selection.gain,
-            selection.gene_gains,
-            warned,
-            counts=counts,
-            layer=layer,
-            scale=scale,
-            random_state=random_state,
-            write_layer=write_layer,
-            phi=selection.phi,
-            unmixed_gain=selection.unmixed_gain if mix else None,
+            members=_members(selection, counts, rng),
+            gain=selection.gain,
+            gene_gains=selection.gene_gains,
+            warnings=warned,
             candidates=_candidates(selection),
+            unmixed_gain=selection.unmixed_gain if mix else None,
+            phi=selection.phi,
             beats_mean=selection.beats_mean,
         )
     target = adata.copy() if copy else adata
@@ -260,26 +259,12 @@ def _check_model_file(path: str | os.PathLike[str] | None, methods: Sequence[Met
 
 
 def result_of(
-    method: str,
-    params: Mapping[str, Any],
-    members: Sequence[Member],
-    gain: Gain,
-    gene_gains: tuple[np.ndarray, np.ndarray],
-    warned: Sequence[str],
-    *,
-    counts: Counts,
-    layer: str | None,
-    scale: Scale,
-    random_state: RandomState,
-    write_layer: bool,
-    **others: Any,
+    counts: Counts, layer: str | None, scale: Scale, random_state: RandomState, write_layer: bool, **fields: Any
 ) -> Result:
-    """Return all that is to be written, `others` by their names in `Result`, with the layer where one is wanted."""
-    params = {**({} if layer is None else {"layer": layer}), **params, "random_state": seed_of(random_state)}
-    size, totals = counts.size, counts.totals
-    result = Result(
-        method, params, scale.settled(size), members, gain, gene_gains, size, totals, list(warned), **others
-    )
+    """Return all that is to be written, `fields` by their names in `Result`, with the layer where one is wanted."""
+    where = {} if layer is None else {"layer": layer}
+    fields["params"] = {**where, **fields["params"], "random_state": seed_of(random_state)}
+    result = Result(size=counts.size, totals=counts.totals, scale=scale.settled(counts.size), **fields)
     if result.phi is not None:
         cell_scale, mixed = scales_of_cells(counts.chunks, result.profiles, result.phi)
         result = replace(result, cell_scale=cell_scale, mixed=mixed)

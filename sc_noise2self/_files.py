@@ -12,7 +12,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -189,11 +189,8 @@ def _read(path: Path) -> Iterator[Any]:
         from zarr import open_group as opened
     with _readable(path):
         stored = opened(path, mode="r")
-    try:
+    with stored if path.suffix == ".h5ad" else nullcontext():
         yield stored
-    finally:
-        if path.suffix == ".h5ad":
-            stored.close()
 
 
 class _Steady(io.FileIO):

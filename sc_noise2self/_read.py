@@ -103,7 +103,8 @@ def gene_factors(adata: AnnData, key: str) -> GeneFactors:
     names = [key, f"{key}_scale"]
     if any(name not in slot for slot in (adata.obsm, adata.varm) for name in names):
         raise KeyError(f"the factors of {key!r} are gone from adata.obsm or adata.varm: pass source='layer'.")
-    return GeneFactors.read(written, *(np.asarray(as_array(adata.varm[name])) for name in names))
+    loadings, scales = (np.asarray(as_array(adata.varm[name])) for name in names)
+    return GeneFactors(written["members"], loadings, scales, int(written["fingerprint"]))
 
 
 def profiles(adata: AnnData, key: str = "denoised", layer: str | None = None) -> Profiles:

@@ -26,7 +26,11 @@ _CLOCKS_DIFFER = 3600  # seconds by which the start of one and the same process 
 
 @contextmanager
 def replaced(target: Path, *, overwrite: bool = False, like: Path | None = None) -> Iterator[Path]:
-    """Yield a path to write to; it becomes the target when the block ends, and is removed when the block fails."""
+    """Yield a path to write to; it becomes the target when the block ends, and is removed when the block fails.
+
+    A file that is overwritten, also by a link, gives the new one its permissions; else `like` does, as far as reading
+    and writing go, and None takes the user's own for new files. A target that appears meanwhile stays.
+    """
     check_target(target, overwrite)
     place = Path(os.path.realpath(target))
     prefix = f"{_MARK}-{socket.gethostname()}-{os.getpid()}-{_started(os.getpid())}-"

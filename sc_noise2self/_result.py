@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -120,9 +120,7 @@ def _record(result: Result, factors: GeneFactors) -> dict[str, Any]:
             "described": np.array([each.learned.described for each in members]),
             "setting": np.array([each.setting for each in members]),
             "rank": np.array([int(each.learned.rank) for each in members]),
-            "weight": np.array(factors.weights),
-            "link": np.array(factors.links),
-            "n_factors": np.array(factors.n_factors),
+            **factors.members,
         },
         "learned": {
             each.name: {
@@ -155,9 +153,7 @@ def plain_table(table: pd.DataFrame) -> pd.DataFrame:
 class GeneFactors:
     """What a result knows of genes: the model, without the cells."""
 
-    links: tuple[Link, ...]  # of each member
-    weights: tuple[float, ...]
-    n_factors: tuple[int, ...]
+    members: Mapping[str, np.ndarray]  # as in the record: the `link`, `weight` and `n_factors` of each
     loadings: np.ndarray | None  # those of all members side by side, shape (genes, factors); None where one has none
     scales: np.ndarray  # of genes of each member, the mean profile, the fingerprint; without factors that alone
     fingerprint: int  # a whole number that two models share once in eight million
@@ -166,33 +162,21 @@ class GeneFactors:
     def of(cls, result: Result) -> GeneFactors:
         """Return those of a result."""
         fitted = result.factored
-        links = tuple(profiles.link for profiles in fitted)
         weights = tuple(float(member.weight) for member in result.members)
-        n_factors = tuple(profiles.loadings.shape[1] for profiles in fitted)
         if fitted:
+            links = tuple(str(profiles.link) for profiles in fitted)
+            n_factors = tuple(profiles.loadings.shape[1] for profiles in fitted)
             loadings = np.hstack([profiles.loadings for profiles in fitted])
             scales = np.column_stack([*(profiles.gene_scale for profiles in fitted), fitted[0].gene_share])
             told_by = [loadings, scales]
         else:
-            links, n_factors = ("none",) * len(weights), (0,) * len(weights)  # type: ignore[assignment]  # a link too
+            links, n_factors = ("none",) * len(weights), (0,) * len(weights)
             loadings, scales = None, np.empty((len(result.totals), 0), np.float32)
             told_by = [np.stack([result.totals, *result.gene_gains], axis=1)]
         told_by += [] if result.phi is None else [result.phi[:, None]]
         fingerprint = _fingerprint(np.hstack(told_by), (links, weights, n_factors, repr(result.scale)))
-        return cls(links, weights, n_factors, loadings, stamped(scales, fingerprint), fingerprint)
-
-    @classmethod
-    def read(cls, record: Mapping[str, Any], loadings: np.ndarray, scales: np.ndarray) -> GeneFactors:
-        """Return the factors of genes as they were written."""
-        members = record["members"]
-        return cls(
-            tuple(str(link) for link in members["link"]),  # type: ignore[misc]  # links, as written
-            tuple(float(weight) for weight in members["weight"]),
-            tuple(int(n) for n in members["n_factors"]),
-            loadings,
-            scales,
-            int(record["fingerprint"]),
-        )
+        members = {"link": np.array(links), "weight": np.array(weights), "n_factors": np.array(n_factors)}
+        return cls(members, loadings, stamped(scales, fingerprint), fingerprint)
 
     def of_cells(self, result: Result) -> tuple[Any, Any]:
         """Return the scores of cells, shape (cells, factors), and their scales: two of each member and the fingerprint.
@@ -209,21 +193,22 @@ class GeneFactors:
         """Return the profiles of cells from their scores, scales and sizes; refuse those of another model."""
         if self.loadings is None or not is_stamped(scales, self.fingerprint):
             raise ValueError("the cells belong to another result than the loadings.")
-        ends = [int(end) for end in np.cumsum(self.n_factors)]
-        fitted = [
-            LowRankProfiles(
-                self.scales[:, i],
-                scales[:, 2 * i],
-                scales[:, 2 * i + 1],
-                self.scales[:, -2],
-                size.astype(np.float32),
-                link,
-                scores[:, start:end],
-                self.loadings[:, start:end],
+        fitted, end = [], 0
+        for i, (link, n_factors) in enumerate(zip(self.members["link"], self.members["n_factors"], strict=True)):
+            start, end = end, end + int(n_factors)
+            fitted.append(
+                LowRankProfiles(
+                    self.scales[:, i],
+                    scales[:, 2 * i],
+                    scales[:, 2 * i + 1],
+                    self.scales[:, -2],
+                    size.astype(np.float32),
+                    cast("Link", str(link)),
+                    scores[:, start:end],
+                    self.loadings[:, start:end],
+                )
             )
-            for i, (link, start, end) in enumerate(zip(self.links, [0, *ends[:-1]], ends, strict=True))
-        ]
-        return combine(fitted, self.weights)
+        return combine(fitted, [float(weight) for weight in self.members["weight"]])
 
 
 def _fingerprint(of_genes: np.ndarray, others: object) -> int:

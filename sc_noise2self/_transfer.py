@@ -101,17 +101,17 @@ def denoise_with(
             )
         of_batches = {} if batch_key is None else {"batch_key": batch_key}
         result = result_of(
-            "model",
-            {"model": os.fspath(model), "mix": False, "device": device, **of_batches},
-            fitted.members(counts),
-            gain,
-            gene_gains,
-            warned,
-            counts=counts,
-            layer=layer,
-            scale=scale,
-            random_state=random_state,
-            write_layer=write_layer,
+            counts,
+            layer,
+            scale,
+            random_state,
+            write_layer,
+            method="model",
+            params={"model": os.fspath(model), "mix": False, "device": device, **of_batches},
+            members=fitted.members(counts),
+            gain=gain,
+            gene_gains=gene_gains,
+            warnings=warned,
         )
     target = adata.copy() if copy else adata
     with write(target, key_added, result):

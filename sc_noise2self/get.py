@@ -154,10 +154,11 @@ def lazy(adata: AnnData, *, key: str = "denoised", scale: str | Scale = "counts"
     """
     require_dask()
     size = sizes(adata, key)
-    own_scale, factors = as_scale(scale).settled(size), gene_factors(adata, key)
-    scores, scales = (as_array(adata.obsm[name]) for name in (key, f"{key}_scale"))
-    if record(adata, key)["params"]["mix"] or not hasattr(scores, "__dask_graph__"):
+    own_scale = as_scale(scale).settled(size)
+    if record(adata, key)["params"]["mix"]:
         return _lazy(profiles(adata, key), size, own_scale)
+    factors = gene_factors(adata, key)
+    scores, scales = (as_array(adata.obsm[name]) for name in (key, f"{key}_scale"))
     return _lazy_factors(factors, scores, scales, size, own_scale)
 
 
@@ -168,16 +169,17 @@ def layer_of(result: Result, counts: Counts) -> Any:
         found = MixedProfiles(found, counts.chunks, result.phi, result.cell_scale)
     if isinstance(counts.chunks, InMemory):
         return scale.apply(found.counts(), size)
-    factors = GeneFactors.of(result)
-    scores, scales = factors.of_cells(result)
-    if result.phi is not None or not hasattr(scores, "__dask_graph__"):
+    if result.phi is not None or not result.factored:
         return _lazy(found, size, scale)
-    return _lazy_factors(factors, scores, scales, size, scale)
+    factors = GeneFactors.of(result)
+    return _lazy_factors(factors, *factors.of_cells(result), size, scale)
 
 
 def _lazy_factors(factors: GeneFactors, scores: Any, scales: Any, size: np.ndarray, scale: Scale) -> dask.array.Array:
-    """Return the denoised matrix from factors of cells that are Dask arrays themselves."""
+    """Return the denoised matrix from factors of cells, which may be Dask arrays themselves."""
     da = require_dask()
+    if not isinstance(scores, da.Array):
+        return _lazy(factors.profiles(scores, scales, size), size, scale)
 
     def of_block(scores: np.ndarray, scales: np.ndarray, size: np.ndarray) -> np.ndarray:
         return scale.apply(factors.profiles(scores, scales, size[:, 0]).counts(), size[:, 0])

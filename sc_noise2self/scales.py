@@ -62,7 +62,6 @@ class Scale(ABC):
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-@dataclass(frozen=True)
 class Counts(Scale):
     """Expected counts."""
 
@@ -75,7 +74,6 @@ class Counts(Scale):
         return counts
 
 
-@dataclass(frozen=True)
 class Rates(Scale):
     """Shares of the cell's molecules."""
 
@@ -89,7 +87,6 @@ class Rates(Scale):
         return counts
 
 
-@dataclass(frozen=True)
 class Log1pCP10k(Scale):
     """log1p(10 000 x the rate)."""
 
@@ -152,7 +149,6 @@ class ExpectedLog1pCP10k(Scale):
 
 
 SCALES: dict[str, type[Scale]] = {each.name: each for each in (Counts, Rates, Log1pCP10k, ExpectedLog1pCP10k)}
-"""Those that have a name for `scale=`."""
 
 
 def as_scale(scale: str | Scale) -> Scale:
