@@ -41,7 +41,7 @@ class Choice:
 
     learner: Learner
     setting: Any
-    weight: float
+    weight: float = 1.0
 
     @property
     def label(self) -> str:
@@ -84,7 +84,8 @@ def select(
 
     Of a mean every learner is tuned, else the best one alone. Where fewer cells are enough for every method to be
     compared, a random choice of them is used; what is chosen then learns from all. Every split is used in both
-    directions. `mix` learns the dispersions that mixing the counts back in needs.
+    directions. `mix` learns the dispersions that mixing the counts back in needs. The mean profile takes the place of a
+    choice that does not beat it.
     """
     learners, average = learners_of(methods, counts, average)
     chunks = counts.chunks
@@ -108,7 +109,18 @@ def select(
             learner.learn_all(chunks, keys, rng)
     measured = np.arange(chunks.shape[0]) if all(learner.predicts_others for learner in chosen) else cells
     sample = Sample(chunks, keys, measured[_some(rng, len(measured), _MEASURED // n_genes)])
-    return _measured(scores.comparison, choices, sample, halves, dispersed if mix else None)
+    measure, predict = Measurement(sample), _Prediction(choices, sample)
+    unmixed, gene_gains = measure(predict)
+    beats_mean = unmixed.is_clear
+    if not beats_mean:
+        choices = (Choice(MeanLearner(), "as it is"),)
+        predict = _Prediction(choices, sample)
+        _, gene_gains = measure(predict)
+    gain, phi = unmixed, None
+    if mix:
+        phi = predict.learn_dispersions(halves, dispersed)
+        gain, gene_gains = measure(predict, by_fold=True)
+    return Selection(scores.comparison, choices, gain, unmixed, phi, beats_mean, gene_gains)
 
 
 def denoised(methods: Sequence[Method], counts: Counts, rng: np.random.Generator) -> Profiles:
@@ -158,43 +170,17 @@ def _compared(
                 learner.learn(half, rng)
                 bar.update()
         scores = _Scores(halves, scored)
-        best = {learner.name: Choice(learner, learner.settings[0], 1.0) for learner in learners}
+        best = {learner.name: Choice(learner, learner.settings[0]) for learner in learners}
         for choice in best.values():
             scores.add(choice)
         winner = max(best.values(), key=scores.mean)
         for learner in learners if average else [winner.learner]:
-            candidates = [Choice(learner, setting, 1.0) for setting in learner.settings]
+            candidates = [Choice(learner, setting) for setting in learner.settings]
             for candidate in candidates[1:]:
                 scores.add(candidate)
             best[learner.name] = max(candidates, key=scores.mean)
             bar.update()
     return scores, scores.weighted(list(best.values())) if average else (best[winner.learner.name],)
-
-
-def _measured(
-    comparison: Comparison,
-    choices: tuple[Choice, ...],
-    sample: Sample,
-    halves: Sequence[Fold],
-    dispersed: np.ndarray | None,
-) -> Selection:
-    """Return the selection with its gains; the mean profile takes the place of a choice that does not beat it.
-
-    `dispersed` are the cells that dispersions are learned from, None where no counts are mixed in.
-    """
-    measure = Measurement(sample)
-    predict = _Prediction(choices, sample)
-    unmixed, gene_gains = measure(predict)
-    beats_mean = unmixed.is_clear
-    if not beats_mean:
-        choices = (Choice(MeanLearner(), "as it is", 1.0),)
-        predict = _Prediction(choices, sample)
-        _, gene_gains = measure(predict)
-    gain, phi = unmixed, None
-    if dispersed is not None:
-        phi = predict.learn_dispersions(halves, dispersed)
-        gain, gene_gains = measure(predict, by_fold=True)
-    return Selection(comparison, choices, gain, unmixed, phi, beats_mean, gene_gains)
 
 
 def _some(rng: np.random.Generator, n_cells: int, n_wanted: int) -> np.ndarray:

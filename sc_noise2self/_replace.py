@@ -63,13 +63,9 @@ def check_target(target: Path, overwrite: bool) -> None:
     if target.is_symlink() and not target.exists():
         raise FileNotFoundError(f"{target} is a link to {os.readlink(target)}, which does not exist: remove the link.")
     if target.exists() and not overwrite:
-        raise _exists(target)
+        raise FileExistsError(f"{target} exists: nothing is overwritten, so choose another name, or pass overwrite.")
     if target.is_dir():
         raise FileExistsError(f"{target} is a folder, which cannot be replaced in one step: choose another name.")
-
-
-def _exists(target: Path) -> FileExistsError:
-    return FileExistsError(f"{target} exists: nothing is overwritten, so choose another name, or pass overwrite.")
 
 
 def _move(written: Path, place: Path, overwrite: bool) -> None:
@@ -84,10 +80,8 @@ def _move(written: Path, place: Path, overwrite: bool) -> None:
         return
     try:
         os.link(written, place)
-    except FileExistsError:
-        raise _exists(place) from None
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno not in (errno.EEXIST, *_NO_LINKS):
             raise
         check_target(place, overwrite)  # a file system without links: the moment between the two stays
         os.replace(written, place)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -28,6 +29,8 @@ from .methods import model_of
 from .methods._base import Sample
 from .methods._profiles import LowRankProfiles, combine
 from .scales import Scale, as_scale
+
+_Predict = Callable[[sp.csr_matrix, np.ndarray], list[LowRankProfiles]]
 
 
 def denoise_with(
@@ -90,10 +93,13 @@ def denoise_with(
         counts = as_counts(adata, layer, columns=() if batch_key is None else (batch_key,))
         check_key(adata, key_added, layer)
         check_room(adata, (), counts, write_layer, copy)
-        fitted = _Fitted.of(_model.load(model), counts, batch_key, device)
+        saved = _model.load(model)
+        order = _order_of_genes(counts.gene_names, saved.genes)
+        models = [model_of(_model.of_genes(state, order), device) for state in saved.states]
+        predict = partial(_predicted, models, _codes_of_batches(counts, batch_key, saved.batches))
         start = logg.info(f"denoising {describe_counts(adata, layer)} with {os.fspath(model)}")
         measure = Measurement(Sample(counts.chunks, [as_key(rng)], np.arange(len(counts.size))))
-        gain, gene_gains = measure(lambda _, seen, cells: combine(fitted.predict(seen, cells), fitted.weights))
+        gain, gene_gains = measure(lambda _, seen, cells: combine(predict(seen, cells), saved.weights))
         if not gain.is_clear:
             warn(
                 "the model predicts held-out molecules of these cells no better than their own mean profile (gain "
@@ -108,7 +114,7 @@ def denoise_with(
             write_layer,
             method="model",
             params={"model": os.fspath(model), "mix": False, "device": device, **of_batches},
-            members=fitted.members(counts),
+            members=_members(models, saved.weights, predict, counts),
             gain=gain,
             gene_gains=gene_gains,
             warnings=warned,
@@ -120,48 +126,35 @@ def denoise_with(
     return target if copy else None
 
 
-@dataclass(frozen=True, eq=False)
-class _Fitted:
-    """Models whose genes stand in the order of the counts, their weights, and the code of each cell's batch."""
+def _predicted(
+    models: Sequence[Any], codes: np.ndarray | None, counts: sp.csr_matrix, cells: np.ndarray
+) -> list[LowRankProfiles]:
+    """Return what each model predicts of some cells, CSR of shape (cells, genes), with the codes of all batches."""
+    return [model.predict(counts, None if codes is None else codes[cells]) for model in models]
 
-    models: Sequence[Any]
-    weights: Sequence[float]
-    codes: np.ndarray | None
 
-    @classmethod
-    def of(cls, saved: _model.Saved, counts: Counts, batch_key: str | None, device: str) -> _Fitted:
-        """Return what a file holds, for these counts."""
-        order = _order_of_genes(counts.gene_names, saved.genes)
-        models = [model_of(_model.of_genes(state, order), device) for state in saved.states]
-        return cls(models, saved.weights, _codes_of_batches(counts, batch_key, saved.batches))
+def _members(models: Sequence[Any], weights: Sequence[float], predict: _Predict, counts: Counts) -> list[Member]:
+    """Return the profiles of all cells as members of the result, in one pass over the counts."""
 
-    def predict(self, counts: sp.csr_matrix, cells: np.ndarray) -> list[LowRankProfiles]:
-        """Return what each model predicts of some cells, CSR of shape (cells, genes)."""
-        codes = None if self.codes is None else self.codes[cells]
-        return [model.predict(counts, codes) for model in self.models]
+    def of_cells(block: Block) -> Partial:
+        found = predict(block.counts, block.cells)
+        scales = [np.column_stack([own.cell_scale, own.row_scale]) for own in found]
+        return Partial(rows=[*(own.scores for own in found), *scales])
 
-    def members(self, counts: Counts) -> list[Member]:
-        """Return the profiles of all cells as members of the result, in one pass over the counts."""
-
-        def of_cells(block: Block) -> Partial:
-            found = self.predict(block.counts, block.cells)
-            scales = [np.column_stack([own.cell_scale, own.row_scale]) for own in found]
-            return Partial(rows=[*(own.scores for own in found), *scales])
-
-        first = np.arange(2)
-        some = self.predict(counts.chunks.take(first), first)
-        widths = [own.scores.shape[1] for own in some] + [2] * len(some)
-        rows = cast("list[np.ndarray]", counts.chunks.rows(of_cells, widths))  # or Dask's
-        size = counts.size.astype(np.float32)
-        fitted = [
-            replace(own, scores=scores, cell_scale=scales[:, 0], row_scale=scales[:, 1], size=size)
-            for own, scores, scales in zip(some, rows[: len(some)], rows[len(some) :], strict=True)
-        ]
-        names = numbered([model.name for model in self.models])
-        return [
-            Member(name, "", weight, profiles, model.learned())
-            for name, weight, profiles, model in zip(names, self.weights, fitted, self.models, strict=True)
-        ]
+    first = np.arange(2)
+    some = predict(counts.chunks.take(first), first)
+    widths = [own.scores.shape[1] for own in some] + [2] * len(some)
+    rows = cast("list[np.ndarray]", counts.chunks.rows(of_cells, widths))  # or Dask's
+    size = counts.size.astype(np.float32)
+    fitted = [
+        replace(own, scores=scores, cell_scale=scales[:, 0], row_scale=scales[:, 1], size=size)
+        for own, scores, scales in zip(some, rows[: len(some)], rows[len(some) :], strict=True)
+    ]
+    names = numbered([model.name for model in models])
+    return [
+        Member(name, "", weight, profiles, model.learned())
+        for name, weight, profiles, model in zip(names, weights, fitted, models, strict=True)
+    ]
 
 
 def _order_of_genes(names: pd.Index, known: np.ndarray) -> np.ndarray:
