@@ -106,18 +106,6 @@ _OF_GENES = {
     "gene_scale": Shape(("genes",), 0, _LARGE),
 }
 
-_PCA = Schema(
-    {"transform": one_of(get_args(TransformName)), "target": is_depth},
-    {
-        **_OF_GENES,
-        "gene_weights": Shape(("genes",), 0),
-        "mean": Shape(("genes",)),
-        "components": Shape(("genes", "k")),
-        "weights": Shape(("k",), 0, 1),
-        "used": Shape(("genes",), dtypes=("bool",)),
-    },
-)
-
 LINKS: dict[str, Link] = {
     "multinomial": "exp",
     "poisson": "exp",
@@ -130,40 +118,44 @@ LINKS: dict[str, Link] = {
 }
 """Link of each loss of the autoencoder."""
 
-_NETWORK: dict[str, tuple[str, ...]] = {
-    "scores.components": ("genes", "inputs"),
-    "scores.gene_weights": ("genes",),
-    "scores.center": ("inputs",),
-    "scores.depth": (),
-    "scores.mean": ("genes",),
-    "scores.share": ("genes",),
-    "scores.scale": (),
-    "encoder.weight": ("n_hidden", "inputs"),
-    "encoder.bias": ("n_hidden",),
-    "code.weight": ("width", "n_hidden"),
-    "code.bias": ("width",),
-    "code_linear.weight": ("width", "inputs"),
-    "decoder.weight": ("n_hidden", "width+n_batches"),
-    "decoder.bias": ("n_hidden",),
-    "decoder_linear.weight": ("n_hidden", "width"),
-    "genes.weight": ("genes", "n_hidden"),
-    "genes.bias": ("genes",),
-    "batch_offsets": ("n_batches", "genes"),
+_single = partial(Shape, dtypes=("float32",))
+_NETWORK = {
+    "scores.components": _single(("genes", "inputs")),
+    "scores.gene_weights": _single(("genes",)),
+    "scores.center": _single(("inputs",)),
+    "scores.depth": _single((), _TINY),
+    "scores.mean": _single(("genes",)),
+    "scores.share": _single(("genes",), 0, 1),
+    "scores.scale": _single((), _TINY),
+    "encoder.weight": _single(("n_hidden", "inputs")),
+    "encoder.bias": _single(("n_hidden",)),
+    "code.weight": _single(("width", "n_hidden")),
+    "code.bias": _single(("width",)),
+    "code_linear.weight": _single(("width", "inputs")),
+    "decoder.weight": _single(("n_hidden", "width+n_batches")),
+    "decoder.bias": _single(("n_hidden",)),
+    "decoder_linear.weight": _single(("n_hidden", "width")),
+    "genes.weight": _single(("genes", "n_hidden")),
+    "genes.bias": _single(("genes",)),
+    "batch_offsets": _single(("n_batches", "genes")),
 }
-_BOUNDS: dict[str, Any] = {
-    "scores.share": {"least": 0, "most": 1},
-    "scores.depth": {"least": _TINY},
-    "scores.scale": {"least": _TINY},
-}
-
 
 SCHEMAS: dict[str, Schema] = {
     "mean": Schema({}, {"gene_share": _OF_GENES["gene_share"]}),
-    "pca": _PCA,
+    "pca": Schema(
+        {"transform": one_of(get_args(TransformName)), "target": is_depth},
+        {
+            **_OF_GENES,
+            "gene_weights": Shape(("genes",), 0),
+            "mean": Shape(("genes",)),
+            "components": Shape(("genes", "k")),
+            "weights": Shape(("k",), 0, 1),
+            "used": Shape(("genes",), dtypes=("bool",)),
+        },
+    ),
     "autoencoder": Schema(
         {"loss": one_of(LINKS), "width": partial(is_whole, least=1), "n_batches": is_whole, "depth": is_depth},
-        _OF_GENES
-        | {name: Shape(sizes, dtypes=("float32",), **_BOUNDS.get(name, {})) for name, sizes in _NETWORK.items()},
+        {**_OF_GENES, **_NETWORK},
     ),
 }
 """The schema of each method whose models can be saved."""
@@ -185,7 +177,7 @@ def save(path: str | os.PathLike[str], saved: Saved) -> None:
         _check_values(contents, arrays)
     except _Wrong as wrong:
         raise ValueError(f"the model cannot be saved: {wrong}.") from None
-    with replaced(Path(path)) as partial, partial.open("xb") as file:
+    with replaced(Path(path)) as written, written.open("xb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
@@ -296,16 +288,15 @@ def _contents(text: np.ndarray) -> dict[str, Any]:
 
 def _check_headers(contents: Mapping[str, Any], headers: Mapping[str, Header]) -> None:
     """Hold the shape and the type of every array against the schemas."""
-    schemas = [SCHEMAS[state["method"]] for state in contents["states"]]
-    wanted = {f"{i}/{name}" for i, schema in enumerate(schemas) for name in schema.arrays}
+    wanted = {f"{i}/{name}" for i, state in enumerate(contents["states"]) for name in SCHEMAS[state["method"]].arrays}
     _check_names("the file", dict(headers), {_TEXT, _GENES} | wanted)
     shape, dtype = headers[_GENES]
     if dtype.kind != "U" or not dtype.isnative or not dtype.itemsize or len(shape) != 1 or not shape[0]:
         raise _Wrong(f"its names of genes are {shape} values of type {_cut(dtype)}")
-    for i, (state, schema) in enumerate(zip(contents["states"], schemas, strict=True)):
+    for i, state in enumerate(contents["states"]):
         sizes = {name: value for name, value in state["values"].items() if is_whole(value)} | {"genes": shape[0]}
-        for name, one in schema.arrays.items():
-            _check_header(name, headers[f"{i}/{name}"], one, sizes)
+        for name, of_one in SCHEMAS[state["method"]].arrays.items():
+            _check_header(name, headers[f"{i}/{name}"], of_one, sizes)
 
 
 def _check_header(name: str, header: Header, wanted: Shape, sizes: dict[str, int]) -> None:
