@@ -72,13 +72,7 @@ class Selection:
 
 
 def select(
-    methods: Sequence[Method],
-    counts: Counts,
-    rng: np.random.Generator,
-    *,
-    average: bool,
-    mix: bool,
-    n_splits: int = 1,
+    methods: Sequence[Method], counts: Counts, rng: np.random.Generator, *, average: bool, mix: bool, n_splits: int = 1
 ) -> Selection:
     """Return the best of what methods offer, or the best mean of all (`average`, the mean profile among them).
 

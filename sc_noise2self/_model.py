@@ -101,10 +101,7 @@ def one_of(names: Iterable[str]) -> Check:
     return lambda value: isinstance(value, str) and value in names
 
 
-_OF_GENES = {
-    "gene_share": Shape(("genes",), 0, 1, adds_up=True),
-    "gene_scale": Shape(("genes",), 0, _LARGE),
-}
+_OF_GENES = {"gene_share": Shape(("genes",), 0, 1, adds_up=True), "gene_scale": Shape(("genes",), 0, _LARGE)}
 
 LINKS: dict[str, Link] = {
     "multinomial": "exp",
