@@ -90,12 +90,8 @@ def _denoise(args: argparse.Namespace) -> None:
 def _made(what: str, given: str, classes: Mapping[str, Sequence[type]]) -> Any:
     """Return the object that `name:option=value,...` describes; a name alone as it is.
 
-    Values are Python literals, or else text; commas within brackets are the value's.
-
-    Raises
-    ------
-    ValueError
-        If there is no such option; what is wrong with a value, the object itself says.
+    Values are Python literals, or else text; commas within brackets are the value's. What is wrong with a value, the
+    object itself says.
     """
     name, _, options = given.partition(":")
     if not options or name not in classes:
@@ -112,10 +108,9 @@ def _made(what: str, given: str, classes: Mapping[str, Sequence[type]]) -> Any:
                 f"--{what} {given}: {option!r} is no option of {name}, which are NAME=VALUE with the names "
                 f"{', '.join(known) or 'none'}."
             )
-        try:
+        found[key.strip()] = value.strip()
+        with contextlib.suppress(ValueError, SyntaxError):
             found[key.strip()] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            found[key.strip()] = value.strip()
     return made(**found)
 
 

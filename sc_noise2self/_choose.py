@@ -8,7 +8,7 @@ held-out molecules are in its own prediction. (Without that, components of pure 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,7 +41,7 @@ class Choice:
 
     learner: Learner
     setting: Any
-    weight: float
+    weight: float = 1.0
 
     @property
     def label(self) -> str:
@@ -51,34 +51,15 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """What was compared and what was chosen.
+    """What was compared and what was chosen; the weights of the choices sum to 1."""
 
-    Attributes
-    ----------
-    comparison
-        The loss, minus the held-out gain, of each candidate by its label, pooled over splits and directions.
-    choices
-        The learners chosen; their weights sum to 1.
-    gain
-        The held-out gain of the choice, the counts mixed in where that was asked for.
-    unmixed_gain
-        The same before the counts are mixed in.
-    phi
-        Dispersion of each gene around the prediction, shape (genes,); None without mixing.
-    beats_mean
-        Whether the choice beats the mean profile, whose gain is 0, by more than two standard errors; the mean profile
-        takes its place if not.
-    gene_gains
-        The gain of the choice in each gene and its standard error, shape (genes,) each, see `GeneGains`.
-    """
-
-    comparison: Comparison
+    comparison: Comparison  # the loss, minus the held-out gain, of each candidate by its label
     choices: tuple[Choice, ...]
-    gain: Gain
+    gain: Gain  # of the choice, the counts mixed in where that was asked for
     unmixed_gain: Gain
-    phi: np.ndarray | None
-    beats_mean: bool
-    gene_gains: tuple[np.ndarray, np.ndarray]
+    phi: np.ndarray | None  # dispersion of each gene around the prediction, shape (genes,); None without mixing
+    beats_mean: bool  # by more than two standard errors; else the mean profile, whose gain is 0, takes its place
+    gene_gains: tuple[np.ndarray, np.ndarray]  # the gain of each gene and its error, shape (genes,), see `GeneGains`
 
     @property
     def weights(self) -> list[float]:
@@ -91,30 +72,14 @@ class Selection:
 
 
 def select(
-    methods: Sequence[Method],
-    counts: Counts,
-    rng: np.random.Generator,
-    *,
-    average: bool,
-    mix: bool,
-    n_splits: int = 1,
+    methods: Sequence[Method], counts: Counts, rng: np.random.Generator, *, average: bool, mix: bool, n_splits: int = 1
 ) -> Selection:
-    """Return the best of what methods offer, or the best mean of all, and what it gains.
+    """Return the best of what methods offer, or the best mean of all (`average`, the mean profile among them).
 
-    Parameters
-    ----------
-    methods
-        Denoisers, checked against the counts.
-    counts
-        The counts. Where fewer cells are enough for every method to be compared, a random choice of them is used; what
-        is chosen then learns from all.
-    average
-        Tune every learner and find the weights of the mean of all, the mean profile among them; else tune the best one
-        alone.
-    mix
-        Learn the dispersions that mixing the counts back in needs.
-    n_splits
-        Independent even splits; each is used in both directions.
+    Of a mean every learner is tuned, else the best one alone. Where fewer cells are enough for every method to be
+    compared, a random choice of them is used; what is chosen then learns from all. Every split is used in both
+    directions. `mix` learns the dispersions that mixing the counts back in needs. The mean profile takes the place of a
+    choice that does not beat it.
     """
     learners, average = learners_of(methods, counts, average)
     chunks = counts.chunks
@@ -127,7 +92,7 @@ def select(
     scored, dispersed = (_some(rng, n_cells, entries // n_genes) for entries in (_SCORED, _DISPERSION))
     keys = [as_key(rng) for _ in range(n_splits)]
     halves = _halves(some, keys, cells)
-    check_enough([half.held_out[scored] for half in halves])
+    check_enough([half.held_out[scored].sum() for half in halves], len(scored))
     scores, choices = _compared(learners, some, cells, halves, scored, average, rng)
     chosen = [choice.learner for choice in choices]
     for learner in learners:
@@ -138,7 +103,18 @@ def select(
             learner.learn_all(chunks, keys, rng)
     measured = np.arange(chunks.shape[0]) if all(learner.predicts_others for learner in chosen) else cells
     sample = Sample(chunks, keys, measured[_some(rng, len(measured), _MEASURED // n_genes)])
-    return _measured(scores.comparison, choices, sample, halves, dispersed if mix else None)
+    measure, predict = Measurement(sample), _Prediction(choices, sample)
+    unmixed, gene_gains = measure(predict)
+    beats_mean = unmixed.is_clear
+    if not beats_mean:
+        choices = (Choice(MeanLearner(), "as it is"),)
+        predict = _Prediction(choices, sample)
+        _, gene_gains = measure(predict)
+    gain, phi = unmixed, None
+    if mix:
+        phi = predict.learn_dispersions(halves, dispersed)
+        gain, gene_gains = measure(predict, by_fold=True)
+    return Selection(scores.comparison, choices, gain, unmixed, phi, beats_mean, gene_gains)
 
 
 def denoised(methods: Sequence[Method], counts: Counts, rng: np.random.Generator) -> Profiles:
@@ -188,43 +164,17 @@ def _compared(
                 learner.learn(half, rng)
                 bar.update()
         scores = _Scores(halves, scored)
-        best = {learner.name: Choice(learner, learner.settings[0], 1.0) for learner in learners}
+        best = {learner.name: Choice(learner, learner.settings[0]) for learner in learners}
         for choice in best.values():
             scores.add(choice)
         winner = max(best.values(), key=scores.mean)
         for learner in learners if average else [winner.learner]:
-            candidates = [Choice(learner, setting, 1.0) for setting in learner.settings]
+            candidates = [Choice(learner, setting) for setting in learner.settings]
             for candidate in candidates[1:]:
                 scores.add(candidate)
             best[learner.name] = max(candidates, key=scores.mean)
             bar.update()
     return scores, scores.weighted(list(best.values())) if average else (best[winner.learner.name],)
-
-
-def _measured(
-    comparison: Comparison,
-    choices: tuple[Choice, ...],
-    sample: Sample,
-    halves: Sequence[Fold],
-    dispersed: np.ndarray | None,
-) -> Selection:
-    """Return the selection with its gains; the mean profile takes the place of a choice that does not beat it.
-
-    `dispersed` are the cells that dispersions are learned from, None where no counts are mixed in.
-    """
-    measure = _Measurement(sample)
-    predict = _Prediction(choices, sample)
-    unmixed, gene_gains = measure(predict)
-    beats_mean = unmixed.is_clear
-    if not beats_mean:
-        choices = (Choice(MeanLearner(), "as it is", 1.0),)
-        predict = _Prediction(choices, sample)
-        _, gene_gains = measure(predict)
-    gain, phi = unmixed, None
-    if dispersed is not None:
-        phi = predict.learn_dispersions(halves, dispersed)
-        gain, gene_gains = measure(predict)
-    return Selection(comparison, choices, gain, unmixed, phi, beats_mean, gene_gains)
 
 
 def _some(rng: np.random.Generator, n_cells: int, n_wanted: int) -> np.ndarray:
@@ -236,15 +186,15 @@ def _halves(counts: sp.csr_matrix, keys: Sequence[int], cells: np.ndarray) -> li
     """Return both directions of each split."""
     pairs = [even_split(counts, key, cells) for key in keys]
     for pair in pairs:
-        check_enough(pair)
+        check_enough([part.sum() for part in pair], len(cells))
     return [fold_of(seen, held_out, cells) for one, two in pairs for seen, held_out in ((one, two), (two, one))]
 
 
-def check_enough(parts: Sequence[sp.csr_matrix]) -> None:
-    """Raise if one of the halves has no molecule to predict from or to be scored by; a split has two, side by side."""
-    if any(part.nnz == 0 for part in parts):
+def check_enough(molecules: Sequence[float], n_cells: int) -> None:
+    """Raise if one of the halves holds no molecule to predict from or to be scored by; a split's stand side by side."""
+    if not all(molecules):
         raise ValueError(
-            f"the counts hold {int(parts[0].sum() + parts[1].sum())} molecule(s) in {parts[0].shape[0]} cells: too few "
+            f"the counts hold {int(molecules[0] + molecules[1])} molecule(s) in {n_cells} cells: too few "
             "to split into halves that each hold some, so nothing can be predicted from one and tested on the other."
         )
 
@@ -252,14 +202,8 @@ def check_enough(parts: Sequence[sp.csr_matrix]) -> None:
 def mixture_weights(probabilities: np.ndarray, molecules: np.ndarray, n_iter: int = 200) -> np.ndarray:
     """Return the weights of the mixture of distributions under which the molecules are likeliest.
 
-    A concave problem; expectation maximisation climbs it without a step size.
-
-    Parameters
-    ----------
-    probabilities
-        That each learner gave to each held-out entry, shape (learners, entries).
-    molecules
-        Of each entry, shape (entries,).
+    Takes the probability that each learner gave to each held-out entry, shape (learners, entries), and the molecules of
+    each entry, shape (entries,). A concave problem; expectation maximisation climbs it without a step size.
     """
     weights = np.full(len(probabilities), 1 / len(probabilities))
     probabilities = probabilities + 1e-12
@@ -328,37 +272,39 @@ class _Prediction:
         """Return the dispersion of each gene; a fold's own are learned from the other fold."""
         folds = folds_of(halves[0].cells[cells])
         # The mean over halves, not the sum: the two directions of a split say nearly the same.
-        by_fold = [
-            np.mean([self._curves(i, half.of_cells(cells[folds == fold])) for i, half in enumerate(halves)], axis=0)
-            for fold in (0, 1)
-        ]
+        by_fold = []
+        for own in (cells[folds == 0], cells[folds == 1]):
+            parts = [half.of_cells(own) for half in halves]
+            curves = [
+                dispersion_curves(self(i, half.seen, half.cells), half.held_out, row_sums(half.seen))
+                for i, half in enumerate(parts)
+            ]
+            by_fold.append(np.mean(curves, axis=0))
         self._phi_for_fold = [dispersions(by_fold[1]), dispersions(by_fold[0])]
         return dispersions(by_fold[0] + by_fold[1])
 
-    def together(self, cells: np.ndarray) -> list[np.ndarray]:
-        """Return which of the cells are predicted together: all, or, once counts are mixed in, those of each fold."""
-        if self._phi_for_fold is None:
-            return [np.ones(len(cells), bool)]
-        return [folds_of(cells) == fold for fold in np.unique(folds_of(cells))]
 
-    def _curves(self, i: int, half: Fold) -> np.ndarray:
-        return dispersion_curves(self(i, half.seen, half.cells), half.held_out, row_sums(half.seen))
-
-
-class _Measurement:
-    """The held-out gain of a prediction and of its genes, on the cells of a sample: one pass."""
+class Measurement:
+    """The held-out gain of predictions and of their genes, on the cells of a sample: one pass each."""
 
     def __init__(self, sample: Sample) -> None:
         totals = sample.totals()
+        check_enough([total.sum() for total in totals], len(sample.cells))
         self._sample = sample
         self._gains = GeneGains([total / total.sum() for total in totals], [totals[i ^ 1] for i in range(len(totals))])
 
-    def __call__(self, predict: _Prediction) -> tuple[Gain, tuple[np.ndarray, np.ndarray]]:
-        """Return the gain, and that of each gene with its error."""
+    def __call__(
+        self, predict: Callable[[int, sp.csr_matrix, np.ndarray], Profiles], *, by_fold: bool = False
+    ) -> tuple[Gain, tuple[np.ndarray, np.ndarray]]:
+        """Return the gain, and that of each gene with its error.
+
+        `predict` takes the number of a half, what it shows of some cells (of one fold if `by_fold`), and their numbers.
+        """
 
         def of_cells(cells: np.ndarray, parts: list[sp.csr_matrix]) -> Partial:
             sums, rows = np.zeros((6, parts[0].shape[1])), np.zeros((2, len(cells)))
-            for own in predict.together(cells):
+            folds = folds_of(cells) if by_fold else np.zeros(len(cells))
+            for own in (folds == fold for fold in np.unique(folds)):
                 of_own = [part[own] for part in parts]
                 predictions = [predict(i, seen, cells[own]) for i, seen in enumerate(of_own)]
                 found = self._gains.of_cells(predictions, [of_own[i ^ 1] for i in range(len(parts))])

@@ -7,7 +7,7 @@ computed before anything is written, so a refusal or an interrupt leaves `adata`
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from . import _model
 from ._anndata import as_counts
 from ._blocks import Counts, InMemory
 from ._checks import as_positive, check_flag, check_name, describe_counts, describe_mask, seed_of
-from ._choose import Choice, Selection, select
+from ._choose import Selection, select
 from ._memory import check_fits_memory
 from ._random import RandomState, as_generator
 from ._replace import check_target
@@ -29,11 +29,11 @@ from ._result import Member, Result, write
 from ._slots import check_key
 from ._threads import one_blas_thread
 from ._warnings import recorded_warnings, warn
-from .get import lazy_layer, require_dask
+from .get import layer_of, require_dask
 from .methods import as_methods, is_ensemble
 from .methods._base import Method
 from .methods._mixing import scales_of_cells
-from .methods._profiles import MixedProfiles, Profiles, combine, in_memory
+from .methods._profiles import in_memory
 from .scales import Scale, as_scale
 
 
@@ -170,7 +170,11 @@ def denoise(
     rng = as_generator(random_state)
     name, methods = as_methods(method)
     scale = as_scale(scale)
-    _check_options(layer, n_splits, mix=mix, write_layer=write_layer, copy=copy)
+    for flag, given in (("mix", mix), ("write_layer", write_layer), ("copy", copy)):
+        check_flag(flag, given)
+    if layer is not None:
+        check_name("layer", layer, " To write none, pass write_layer=False.")
+    as_positive("n_splits", n_splits)
     with recorded_warnings() as warned, one_blas_thread():
         counts = as_counts(adata, layer, mask_var, [key for each in methods for key in each.columns])
         check_key(adata, key_added, layer)
@@ -179,17 +183,34 @@ def denoise(
         _check_model_file(save_model, methods, counts)
         start = logg.info(f"denoising {describe_counts(adata, layer)}")
         selection = select(methods, counts, rng, average=is_ensemble(method), mix=mix, n_splits=n_splits)
-        _warn_of_mean(selection, save_model)
-        fitted = selection.refit(counts, rng)
-        params = {
-            **({} if layer is None else {"layer": layer}),
-            "n_splits": n_splits,
-            "mix": mix,
-            "mask_var": describe_mask(mask_var),
-            "random_state": seed_of(random_state),
-            "methods": {f"{i} {each.name}": _options(each) for i, each in enumerate(methods)},
-        }
-        result = _result(name, params, scale, counts, selection, fitted, warned, write_layer=write_layer)
+        if not selection.beats_mean:
+            warn(
+                f"no candidate predicts held-out molecules better than one mean profile (best gain {selection.gain}):"
+                " the mean profile is written. These cells look alike, or hold too few molecules to tell them apart."
+                + (" No model is saved." if save_model else "")
+            )
+        result = result_of(
+            counts,
+            layer,
+            scale,
+            random_state,
+            write_layer,
+            method=name,
+            params={
+                "n_splits": n_splits,
+                "mix": mix,
+                "mask_var": describe_mask(mask_var),
+                "methods": {f"{i} {each.name}": _options(each) for i, each in enumerate(methods)},
+            },
+            members=_members(selection, counts, rng),
+            gain=selection.gain,
+            gene_gains=selection.gene_gains,
+            warnings=warned,
+            candidates=_candidates(selection),
+            unmixed_gain=selection.unmixed_gain if mix else None,
+            phi=selection.phi,
+            beats_mean=selection.beats_mean,
+        )
     target = adata.copy() if copy else adata
     with write(target, key_added, result):
         if save_model is not None and selection.beats_mean:
@@ -201,15 +222,6 @@ def denoise(
         f"    {key_added!r}, what was compared and chosen (adata.uns)",
     )
     return target if copy else None
-
-
-def _check_options(layer: str | None, n_splits: int, **flags: bool) -> None:
-    """Refuse what is no name, number or flag."""
-    for name, flag in flags.items():
-        check_flag(name, flag)
-    if layer is not None:
-        check_name("layer", layer, " To write none, pass write_layer=False.")
-    as_positive("n_splits", n_splits)
 
 
 def check_room(adata: AnnData, methods: Sequence[Method], counts: Counts, write_layer: bool, copy: bool) -> None:
@@ -246,65 +258,32 @@ def _check_model_file(path: str | os.PathLike[str] | None, methods: Sequence[Met
     check_target(Path(path), overwrite=False)
 
 
-def _warn_of_mean(selection: Selection, save_model: object) -> None:
-    if not selection.beats_mean:
-        warn(
-            f"no candidate predicts held-out molecules better than one mean profile (best gain {selection.gain}):"
-            " the mean profile is written. These cells look alike, or hold too few molecules to tell them apart."
-            + (" No model is saved." if save_model else "")
-        )
-
-
-def _result(
-    method: str,
-    params: Mapping[str, Any],
-    scale: Scale,
-    counts: Counts,
-    selection: Selection,
-    fitted: Sequence[Profiles],
-    warned: Sequence[str],
-    *,
-    write_layer: bool,
+def result_of(
+    counts: Counts, layer: str | None, scale: Scale, random_state: RandomState, write_layer: bool, **fields: Any
 ) -> Result:
-    """Return all that is to be written, with the layer where one is wanted."""
-    weights, size, mixed = selection.weights, counts.size, {}
+    """Return all that is to be written, `fields` by their names in `Result`, with the layer where one is wanted."""
+    where = {} if layer is None else {"layer": layer}
+    fields["params"] = {**where, **fields["params"], "random_state": seed_of(random_state)}
+    result = Result(size=counts.size, totals=counts.totals, scale=scale.settled(counts.size), **fields)
+    if result.phi is not None:
+        cell_scale, mixed = scales_of_cells(counts.chunks, result.profiles, result.phi)
+        result = replace(result, cell_scale=cell_scale, mixed=mixed)
+    if write_layer:
+        return replace(result, layer=layer_of(result, counts))
+    if not result.factored:
+        raise ValueError("write_layer=False was given with a method that returns no factors: leave it out.")
+    return result
+
+
+def _members(selection: Selection, counts: Counts, rng: np.random.Generator) -> list[Member]:
+    """Return what was chosen, fitted to all molecules; in memory where counts are mixed in."""
+    fitted = selection.refit(counts, rng)
     if selection.phi is not None:
         fitted = [in_memory(profiles) for profiles in fitted]
-        cell_scale, weight = scales_of_cells(counts.chunks, combine(fitted, weights), selection.phi)
-        mixed = {"phi": selection.phi, "cell_scale": cell_scale, "mixed": weight}
-    result = Result(
-        method,
-        params,
-        scale.settled(size),
-        [_member(choice, each) for choice, each in zip(selection.choices, fitted, strict=True)],
-        selection.gain,
-        selection.gene_gains,
-        size,
-        counts.totals,
-        list(warned),
-        candidates=_candidates(selection),
-        unmixed_gain=None if selection.phi is None else selection.unmixed_gain,
-        beats_mean=selection.beats_mean,
-        **mixed,
-    )
-    if not write_layer and not result.has_factors:
-        raise ValueError("write_layer=False was given with a method that returns no factors: leave it out.")
-    if not write_layer:
-        return result
-    if not isinstance(counts.chunks, InMemory):
-        return replace(result, layer=lazy_layer(result, counts.chunks))
-    profiles = combine(fitted, weights)
-    if selection.phi is not None:
-        profiles = MixedProfiles(profiles, counts.chunks, selection.phi, mixed["cell_scale"])
-    return replace(result, layer=result.scale.apply(profiles.counts(), size))
-
-
-def _member(choice: Choice, profiles: Profiles) -> Member:
-    found = choice.learner.learned(choice.setting)
-    setting = str(choice.setting)
-    return Member(
-        choice.learner.name, found.title, found.described, setting, found.rank, choice.weight, profiles, found.values
-    )
+    return [
+        Member(each.learner.name, str(each.setting), each.weight, profiles, each.learner.learned(each.setting))
+        for each, profiles in zip(selection.choices, fitted, strict=True)
+    ]
 
 
 def _candidates(selection: Selection) -> pd.DataFrame:
@@ -340,5 +319,5 @@ def _described(result: Result) -> str:
     if not result.beats_mean:
         return "the mean profile, which nothing beats; the best of what was tried"
     return "; ".join(
-        ("" if member.weight == 1 else f"{member.weight:.2f} x ") + member.described for member in result.members
+        ("" if each.weight == 1 else f"{each.weight:.2f} x ") + each.learned.described for each in result.members
     )

@@ -12,7 +12,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -109,8 +109,8 @@ def denoise_file(
                 adata.layers[layer] = counts
         if key_added in stored.get("layers", ()) and kind_of(adata, key_added) != "denoise":
             raise ValueError(f"layer {key_added!r} exists and is not an earlier result: choose another key_added.")
-        n_bytes = _size(source) + 4 * adata.n_obs * (adata.n_vars if write_layer else 0)
-        check_fits_disk(n_bytes, target.resolve().parent)
+        n_bytes = sum(each.stat().st_size for each in ([source] if source.is_file() else source.rglob("*")))
+        check_fits_disk(n_bytes + 4 * adata.n_obs * adata.n_vars * write_layer, target.resolve().parent)
         in_memory = write_layer and not all(each.has_factors for each in methods)
         denoise(adata, method, layer=layer, key_added=key_added, write_layer=in_memory, **options)
         reported = report(adata, key=key_added)
@@ -121,7 +121,7 @@ def denoise_file(
                 _copy_file(source, partial)
             with _written(partial) as (out, check):
                 if source.suffix != target.suffix:
-                    _copy_matrices(stored, out, check)
+                    _copy_group(stored, out, check, but=_SLOTS)
                 _write_result(out, adata, key_added, check)
                 if write_layer:
                     _write_layer(out["layers"], adata, key_added, scale, check)
@@ -130,13 +130,7 @@ def denoise_file(
 
 
 def expanded(given: str | bytes | os.PathLike[str]) -> Path:
-    """Return a path with the folder of the user in place of its `~`.
-
-    Raises
-    ------
-    ValueError
-        If it is an address, or there is no such user.
-    """
+    """Return a path with the folder of the user in place of its `~`."""
     path = os.fsdecode(given)
     if _URL.match(path):
         raise ValueError(f"{path} is an address: download it first, and pass the path of the file.")
@@ -171,10 +165,7 @@ def _check_paths(source: Path, target: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _readable(path: Path, *but: type[Exception]) -> Iterator[None]:
-    """Say in one sentence what is wrong with a file, whichever library found it, in whichever way.
-
-    Errors of the types in `but` are another's.
-    """
+    """Say in one sentence what is wrong with a file, whichever library found it; errors in `but` are another's."""
     others: tuple[type[Exception], ...] = (MemoryError, PermissionError, _Refused, *but)
     try:
         yield
@@ -198,11 +189,8 @@ def _read(path: Path) -> Iterator[Any]:
         from zarr import open_group as opened
     with _readable(path):
         stored = opened(path, mode="r")
-    try:
+    with stored if path.suffix == ".h5ad" else nullcontext():
         yield stored
-    finally:
-        if path.suffix == ".h5ad":
-            stored.close()
 
 
 class _Steady(io.FileIO):
@@ -316,8 +304,9 @@ def _write_layer(out: Any, adata: AnnData, key: str, scale: Scale, check: Callab
         return
     rebuilt, size = profiles(adata, key), sizes(adata, key)
     scale = scale.settled(size)
-    n_rows, n_columns = _even(adata.n_obs, _ROWS), _even(adata.n_vars, _COLUMNS)
-    made = _create(out, key, adata.shape, np.dtype(np.float32), (n_rows, n_columns))
+    # Parts that are as few as allowed and equal: the last one wastes no disk.
+    n_rows, n_columns = (-(-n // -(-n // most)) for n, most in ((adata.n_obs, _ROWS), (adata.n_vars, _COLUMNS)))
+    made = _create(out, key, adata.shape, np.float32, (n_rows, n_columns))
     made.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
 
     def chunks() -> Iterator[tuple[slice, slice, Profiles]]:
@@ -338,17 +327,11 @@ def _write_layer(out: Any, adata: AnnData, key: str, scale: Scale, check: Callab
             bar.update(cells.stop - cells.start if genes.stop == adata.n_vars else 0)
 
 
-def _even(n: int, most: int) -> int:
-    """Return the length of n's parts when they are as few as `most` allows and equal: the last one wastes no disk."""
-    return -(-n // -(-n // most))
-
-
-def _create(out: Any, key: str, shape: tuple[int, ...], dtype: np.dtype, chunks: tuple[int, ...]) -> Any:
+def _create(out: Any, key: str, shape: tuple[int, ...], dtype: Any, chunks: tuple[int, ...]) -> Any:
     """Make a dataset of h5py or an array of zarr."""
     make = out.create_array if hasattr(out, "create_array") else out.create_dataset
-    if 0 in shape:
-        return make(key, shape=shape, dtype=dtype)
-    return make(key, shape=shape, dtype=dtype, chunks=tuple(map(min, shape, chunks)))
+    chunked = {} if 0 in shape else {"chunks": tuple(map(min, shape, chunks))}
+    return make(key, shape=shape, dtype=dtype, **chunked)
 
 
 def _copy_file(source: Path, target: Path) -> None:
@@ -363,20 +346,17 @@ def _copy_file(source: Path, target: Path) -> None:
             shutil.copyfile(Path(folder) / name, here / name)
 
 
-def _copy_matrices(stored: Any, out: Any, check: Callable[[], None]) -> None:
-    """Copy what `_without_matrices` leaves out from one format to the other."""
-    for name in stored:
-        if name not in _SLOTS:
-            _copy(stored, out, name, check)
+def _copy_group(stored: Any, out: Any, check: Callable[[], None], but: Sequence[str] = ()) -> None:
+    """Copy what is in a group, but some of it, from one format to the other."""
     out.attrs.update(_attributes(stored))
+    for name in stored:
+        if name not in but:
+            _copy(stored[name], out, name, check)
 
 
-def _copy(stored: Any, out: Any, key: str, check: Callable[[], None]) -> None:
+def _copy(element: Any, out: Any, key: str, check: Callable[[], None]) -> None:
     """Copy an element; of a matrix some rows or entries at a time."""
-    element = stored[key]
     kind = element.attrs.get("encoding-type")
-    if kind == "null":  # means what its absence does; where `raw` stands, `.h5ad` knows absence alone
-        return
     if kind in ("csr_matrix", "csc_matrix"):
         made = out.create_group(key)
         made.attrs.update(_attributes(element))
@@ -385,11 +365,8 @@ def _copy(stored: Any, out: Any, key: str, check: Callable[[], None]) -> None:
     elif kind == "array" and element.dtype.kind in "biuf" and element.shape:
         _copy_array(element, out, key, check)
     elif kind in ("dict", "raw"):
-        made = out.create_group(key)
-        made.attrs.update(_attributes(element))
-        for name in element:
-            _copy(element, made, name, check)
-    else:
+        _copy_group(element, out.create_group(key), check)
+    elif kind != "null":  # means what its absence does; where `raw` stands, `.h5ad` knows absence alone
         ad.io.write_elem(out, key, ad.io.read_elem(element))
 
 
@@ -406,7 +383,3 @@ def _copy_array(stored: Any, out: Any, key: str, check: Callable[[], None]) -> N
 def _attributes(stored: Any) -> dict[str, Any]:
     """Return attributes as JSON has them, which zarr needs."""
     return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in stored.attrs.items()}
-
-
-def _size(path: Path) -> int:
-    return sum(each.stat().st_size for each in ([path] if path.is_file() else path.rglob("*")))

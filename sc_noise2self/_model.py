@@ -13,7 +13,8 @@ import os
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
@@ -40,17 +41,7 @@ Header = tuple[tuple[int, ...], np.dtype[Any]]
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What prediction needs of one fitted model.
-
-    Attributes
-    ----------
-    method
-        Name of the method, a key of `SCHEMAS`.
-    values
-        Numbers, strings, None and lists of them.
-    arrays
-        Arrays of numbers, as the schema of the method has them.
-    """
+    """What prediction needs of one fitted model, as the schema of its method has it."""
 
     method: str
     values: dict[str, Any]
@@ -59,65 +50,35 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class Saved:
-    """Contents of a model file: the weighted mean of one or several fitted models.
-
-    Attributes
-    ----------
-    states, weights
-        The models, and the weight of each; the weights add up to 1.
-    genes
-        Names of the genes, strings of shape (genes,).
-    batches
-        Names of the batches that the models know, empty without a batch covariate.
-    """
+    """Contents of a model file: the mean of fitted models, whose weights add up to 1."""
 
     states: tuple[State, ...]
     weights: tuple[float, ...]
-    genes: np.ndarray
-    batches: tuple[str, ...] = ()
+    genes: np.ndarray  # names, strings
+    batches: tuple[str, ...] = ()  # names of those that the models know
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What an array of a model must be.
+    """What an array of a model must be; values are from `least` to `most`, inclusive.
 
-    Attributes
-    ----------
-    sizes
-        Name of the size of each dimension. `"genes"` is the number of genes; a name that is also that of a value has
-        that value; any other is 1 or more, and is set by the first array that has it. `"a+b"` is the sum of two.
-    least, most
-        Bounds of its values, inclusive.
-    adds_up
-        Whether its values add up to 1.
-    dtypes
-        Types that it may have.
+    `sizes` names the size of each dimension. `"genes"` is the number of genes; a name that is also that of a value has
+    that value; any other is 1 or more, and is set by the first array that has it. `"a+b"` is the sum of two.
     """
 
     sizes: tuple[str, ...]
     least: float = -np.inf
     most: float = np.inf
-    adds_up: bool = False
+    adds_up: bool = False  # to 1
     dtypes: tuple[str, ...] = ("float32", "float64")
 
 
 @dataclass(frozen=True)
 class Schema:
-    """What the state of a method must be.
+    """The check of each value of a method, and the shape of each array."""
 
-    Attributes
-    ----------
-    values
-        Check of each value.
-    arrays
-        Shape of each array.
-    problem
-        Takes the values and the number of batches named in the file, and returns what is wrong between them, or "".
-    """
-
-    values: Mapping[str, Check] = field(default_factory=dict)
-    arrays: Mapping[str, Shape] = field(default_factory=dict)
-    problem: Callable[[Mapping[str, Any], int], str] = lambda values, n_batches: ""
+    values: Mapping[str, Check]
+    arrays: Mapping[str, Shape]
 
 
 def is_whole(value: Any, least: int = 0) -> bool:
@@ -125,24 +86,13 @@ def is_whole(value: Any, least: int = 0) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) < 2**31
 
 
-def is_count(value: Any) -> bool:
-    """Return whether a value is a whole number, 1 or more."""
-    return is_whole(value, 1)
-
-
-def is_number(value: Any, least: float = -1e300, most: float = 1e300) -> bool:
-    """Return whether a value is a finite number between two bounds."""
+def is_number(value: Any, least: float, most: float) -> bool:
+    """Return whether a value is a number between two bounds."""
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 
-def is_positive(value: Any) -> bool:
-    """Return whether a value is a finite number above 0."""
-    return is_number(value, _TINY)
-
-
-def is_depth(value: Any) -> bool:
-    """Return whether a value is a number of molecules that single precision can divide by."""
-    return is_number(value, _TINY, 1e12)
+is_depth: Check = partial(is_number, least=_TINY, most=1e12)
+"""Return whether a value is a number of molecules that single precision can divide by."""
 
 
 def one_of(names: Iterable[str]) -> Check:
@@ -151,22 +101,7 @@ def one_of(names: Iterable[str]) -> Check:
     return lambda value: isinstance(value, str) and value in names
 
 
-_OF_GENES = {
-    "gene_share": Shape(("genes",), 0, 1, adds_up=True),
-    "gene_scale": Shape(("genes",), 0, _LARGE),
-}
-
-_PCA = Schema(
-    {"transform": one_of(get_args(TransformName)), "target": is_depth},
-    {
-        **_OF_GENES,
-        "gene_weights": Shape(("genes",), 0),
-        "mean": Shape(("genes",)),
-        "components": Shape(("genes", "k")),
-        "weights": Shape(("k",), 0, 1),
-        "used": Shape(("genes",), dtypes=("bool",)),
-    },
-)
+_OF_GENES = {"gene_share": Shape(("genes",), 0, 1, adds_up=True), "gene_scale": Shape(("genes",), 0, _LARGE)}
 
 LINKS: dict[str, Link] = {
     "multinomial": "exp",
@@ -180,61 +115,51 @@ LINKS: dict[str, Link] = {
 }
 """Link of each loss of the autoencoder."""
 
-_NETWORK: dict[str, tuple[str, ...]] = {
-    "scores.components": ("genes", "inputs"),
-    "scores.gene_weights": ("genes",),
-    "scores.center": ("inputs",),
-    "scores.depth": (),
-    "scores.mean": ("genes",),
-    "scores.share": ("genes",),
-    "scores.scale": (),
-    "encoder.weight": ("n_hidden", "inputs"),
-    "encoder.bias": ("n_hidden",),
-    "code.weight": ("width", "n_hidden"),
-    "code.bias": ("width",),
-    "code_linear.weight": ("width", "inputs"),
-    "decoder.weight": ("n_hidden", "width+n_batches"),
-    "decoder.bias": ("n_hidden",),
-    "decoder_linear.weight": ("n_hidden", "width"),
-    "genes.weight": ("genes", "n_hidden"),
-    "genes.bias": ("genes",),
-    "batch_offsets": ("n_batches", "genes"),
+_single = partial(Shape, dtypes=("float32",))
+_NETWORK = {
+    "scores.components": _single(("genes", "inputs")),
+    "scores.gene_weights": _single(("genes",)),
+    "scores.center": _single(("inputs",)),
+    "scores.depth": _single((), _TINY),
+    "scores.mean": _single(("genes",)),
+    "scores.share": _single(("genes",), 0, 1),
+    "scores.scale": _single((), _TINY),
+    "encoder.weight": _single(("n_hidden", "inputs")),
+    "encoder.bias": _single(("n_hidden",)),
+    "code.weight": _single(("width", "n_hidden")),
+    "code.bias": _single(("width",)),
+    "code_linear.weight": _single(("width", "inputs")),
+    "decoder.weight": _single(("n_hidden", "width+n_batches")),
+    "decoder.bias": _single(("n_hidden",)),
+    "decoder_linear.weight": _single(("n_hidden", "width")),
+    "genes.weight": _single(("genes", "n_hidden")),
+    "genes.bias": _single(("genes",)),
+    "batch_offsets": _single(("n_batches", "genes")),
 }
-_NONE = (-np.inf, np.inf)
-_BOUNDS = {"scores.share": (0, 1), "scores.depth": (_TINY, np.inf), "scores.scale": (_TINY, np.inf)}
-
-
-def _autoencoder_problem(values: Mapping[str, Any], n_batches: int) -> str:
-    if values["n_batches"] not in (0, n_batches):
-        return f"it names {n_batches} batches and has {values['n_batches']}"
-    return ""
-
-
-_AUTOENCODER = Schema(
-    {"loss": one_of(LINKS), "width": is_count, "n_batches": is_whole, "depth": is_depth},
-    _OF_GENES
-    | {name: Shape(sizes, *_BOUNDS.get(name, _NONE), dtypes=("float32",)) for name, sizes in _NETWORK.items()},
-    _autoencoder_problem,
-)
 
 SCHEMAS: dict[str, Schema] = {
-    "mean": Schema(arrays={"gene_share": _OF_GENES["gene_share"]}),
-    "pca": _PCA,
-    "autoencoder": _AUTOENCODER,
+    "mean": Schema({}, {"gene_share": _OF_GENES["gene_share"]}),
+    "pca": Schema(
+        {"transform": one_of(get_args(TransformName)), "target": is_depth},
+        {
+            **_OF_GENES,
+            "gene_weights": Shape(("genes",), 0),
+            "mean": Shape(("genes",)),
+            "components": Shape(("genes", "k")),
+            "weights": Shape(("k",), 0, 1),
+            "used": Shape(("genes",), dtypes=("bool",)),
+        },
+    ),
+    "autoencoder": Schema(
+        {"loss": one_of(LINKS), "width": partial(is_whole, least=1), "n_batches": is_whole, "depth": is_depth},
+        {**_OF_GENES, **_NETWORK},
+    ),
 }
 """The schema of each method whose models can be saved."""
 
 
 def save(path: str | os.PathLike[str], saved: Saved) -> None:
-    """Write models to a file that does not exist yet, whole or not at all.
-
-    Raises
-    ------
-    FileExistsError, FileNotFoundError
-        If there is something of this name, or no such folder.
-    ValueError
-        If the models are not what their schemas say.
-    """
+    """Write models, if they are what their schemas say, to a file that does not exist yet, whole or not at all."""
     states = [{"method": state.method, "values": state.values} for state in saved.states]
     contents = {"sc_noise2self": _FORMAT, "states": states, "weights": saved.weights, "batches": saved.batches}
     text = json.dumps(contents, default=lambda scalar: scalar.item())
@@ -249,7 +174,7 @@ def save(path: str | os.PathLike[str], saved: Saved) -> None:
         _check_values(contents, arrays)
     except _Wrong as wrong:
         raise ValueError(f"the model cannot be saved: {wrong}.") from None
-    with replaced(Path(path)) as partial, partial.open("xb") as file:
+    with replaced(Path(path)) as written, written.open("xb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
@@ -263,15 +188,7 @@ def of_genes(state: State, order: np.ndarray) -> State:
 
 
 def load(path: str | os.PathLike[str]) -> Saved:
-    """Return what a file that `save` wrote holds.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no file.
-    ValueError
-        If it is not such a file, in one sentence.
-    """
+    """Return what a file that `save` wrote holds; refuse any other in one sentence."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{os.fspath(path)} is not a file: pass one that denoise(..., save_model=) wrote.")
     with open(path, "rb") as file:
@@ -279,10 +196,10 @@ def load(path: str | os.PathLike[str]) -> Saved:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of headers that NumPy did not write
                 return _load(file)
+        except _Wrong as wrong:
+            raise ValueError(f"{os.fspath(path)} is not a model that sc_noise2self saved: {wrong}.") from None
         except Exception as error:  # whatever bytes that mean nothing make the readers raise
-            reason = f": {error}" if isinstance(error, _Wrong) else ""
-            cause = None if isinstance(error, _Wrong) else error
-            raise ValueError(f"{os.fspath(path)} is not a model that sc_noise2self saved{reason}.") from cause
+            raise ValueError(f"{os.fspath(path)} is not a model that sc_noise2self saved.") from error
 
 
 class _Wrong(ValueError):
@@ -327,7 +244,7 @@ def _header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Header:
         n_bytes = member.file_size - stream.tell()
     if dtype.hasobject or not dtype.itemsize or math.prod(shape) * dtype.itemsize != n_bytes:
         raise _Wrong(
-            f"its {_cut(repr(member.filename))} stores {n_bytes} bytes for shape {_cut(str(shape))} of {_name(dtype)}"
+            f"its {_cut(repr(member.filename))} stores {n_bytes} bytes for shape {_cut(shape)} of {_cut(dtype)}"
         )
     return shape, dtype
 
@@ -357,8 +274,9 @@ def _contents(text: np.ndarray) -> dict[str, Any]:
         for name, check in schema.values.items():
             if not check(state["values"][name]):
                 raise _Wrong(f"its {name} is {_shown(state['values'][name])}")
-        if problem := schema.problem(state["values"], len(batches)):
-            raise _Wrong(problem)
+        n_batches = state["values"].get("n_batches", 0)
+        if n_batches not in (0, len(batches)):
+            raise _Wrong(f"it names {len(batches)} batches and has {n_batches}")
     are_shares = isinstance(weights, list) and all(is_number(weight, 0, 1) for weight in weights)
     if not are_shares or len(weights) != len(states) or abs(sum(weights) - 1) > _NOT_ONE:
         raise _Wrong(f"its weights are not {len(states)} shares that add up to 1")
@@ -367,23 +285,22 @@ def _contents(text: np.ndarray) -> dict[str, Any]:
 
 def _check_headers(contents: Mapping[str, Any], headers: Mapping[str, Header]) -> None:
     """Hold the shape and the type of every array against the schemas."""
-    schemas = [SCHEMAS[state["method"]] for state in contents["states"]]
-    wanted = {f"{i}/{name}" for i, schema in enumerate(schemas) for name in schema.arrays}
+    wanted = {f"{i}/{name}" for i, state in enumerate(contents["states"]) for name in SCHEMAS[state["method"]].arrays}
     _check_names("the file", dict(headers), {_TEXT, _GENES} | wanted)
     shape, dtype = headers[_GENES]
     if dtype.kind != "U" or not dtype.isnative or not dtype.itemsize or len(shape) != 1 or not shape[0]:
-        raise _Wrong(f"its names of genes are {shape} values of type {_name(dtype)}")
-    for i, (state, schema) in enumerate(zip(contents["states"], schemas, strict=True)):
+        raise _Wrong(f"its names of genes are {shape} values of type {_cut(dtype)}")
+    for i, state in enumerate(contents["states"]):
         sizes = {name: value for name, value in state["values"].items() if is_whole(value)} | {"genes": shape[0]}
-        for name, one in schema.arrays.items():
-            _check_header(name, headers[f"{i}/{name}"], one, sizes)
+        for name, of_one in SCHEMAS[state["method"]].arrays.items():
+            _check_header(name, headers[f"{i}/{name}"], of_one, sizes)
 
 
 def _check_header(name: str, header: Header, wanted: Shape, sizes: dict[str, int]) -> None:
     """Hold an array against its schema; sizes that it is the first to have are set."""
     shape, dtype = header
     if dtype not in wanted.dtypes:
-        raise _Wrong(f"its {name} is of type {_name(dtype)}")
+        raise _Wrong(f"its {name} is of type {_cut(dtype)}")
     if len(shape) != len(wanted.sizes):
         raise _Wrong(f"its {name} has shape {shape} instead of {len(wanted.sizes)} dimensions")
     for size, length in zip(wanted.sizes, shape, strict=True):
@@ -430,9 +347,6 @@ def _shown(value: Any) -> str:
     return _cut(repr(value)) if isinstance(value, str | int | float) else f"of type {type(value).__name__}"
 
 
-def _name(dtype: np.dtype[Any]) -> str:
-    return _cut(str(dtype))
-
-
-def _cut(text: str) -> str:
+def _cut(value: Any) -> str:
+    text = str(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -34,37 +34,27 @@ def record(adata: AnnData, key: str) -> Mapping[str, Any]:
     """Return what `sc_noise2self.denoise` wrote to `.uns[key]`, if cells and genes belong to the same result.
 
     Whatever reads a result begins here.
-
-    Raises
-    ------
-    KeyError
-        If it wrote nothing there, or the record is gone.
-    ValueError
-        If the record, the cells and the genes are not of one result.
     """
     check_not_transposed(adata, key)
     if kind_of(adata, key) != "denoise":
         raise KeyError(_what_is_there(adata, key))
-    found, again = in_memory(adata.uns[key]), _again(key)
-    several = (
-        f"as after anndata.concat of objects that were denoised one by one. To denoise them together, {again}; to read "
-        "results of one object each, do so before they are joined."
-    )
+    found, strange = in_memory(adata.uns[key]), []
     missing = sorted((_NEEDED - set(found)) | (_NEEDED_PARAMS - set(found["params"])))
     if "fingerprint" in missing:
+        strange.append("its record in adata.uns holds only what they share")
+    elif missing:
+        raise ValueError(f"the record of result {key!r} in adata.uns has lost {', '.join(missing)}: {_again(key)}.")
+    else:
+        for slot, what in (("varm", "genes"), ("obsm", "cells")):
+            scales = getattr(adata, slot).get(f"{key}_scale")
+            if scales is not None and not is_stamped(scales, int(found["fingerprint"])):
+                strange.append(f"its {what} (adata.{slot}) do not belong to the record in adata.uns")
+    if strange:
         raise ValueError(
-            f"result {key!r} was put together from several: its record in adata.uns holds only what they share, "
-            f"{several}"
+            f"result {key!r} was put together from several: {strange[0]}, as after anndata.concat of objects that were "
+            f"denoised one by one. To denoise them together, {_again(key)}; to read results of one object each, do so "
+            "before they are joined."
         )
-    if missing:
-        raise ValueError(f"the record of result {key!r} in adata.uns has lost {', '.join(missing)}: {again}.")
-    for slot, what in (("varm", "genes"), ("obsm", "cells")):
-        scales = getattr(adata, slot).get(f"{key}_scale")
-        if scales is not None and not is_stamped(scales, int(found["fingerprint"])):
-            raise ValueError(
-                f"result {key!r} was put together from several: its {what} (adata.{slot}) do not belong to the record "
-                f"in adata.uns, {several}"
-            )
     return found
 
 
@@ -100,15 +90,7 @@ def sizes(adata: AnnData, key: str) -> np.ndarray:
 
 
 def gene_factors(adata: AnnData, key: str) -> GeneFactors:
-    """Return what a result knows of genes; it holds nothing else of `adata`.
-
-    Raises
-    ------
-    KeyError
-        If the factors are gone.
-    ValueError
-        If the result has none, because a member returns values of genes instead.
-    """
+    """Return what a result knows of genes; it holds nothing else of `adata`."""
     written = record(adata, key)
     if not written["has_factors"]:
         raise ValueError(
@@ -118,26 +100,14 @@ def gene_factors(adata: AnnData, key: str) -> GeneFactors:
     names = [key, f"{key}_scale"]
     if any(name not in slot for slot in (adata.obsm, adata.varm) for name in names):
         raise KeyError(f"the factors of {key!r} are gone from adata.obsm or adata.varm: pass source='layer'.")
-    return GeneFactors.read(written, *(np.asarray(as_array(adata.varm[name])) for name in names))
+    loadings, scales = (np.asarray(as_array(adata.varm[name])) for name in names)
+    return GeneFactors(written["members"], loadings, scales, int(written["fingerprint"]))
 
 
 def profiles(adata: AnnData, key: str = "denoised", layer: str | None = None) -> Profiles:
     """Return the profiles that `sc_noise2self.denoise` wrote in factors under `key`.
 
     Counts that were mixed in are read where they are asked for.
-
-    Parameters
-    ----------
-    layer
-        As in `observed`, for counts that were mixed in.
-
-    Raises
-    ------
-    KeyError
-        If there is no such result.
-    ValueError
-        If it was put together from several or has no factors, or if counts were mixed in and are no longer where they
-        were.
     """
     factors = gene_factors(adata, key)
     scores, scales = (np.asarray(as_array(adata.obsm.get(name))) for name in (key, f"{key}_scale"))
@@ -186,19 +156,8 @@ def values_of(
 def observed(adata: AnnData, key: str, layer: str | None = None, *, to_mix: bool = False) -> Chunks:
     """Return the counts that were denoised, wherever they are: one pass over them makes sure that they still are those.
 
-    Parameters
-    ----------
-    layer
-        Where the counts are now; None for where they were.
-    to_mix
-        Whether they are mixed in rather than shown, for the messages.
-
-    Raises
-    ------
-    KeyError
-        If the layer is not there.
-    ValueError
-        If it holds other numbers than were denoised.
+    `layer` is where they are now, None for where they were. For the messages, `to_mix` says that they are mixed in
+    rather than shown.
     """
     guess = " (normalised since?)" if layer is None else ""
     layer = record(adata, key)["params"].get("layer") if layer is None else layer
@@ -229,15 +188,17 @@ def observed(adata: AnnData, key: str, layer: str | None = None, *, to_mix: bool
     raise ValueError(f"{name} does not hold the counts that were denoised to {key!r} any more{guess}: {now}{or_layer}.")
 
 
-def _tells(adata: AnnData, key: str) -> tuple[bool, bool]:
-    """Whether all genes and all cells that were denoised are here, so that cells and genes have their molecules."""
+def _are_those_denoised(adata: AnnData, key: str, chunks: Chunks, *, clearly: bool = False) -> bool:
+    """Whether molecules of cells and of genes are those that were denoised, as far as the cells and genes left tell.
+
+    All genes tell those of cells, all cells those of genes; `clearly` asks that they tell either.
+    """
     written = record(adata, key)
+    all_genes = adata.n_vars == int(written["n_genes"])
     all_cells = adata.n_obs == int(written["n_cells"]) and adata.obs_names.is_unique  # a bootstrap repeats some
-    return adata.n_vars == int(written["n_genes"]), all_cells and f"{key}_total" in adata.var
-
-
-def _are_those_denoised(adata: AnnData, key: str, chunks: Chunks) -> bool:
-    """Whether molecules of cells and of genes are those that were denoised, as far as the cells and genes left tell."""
+    all_cells &= f"{key}_total" in adata.var
+    if clearly and not all_genes and not all_cells:
+        return False
 
     def sums(block: Block) -> Partial:
         return Partial((column_sums(block.counts),), (row_sums(block.counts),))
@@ -246,7 +207,7 @@ def _are_those_denoised(adata: AnnData, key: str, chunks: Chunks) -> bool:
         (totals,), (found,) = chunks.run(sums, checked_block)
     except NotACount:
         return False
-    size, (all_genes, all_cells) = sizes(adata, key), _tells(adata, key)
+    size = sizes(adata, key)
     if not ((found == size) if all_genes else (found <= size)).all():
         return False
     return not all_cells or bool((totals == in_memory(adata.var[f"{key}_total"])).all())
@@ -255,10 +216,10 @@ def _are_those_denoised(adata: AnnData, key: str, chunks: Chunks) -> bool:
 def _holds(adata: AnnData, key: str, layer: str | None) -> bool:
     """Whether a layer in memory clearly holds the counts that were denoised."""
     matrix = None if layer is None else adata.layers[layer]
-    if not any(_tells(adata, key)) or not (sp.issparse(matrix) or isinstance(matrix, np.ndarray)):
+    if not sp.issparse(matrix) and not isinstance(matrix, np.ndarray):
         return False
     try:
-        return _are_those_denoised(adata, key, chunks_of(matrix, f"layer {layer!r}"))
+        return _are_those_denoised(adata, key, chunks_of(matrix, f"layer {layer!r}"), clearly=True)
     except (TypeError, ValueError):
         return False
 
@@ -285,13 +246,7 @@ def clear_gains(adata: AnnData, key: str) -> dict[str, np.ndarray]:
 
 
 def positions(names: pd.Index, wanted: str | Sequence[str] | None, what: str) -> np.ndarray:
-    """Return where these names of genes or cells stand; None for all.
-
-    Raises
-    ------
-    KeyError
-        If one is not there, or names are not unique.
-    """
+    """Return where these names of genes or cells stand; None for all."""
     if wanted is None:
         return np.arange(len(names))
     wanted = [wanted] if isinstance(wanted, str) else list(wanted)

@@ -28,22 +28,8 @@ _CLOCKS_DIFFER = 3600  # seconds by which the start of one and the same process 
 def replaced(target: Path, *, overwrite: bool = False, like: Path | None = None) -> Iterator[Path]:
     """Yield a path to write to; it becomes the target when the block ends, and is removed when the block fails.
 
-    Parameters
-    ----------
-    target
-        A file, or a folder that does not exist. Where it is a link to a file, that file is replaced.
-    overwrite
-        Replace a file that exists; the new one has its permissions.
-    like
-        File or folder whose permissions a new target has, as far as reading and writing go; None takes the user's own
-        for new files.
-
-    Raises
-    ------
-    FileExistsError, FileNotFoundError
-        As `check_target`, before and after the block.
-    OSError
-        If the disk, or what the user may write, is full: what to do, for the operating system's own error.
+    A file that is overwritten, also by a link, gives the new one its permissions; else `like` does, as far as reading
+    and writing go, and None takes the user's own for new files. A target that appears meanwhile stays.
     """
     check_target(target, overwrite)
     place = Path(os.path.realpath(target))
@@ -71,25 +57,15 @@ def replaced(target: Path, *, overwrite: bool = False, like: Path | None = None)
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse a path that cannot be written to.
-
-    Raises
-    ------
-    FileNotFoundError, FileExistsError
-        If it has no folder or is a link to nothing; if it exists and is not to be overwritten, or is a folder.
-    """
+    """Refuse a path that cannot be written to."""
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target.parent} is not a folder: make it first.")
     if target.is_symlink() and not target.exists():
         raise FileNotFoundError(f"{target} is a link to {os.readlink(target)}, which does not exist: remove the link.")
     if target.exists() and not overwrite:
-        raise _exists(target)
+        raise FileExistsError(f"{target} exists: nothing is overwritten, so choose another name, or pass overwrite.")
     if target.is_dir():
         raise FileExistsError(f"{target} is a folder, which cannot be replaced in one step: choose another name.")
-
-
-def _exists(target: Path) -> FileExistsError:
-    return FileExistsError(f"{target} exists: nothing is overwritten, so choose another name, or pass overwrite.")
 
 
 def _move(written: Path, place: Path, overwrite: bool) -> None:
@@ -104,10 +80,8 @@ def _move(written: Path, place: Path, overwrite: bool) -> None:
         return
     try:
         os.link(written, place)
-    except FileExistsError:
-        raise _exists(place) from None
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno not in (errno.EEXIST, *_NO_LINKS):
             raise
         check_target(place, overwrite)  # a file system without links: the moment between the two stays
         os.replace(written, place)

@@ -42,15 +42,19 @@ def report(adata: AnnData, *, key: str = "denoised") -> str:
     PCA of log1p (20 components worth more than noise...
     """
     written = record(adata, key)
-    sentences = [
-        _what_was_done(written),
-        _what_it_gained(written, adata.n_obs),
-        _in_which_genes(adata, key),
-        *_what_to_mind(written),
+    sentences = [_what_was_done(written), _what_it_gained(written, adata.n_obs), _in_which_genes(adata, key)]
+    if written["params"]["mix"]:
+        sentences.append(
+            "Copies of one molecule look like expression to what was mixed in: compare with mix=False before you "
+            "believe a gene that it changes."
+        )
+    if len(written["warnings"]):
+        sentences.append(f"Warnings: {'; '.join(str(message).rstrip('.') for message in written['warnings'])}.")
+    sentences.append(
         "Denoised values are not data: differential expression, correlations and p-values computed on them are "
-        "circular, so use them to look, and test on the counts (Andrews & Hemberg 2018).",
-    ]
-    return " ".join(sentence for sentence in sentences if sentence)
+        "circular, so use them to look, and test on the counts (Andrews & Hemberg 2018)."
+    )
+    return " ".join(sentences)
 
 
 def _what_was_done(written: Mapping[str, Any]) -> str:
@@ -59,9 +63,9 @@ def _what_was_done(written: Mapping[str, Any]) -> str:
     if len(parts) > 1:
         parts = [f"{weight:.0%} {part}" for weight, part in zip(members["weight"], parts, strict=True)]
     source = f"the counts in layer {params['layer']!r}" if "layer" in params else "the counts in X"
-    how = f"{_listed(parts)} of {source}"
+    how = f"{', '.join(parts[:-1])} and {parts[-1]} of" if len(parts) > 1 else f"{parts[0]} of"
     if "model" in params:
-        how = f"A model fitted to other cells, {parts[0]}, applied to {source}"
+        how = f"A model fitted to other cells, {parts[0]}, applied to"
     mixed = ", with each cell's own count of a gene mixed back in" if params["mix"] else ""
     tried = len(written["candidates"]) if "candidates" in written else 0
     chosen = f", the best of {tried} candidates by molecules held out" if tried > 1 and len(parts) == 1 else ""
@@ -69,7 +73,7 @@ def _what_was_done(written: Mapping[str, Any]) -> str:
         beats = f"none of {tried} candidates beats" if tried > 1 else "the one candidate does not beat"
         chosen = f", which {beats} by molecules held out"
     version = f"sc_noise2self {written['version']}, seed {params['random_state']}"
-    return f"{how[0].upper()}{how[1:]}{mixed}{chosen} ({version}). Values are {written['scale_meaning']}."
+    return f"{how[0].upper()}{how[1:]} {source}{mixed}{chosen} ({version}). Values are {written['scale_meaning']}."
 
 
 def _what_it_gained(written: Mapping[str, Any], n_here: int) -> str:
@@ -115,20 +119,3 @@ def _in_which_genes(adata: AnnData, key: str) -> str:
     these = "these" if len(doubtful) == 1 else "either"
     trust = f"; {' and '.join(doubtful)}: do not trust the pattern of {these}" if doubtful else ""
     return f"Of {n_scored:,} genes {n['gained']:,} are predicted better than by their mean{trust}.{rest}"
-
-
-def _what_to_mind(written: Mapping[str, Any]) -> list[str]:
-    out = []
-    if written["params"]["mix"]:
-        out.append(
-            "Copies of one molecule look like expression to what was mixed in: compare with mix=False before you "
-            "believe a gene that it changes."
-        )
-    warned = [str(message).rstrip(".") for message in written["warnings"]]
-    if warned:
-        out.append(f"Warnings: {'; '.join(warned)}.")
-    return out
-
-
-def _listed(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

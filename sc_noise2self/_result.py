@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ from anndata import AnnData
 from ._loss import Gain
 from ._slots import LEAST_STAMP, committed, is_stamped, marked, stamped
 from ._transform import Link
+from .methods._base import Learned
 from .methods._profiles import LowRankProfiles, Profiles, combine
 from .scales import Scale
 
@@ -28,74 +29,34 @@ from .scales import Scale
 class Member:
     """One of the denoisers that the result is the weighted mean of.
 
-    Attributes
-    ----------
-    name
-        Unique in the result: a key, e.g. ``"pca log1p"``.
-    title
-        For the title of a plot, e.g. ``"PCA of log1p"``.
-    described
-        For the report, e.g. ``"PCA of log1p (20 components worth more than noise, shrinkage 2)"``.
-    setting
-        How it was set, for people alone.
-    rank
-        How many dimensions it tells from noise.
-    weight
-        In the mean.
-    profiles
-        Expected counts of all cells.
-    learned
-        Numbers, strings and arrays worth keeping. Plots ask for `singular_values`, the `noise_edge` and the `weights`
-        of components (`pl.spectrum`, `pl.markers`), and for a `table` of what was compared (`pl.loss`): columns of
-        parameters, then `loss` (minus the gain), `error` of its difference to the least, `gain`, `chosen`.
+    Of the values that it learned, plots ask for `singular_values`, the `noise_edge` and the `weights` of components
+    (`pl.spectrum`, `pl.markers`), and for a `table` of what was compared (`pl.loss`): columns of parameters, then
+    `loss` (minus the gain), `error` of its difference to the least, `gain`, `chosen`.
     """
 
-    name: str
-    title: str
-    described: str
-    setting: str
-    rank: int
+    name: str  # unique in the result
+    setting: str  # for people alone
     weight: float
     profiles: Profiles
-    learned: Mapping[str, Any]
+    learned: Learned
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
     """All that is written of a run of `denoise` or `denoise_with`.
 
-    Attributes
-    ----------
-    method, params
-        As asked for; `params` has `mix` and `random_state`, and `layer` where the counts are in one.
-    scale
-        Of the layer, settled.
-    members
-        Their weights sum to 1.
-    gain, gene_gains
-        Nats per held-out molecule above the mean profile: of all, and of each gene with its error, shape (genes,) each.
-    size, totals
-        Molecules of each cell and of each gene, by which the counts are known again.
-    warnings
-        What the user was warned of.
-    candidates
-        Everything that was compared between methods, a row each: `label`, `gain`, `error` of its difference to the
-        best, `chosen`.
-    unmixed_gain, phi, cell_scale, mixed
-        Where counts are mixed in: the gain without them; see `MixedProfiles`; the mean weight of a cell's own count.
-    beats_mean
-        Whether molecules held out are predicted better than by one mean profile, so that this is not what is written.
-    layer
-        The denoised layer, dense or lazy; None for none.
+    `params` has `mix` and `random_state`, and `layer` where the counts are in one. `candidates` has a row for each
+    candidate: `label`, `gain`, `error` of its difference to the best, `chosen`. For `phi` and `cell_scale` see
+    `MixedProfiles`; `mixed` is the mean weight of a cell's own count.
     """
 
     method: str
     params: Mapping[str, Any]
-    scale: Scale
+    scale: Scale  # of the layer, settled
     members: Sequence[Member]
     gain: Gain
-    gene_gains: tuple[np.ndarray, np.ndarray]
-    size: np.ndarray
+    gene_gains: tuple[np.ndarray, np.ndarray]  # the gain of each gene and its error, shape (genes,)
+    size: np.ndarray  # molecules of each cell and of each gene, by which the counts are known again
     totals: np.ndarray
     warnings: Sequence[str]
     candidates: pd.DataFrame | None = None
@@ -107,14 +68,14 @@ class Result:
     layer: Any = None
 
     @property
-    def has_factors(self) -> bool:
-        """Whether every member has; else the layer is all there is."""
-        return bool(self.factored)
+    def profiles(self) -> Profiles:
+        """The mean of the members' profiles, no counts mixed in."""
+        return combine([each.profiles for each in self.members], [each.weight for each in self.members])
 
     @property
     def factored(self) -> list[LowRankProfiles]:
         """The profiles of members; none where a member has no factors."""
-        fitted = [member.profiles for member in self.members if isinstance(member.profiles, LowRankProfiles)]
+        fitted = [each.profiles for each in self.members if isinstance(each.profiles, LowRankProfiles)]
         return fitted if len(fitted) == len(self.members) else []
 
 
@@ -154,30 +115,28 @@ def _record(result: Result, factors: GeneFactors) -> dict[str, Any]:
         "scale_params": result.scale.params,
         "scale_meaning": result.scale.meaning,
         "members": {
-            **{
-                name: np.array([getattr(m, name) for m in members])
-                for name in ("name", "title", "described", "setting")
-            },
-            "rank": np.array([int(member.rank) for member in members]),
-            "weight": np.array([float(member.weight) for member in members]),
-            "link": np.array(factors.links),
-            "n_factors": np.array(factors.n_factors),
+            "name": np.array([each.name for each in members]),
+            "title": np.array([each.learned.title for each in members]),
+            "described": np.array([each.learned.described for each in members]),
+            "setting": np.array([each.setting for each in members]),
+            "rank": np.array([int(each.learned.rank) for each in members]),
+            **factors.members,
         },
         "learned": {
-            member.name: {
+            each.name: {
                 name: plain_table(value) if isinstance(value, pd.DataFrame) else value
-                for name, value in member.learned.items()
+                for name, value in each.learned.values.items()
             }
-            for member in members
+            for each in members
         },
         **({} if result.candidates is None else {"candidates": plain_table(result.candidates)}),
-        "beats_mean": bool(result.beats_mean),
+        "beats_mean": result.beats_mean,
         "gain": gain.mean,
         "gain_error": gain.error,
         "gain_molecules": int(gain.weights.sum()),
         "gain_cells": gain.n_cells,
         **({} if result.unmixed_gain is None else {"unmixed_gain": result.unmixed_gain.mean}),
-        "has_factors": result.has_factors,
+        "has_factors": factors.loadings is not None,
         "fingerprint": factors.fingerprint,
         "n_cells": len(result.size),
         "n_genes": len(result.totals),
@@ -192,59 +151,32 @@ def plain_table(table: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True, eq=False)
 class GeneFactors:
-    """What a result knows of genes: the model, without the cells.
+    """What a result knows of genes: the model, without the cells."""
 
-    Attributes
-    ----------
-    links, weights, n_factors
-        Of each member.
-    loadings
-        Those of all members side by side, float32 of shape (genes, factors); None where some member has none.
-    scales
-        The scale of genes of each member, the mean profile, and the fingerprint, shape (genes, members + 2); without
-        factors the fingerprint alone.
-    fingerprint
-        A whole number that two models share once in eight million.
-    """
-
-    links: tuple[Link, ...]
-    weights: tuple[float, ...]
-    n_factors: tuple[int, ...]
-    loadings: np.ndarray | None
-    scales: np.ndarray
-    fingerprint: int
+    members: Mapping[str, np.ndarray]  # as in the record: the `link`, `weight` and `n_factors` of each
+    loadings: np.ndarray | None  # those of all members side by side, shape (genes, factors); None where one has none
+    scales: np.ndarray  # of genes of each member, the mean profile, the fingerprint; without factors that alone
+    fingerprint: int  # a whole number that two models share once in eight million
 
     @classmethod
     def of(cls, result: Result) -> GeneFactors:
         """Return those of a result."""
         fitted = result.factored
-        links = tuple(profiles.link for profiles in fitted)
         weights = tuple(float(member.weight) for member in result.members)
-        n_factors = tuple(profiles.loadings.shape[1] for profiles in fitted)
         if fitted:
+            links = tuple(str(profiles.link) for profiles in fitted)
+            n_factors = tuple(profiles.loadings.shape[1] for profiles in fitted)
             loadings = np.hstack([profiles.loadings for profiles in fitted])
             scales = np.column_stack([*(profiles.gene_scale for profiles in fitted), fitted[0].gene_share])
             told_by = [loadings, scales]
         else:
-            links, n_factors = ("none",) * len(weights), (0,) * len(weights)  # type: ignore[assignment]  # a link too
+            links, n_factors = ("none",) * len(weights), (0,) * len(weights)
             loadings, scales = None, np.empty((len(result.totals), 0), np.float32)
             told_by = [np.stack([result.totals, *result.gene_gains], axis=1)]
         told_by += [] if result.phi is None else [result.phi[:, None]]
         fingerprint = _fingerprint(np.hstack(told_by), (links, weights, n_factors, repr(result.scale)))
-        return cls(links, weights, n_factors, loadings, stamped(scales, fingerprint), fingerprint)
-
-    @classmethod
-    def read(cls, record: Mapping[str, Any], loadings: np.ndarray, scales: np.ndarray) -> GeneFactors:
-        """Return the factors of genes as they were written."""
-        members = record["members"]
-        return cls(
-            tuple(str(link) for link in members["link"]),  # type: ignore[misc]  # links, as written
-            tuple(float(weight) for weight in members["weight"]),
-            tuple(int(n) for n in members["n_factors"]),
-            loadings,
-            scales,
-            int(record["fingerprint"]),
-        )
+        members = {"link": np.array(links), "weight": np.array(weights), "n_factors": np.array(n_factors)}
+        return cls(members, loadings, stamped(scales, fingerprint), fingerprint)
 
     def of_cells(self, result: Result) -> tuple[Any, Any]:
         """Return the scores of cells, shape (cells, factors), and their scales: two of each member and the fingerprint.
@@ -258,30 +190,25 @@ class GeneFactors:
         return np.hstack([profiles.scores for profiles in fitted]), stamped(np.stack(scales, axis=1), self.fingerprint)
 
     def profiles(self, scores: np.ndarray, scales: np.ndarray, size: np.ndarray) -> Profiles:
-        """Return the profiles of cells from their scores, scales and sizes.
-
-        Raises
-        ------
-        ValueError
-            If cells belong to another model.
-        """
+        """Return the profiles of cells from their scores, scales and sizes; refuse those of another model."""
         if self.loadings is None or not is_stamped(scales, self.fingerprint):
             raise ValueError("the cells belong to another result than the loadings.")
-        ends = [int(end) for end in np.cumsum(self.n_factors)]
-        fitted = [
-            LowRankProfiles(
-                self.scales[:, i],
-                scales[:, 2 * i],
-                scales[:, 2 * i + 1],
-                self.scales[:, -2],
-                size.astype(np.float32),
-                link,
-                scores[:, start:end],
-                self.loadings[:, start:end],
+        fitted, end = [], 0
+        for i, (link, n_factors) in enumerate(zip(self.members["link"], self.members["n_factors"], strict=True)):
+            start, end = end, end + int(n_factors)
+            fitted.append(
+                LowRankProfiles(
+                    self.scales[:, i],
+                    scales[:, 2 * i],
+                    scales[:, 2 * i + 1],
+                    self.scales[:, -2],
+                    size.astype(np.float32),
+                    cast("Link", str(link)),
+                    scores[:, start:end],
+                    self.loadings[:, start:end],
+                )
             )
-            for i, (link, start, end) in enumerate(zip(self.links, [0, *ends[:-1]], ends, strict=True))
-        ]
-        return combine(fitted, self.weights)
+        return combine(fitted, [float(weight) for weight in self.members["weight"]])
 
 
 def _fingerprint(of_genes: np.ndarray, others: object) -> int:

@@ -116,21 +116,20 @@ def committed(adata: AnnData, changes: Changes) -> Iterator[None]:
         frame = getattr(adata, slot)
         if any(value is None and name in frame for name, value in changes[slot].items()):
             setattr(adata, slot, in_memory(frame))  # a lazily read table gives up no column
-    frames = {slot: getattr(adata, slot).copy(deep=False) for slot in ("obs", "var") if slot in changes}
-    before = {
-        slot: {name: getattr(adata, slot).get(name) for name in names}
-        for slot, names in changes.items()
-        if slot not in frames
+    before: dict[str, Any] = {
+        slot: {name: getattr(adata, slot).get(name) for name in names} for slot, names in changes.items()
     }
+    frames = {slot: getattr(adata, slot).copy(deep=False) for slot in ("obs", "var") if slot in changes}
     try:
         for slot, names in changes.items():
             _set(getattr(adata, slot), names)
         yield
     except BaseException:
-        for slot, frame in frames.items():
-            setattr(adata, slot, frame)
         for slot, names in before.items():
-            _set(getattr(adata, slot), names)
+            if slot in frames:
+                setattr(adata, slot, frames[slot])
+            else:
+                _set(getattr(adata, slot), names)
         raise
 
 
@@ -155,12 +154,11 @@ def owned(adata: AnnData, key: str) -> list[tuple[str, str]]:
     else:
         with_layer = kind == "calibrate" and bool(adata.uns[key]["params"].get("refit"))
         slots = slots_of(key, kind or "select_rank", with_layer)
-    return [
-        (slot, name)
-        for slot, names in slots.items()
-        for name in names
-        if name in getattr(adata, slot) and (slot != "uns" or kind is not None)
-    ]
+    return [(slot, name) for slot, name in _there(adata, slots) if slot != "uns" or kind is not None]
+
+
+def _there(adata: AnnData, slots: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+    return [(slot, name) for slot, names in slots.items() for name in names if name in getattr(adata, slot)]
 
 
 def remove(adata: AnnData, key: str = "denoised") -> None:
@@ -216,26 +214,14 @@ def check_not_transposed(adata: AnnData, key: str) -> None:
 
 
 def check_key(adata: AnnData, key: str, layer: str | None, kind: Kind = "denoise", with_layer: bool = False) -> None:
-    """Refuse a key that files do not keep, that scanpy writes to, or under which something else stands.
-
-    Parameters
-    ----------
-    layer
-        The layer that holds the counts.
-    kind
-        The function that will write.
-    with_layer
-        Whether `calibrate` will write a layer.
-    """
+    """Refuse a key that files do not keep, that scanpy writes to, or under which something else stands."""
     check_key_name(key)
     check_not_transposed(adata, key)
     if key == layer:
         raise ValueError(f"key_added is {key!r}, the layer that holds the counts: choose another name.")
     if adata.is_view and adata.isbacked:
         raise ValueError("adata is a part of a backed object, which cannot be written to: pass its to_memory().")
-    slots = slots_of(key, kind, with_layer)
-    taken = [(slot, name) for slot, names in slots.items() for name in names if name in getattr(adata, slot)]
-    ours, same = owned(adata, key), kind_of(adata, key) == kind
+    taken, ours, same = _there(adata, slots_of(key, kind, with_layer)), owned(adata, key), kind_of(adata, key) == kind
     if strange := [] if same and kind == "denoise" else [each for each in taken if each not in ours]:
         what = {"denoise": "result", "calibrate": "calibration", "select_rank": "rank"}[kind]
         raise ValueError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -15,22 +16,21 @@ from scanpy import logging as logg
 
 from . import _model
 from ._anndata import as_counts
-from ._blocks import Block, Counts, InMemory, Partial
-from ._checks import check_flag, check_name, describe_counts, seed_of
-from ._choose import check_enough, numbered
-from ._denoise import check_room
-from ._loss import Gain, GeneGains
+from ._blocks import Block, Counts, Partial
+from ._checks import check_flag, check_name, describe_counts
+from ._choose import Measurement, numbered
+from ._denoise import check_room, result_of
 from ._random import RandomState, as_generator, as_key
-from ._result import Member, Result, write
+from ._result import Member, write
 from ._slots import check_key
-from ._split import halves
 from ._threads import one_blas_thread
 from ._warnings import recorded_warnings, warn
-from .get import lazy_layer
 from .methods import model_of
 from .methods._base import Sample
-from .methods._profiles import LowRankProfiles, Profiles, combine
+from .methods._profiles import LowRankProfiles, combine
 from .scales import Scale, as_scale
+
+_Predict = Callable[[sp.csr_matrix, np.ndarray], list[LowRankProfiles]]
 
 
 def denoise_with(
@@ -93,34 +93,32 @@ def denoise_with(
         counts = as_counts(adata, layer, columns=() if batch_key is None else (batch_key,))
         check_key(adata, key_added, layer)
         check_room(adata, (), counts, write_layer, copy)
-        fitted = _Fitted.of(_model.load(model), counts, batch_key, device)
+        saved = _model.load(model)
+        order = _order_of_genes(counts.gene_names, saved.genes)
+        models = [model_of(_model.of_genes(state, order), device) for state in saved.states]
+        predict = partial(_predicted, models, _codes_of_batches(counts, batch_key, saved.batches))
         start = logg.info(f"denoising {describe_counts(adata, layer)} with {os.fspath(model)}")
-        gain, gene_gains = _gains(fitted, counts, as_key(rng))
+        measure = Measurement(Sample(counts.chunks, [as_key(rng)], np.arange(len(counts.size))))
+        gain, gene_gains = measure(lambda _, seen, cells: combine(predict(seen, cells), saved.weights))
         if not gain.is_clear:
             warn(
                 "the model predicts held-out molecules of these cells no better than their own mean profile (gain "
                 f"{gain.mean:.4f} +- {gain.error:.4f}): fit one to them with sc_noise2self.denoise."
             )
-        result = Result(
-            "model",
-            {
-                **({} if layer is None else {"layer": layer}),
-                "model": os.fspath(model),
-                "mix": False,
-                "device": device,
-                "random_state": seed_of(random_state),
-                **({} if batch_key is None else {"batch_key": batch_key}),
-            },
-            scale.settled(counts.size),
-            fitted.members(counts),
-            gain,
-            gene_gains,
-            counts.size,
-            counts.totals,
-            warned,
+        of_batches = {} if batch_key is None else {"batch_key": batch_key}
+        result = result_of(
+            counts,
+            layer,
+            scale,
+            random_state,
+            write_layer,
+            method="model",
+            params={"model": os.fspath(model), "mix": False, "device": device, **of_batches},
+            members=_members(models, saved.weights, predict, counts),
+            gain=gain,
+            gene_gains=gene_gains,
+            warnings=warned,
         )
-        if write_layer:
-            result = replace(result, layer=_layer(result, counts))
     target = adata.copy() if copy else adata
     with write(target, key_added, result):
         pass
@@ -128,73 +126,35 @@ def denoise_with(
     return target if copy else None
 
 
-@dataclass(frozen=True, eq=False)
-class _Fitted:
-    """Models whose genes stand in the order of the counts, their weights, and the code of each cell's batch."""
-
-    models: Sequence[Any]
-    weights: Sequence[float]
-    codes: np.ndarray | None
-
-    @classmethod
-    def of(cls, saved: _model.Saved, counts: Counts, batch_key: str | None, device: str) -> _Fitted:
-        """Return what a file holds, for these counts."""
-        order = _order_of_genes(counts.gene_names, saved.genes)
-        models = [model_of(_model.of_genes(state, order), device) for state in saved.states]
-        return cls(models, saved.weights, _codes_of_batches(counts, batch_key, saved.batches))
-
-    def predict(self, counts: sp.csr_matrix, cells: np.ndarray) -> list[LowRankProfiles]:
-        """Return what each model predicts of some cells, CSR of shape (cells, genes)."""
-        codes = None if self.codes is None else self.codes[cells]
-        return [model.predict(counts, codes) for model in self.models]
-
-    def members(self, counts: Counts) -> list[Member]:
-        """Return the profiles of all cells as members of the result, in one pass over the counts."""
-
-        def of_cells(block: Block) -> Partial:
-            found = self.predict(block.counts, block.cells)
-            scales = [np.column_stack([own.cell_scale, own.row_scale]) for own in found]
-            return Partial(rows=[*(own.scores for own in found), *scales])
-
-        first = np.arange(2)
-        some = self.predict(counts.chunks.take(first), first)
-        widths = [own.scores.shape[1] for own in some] + [2] * len(some)
-        rows = cast("list[np.ndarray]", counts.chunks.rows(of_cells, widths))  # or Dask's
-        size, learned = counts.size.astype(np.float32), [model.learned() for model in self.models]
-        fitted = [
-            replace(own, scores=scores, cell_scale=scales[:, 0], row_scale=scales[:, 1], size=size)
-            for own, scores, scales in zip(some, rows[: len(some)], rows[len(some) :], strict=True)
-        ]
-        names = numbered([model.name for model in self.models])
-        return [
-            Member(name, own.title, own.described, "", own.rank, weight, profiles, own.values)
-            for name, own, weight, profiles in zip(names, learned, self.weights, fitted, strict=True)
-        ]
+def _predicted(
+    models: Sequence[Any], codes: np.ndarray | None, counts: sp.csr_matrix, cells: np.ndarray
+) -> list[LowRankProfiles]:
+    """Return what each model predicts of some cells, CSR of shape (cells, genes), with the codes of all batches."""
+    return [model.predict(counts, None if codes is None else codes[cells]) for model in models]
 
 
-def _gains(fitted: _Fitted, counts: Counts, key: int) -> tuple[Gain, tuple[np.ndarray, np.ndarray]]:
-    """Return the gain, and that of each gene with its error, of what each half of a split predicts of the other."""
-    sample = Sample(counts.chunks, [key], np.arange(len(counts.size)))
-    totals = sample.totals()
-    if not all(total.any() for total in totals):  # so few molecules are in memory at once
-        check_enough(halves(counts.in_memory(), key, sample.cells))
-    gains = GeneGains([total / total.sum() for total in totals], totals[::-1])
+def _members(models: Sequence[Any], weights: Sequence[float], predict: _Predict, counts: Counts) -> list[Member]:
+    """Return the profiles of all cells as members of the result, in one pass over the counts."""
 
-    def of_cells(cells: np.ndarray, parts: list[sp.csr_matrix]) -> Partial:
-        predictions: list[Profiles] = [combine(fitted.predict(seen, cells), fitted.weights) for seen in parts]
-        return gains.of_cells(predictions, parts[::-1])
+    def of_cells(block: Block) -> Partial:
+        found = predict(block.counts, block.cells)
+        scales = [np.column_stack([own.cell_scale, own.row_scale]) for own in found]
+        return Partial(rows=[*(own.scores for own in found), *scales])
 
-    (sums,), (nats, molecules) = sample.run(of_cells)
-    return Gain(nats, molecules), gains.of_genes(sums)
-
-
-def _layer(result: Result, counts: Counts) -> Any:
-    """Return the layer of a result: dense of counts in memory, else computed where it is read."""
-    if not isinstance(counts.chunks, InMemory):
-        return lazy_layer(result)
-    members = result.members
-    profiles = combine([each.profiles for each in members], [each.weight for each in members])
-    return result.scale.apply(profiles.counts(), result.size)
+    first = np.arange(2)
+    some = predict(counts.chunks.take(first), first)
+    widths = [own.scores.shape[1] for own in some] + [2] * len(some)
+    rows = cast("list[np.ndarray]", counts.chunks.rows(of_cells, widths))  # or Dask's
+    size = counts.size.astype(np.float32)
+    fitted = [
+        replace(own, scores=scores, cell_scale=scales[:, 0], row_scale=scales[:, 1], size=size)
+        for own, scores, scales in zip(some, rows[: len(some)], rows[len(some) :], strict=True)
+    ]
+    names = numbered([model.name for model in models])
+    return [
+        Member(name, "", weight, profiles, model.learned())
+        for name, weight, profiles, model in zip(names, weights, fitted, models, strict=True)
+    ]
 
 
 def _order_of_genes(names: pd.Index, known: np.ndarray) -> np.ndarray:

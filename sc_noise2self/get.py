@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from ._blocks import Chunks
+from ._blocks import Counts, InMemory
 from ._checks import check_one_of
 from ._read import Source, gene_factors, positions, profiles, record, sizes, values_of
 from ._result import GeneFactors, Result
@@ -153,27 +153,30 @@ def lazy(adata: AnnData, *, key: str = "denoised", scale: str | Scale = "counts"
     >>> axes = sc.pl.dotplot(adata, ["CD79A", "NKG7"], "bulk_labels", layer="denoised", show=False)
     """
     require_dask()
-    own_scale, size = as_scale(scale), sizes(adata, key)
-    own_scale = own_scale.settled(size)
+    size = sizes(adata, key)
+    own_scale = as_scale(scale).settled(size)
     if record(adata, key)["params"]["mix"]:
         return _lazy(profiles(adata, key), size, own_scale)
     factors = gene_factors(adata, key)
     scores, scales = (as_array(adata.obsm[name]) for name in (key, f"{key}_scale"))
-    return _lazy_of(factors, scores, scales, size, own_scale)
+    return _lazy_factors(factors, scores, scales, size, own_scale)
 
 
-def lazy_layer(result: Result, observed: Chunks | None = None) -> dask.array.Array:
-    """Return the layer of a result as `lazy` does; `observed` is where the counts are that were mixed in."""
-    factors, size = GeneFactors.of(result), result.size
-    scores, scales = factors.of_cells(result)
-    if result.phi is None or result.cell_scale is None or observed is None:
-        return _lazy_of(factors, scores, scales, size, result.scale)
-    combined = factors.profiles(np.asarray(scores), np.asarray(scales), size)
-    return _lazy(MixedProfiles(combined, observed, result.phi, result.cell_scale), size, result.scale)
+def layer_of(result: Result, counts: Counts) -> Any:
+    """Return the layer of a result: dense for counts in memory, else as `lazy` does."""
+    found, size, scale = result.profiles, result.size, result.scale
+    if result.phi is not None and result.cell_scale is not None:
+        found = MixedProfiles(found, counts.chunks, result.phi, result.cell_scale)
+    if isinstance(counts.chunks, InMemory):
+        return scale.apply(found.counts(), size)
+    if result.phi is not None or not result.factored:
+        return _lazy(found, size, scale)
+    factors = GeneFactors.of(result)
+    return _lazy_factors(factors, *factors.of_cells(result), size, scale)
 
 
-def _lazy_of(factors: GeneFactors, scores: Any, scales: Any, size: np.ndarray, scale: Scale) -> dask.array.Array:
-    """Return the denoised matrix from factors, which may be dask arrays themselves."""
+def _lazy_factors(factors: GeneFactors, scores: Any, scales: Any, size: np.ndarray, scale: Scale) -> dask.array.Array:
+    """Return the denoised matrix from factors of cells, which may be Dask arrays themselves."""
     da = require_dask()
     if not isinstance(scores, da.Array):
         return _lazy(factors.profiles(scores, scales, size), size, scale)
@@ -193,13 +196,7 @@ def _lazy(profiles: Profiles, size: np.ndarray, scale: Scale) -> dask.array.Arra
 
 
 def require_dask() -> ModuleType:
-    """Return `dask.array`.
-
-    Raises
-    ------
-    ImportError
-        Without dask, saying how to get it.
-    """
+    """Return `dask.array`; without dask raise an ImportError that says how to get it."""
     try:
         import dask.array
     except ImportError as error:

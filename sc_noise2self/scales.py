@@ -62,7 +62,6 @@ class Scale(ABC):
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-@dataclass(frozen=True)
 class Counts(Scale):
     """Expected counts."""
 
@@ -75,7 +74,6 @@ class Counts(Scale):
         return counts
 
 
-@dataclass(frozen=True)
 class Rates(Scale):
     """Shares of the cell's molecules."""
 
@@ -89,7 +87,6 @@ class Rates(Scale):
         return counts
 
 
-@dataclass(frozen=True)
 class Log1pCP10k(Scale):
     """log1p(10 000 x the rate)."""
 
@@ -152,17 +149,10 @@ class ExpectedLog1pCP10k(Scale):
 
 
 SCALES: dict[str, type[Scale]] = {each.name: each for each in (Counts, Rates, Log1pCP10k, ExpectedLog1pCP10k)}
-"""Those that have a name for `scale=`."""
 
 
 def as_scale(scale: str | Scale) -> Scale:
-    """Return the scale of a name, or the one given.
-
-    Raises
-    ------
-    ValueError
-        If there is none of that name.
-    """
+    """Return the scale of a name, or the one given."""
     if isinstance(scale, Scale):
         return scale
     if not isinstance(scale, str) or scale not in SCALES:

@@ -17,6 +17,7 @@ from sc_noise2self import _result
 from sc_noise2self._blocks import OnDask, OnDisk
 from sc_noise2self._loss import Gain
 from sc_noise2self._result import Member, Result
+from sc_noise2self.methods._base import Learned
 from sc_noise2self.methods._profiles import TableProfiles
 
 SLOTS = ("layers", "obsm", "varm", "obs", "var", "uns")
@@ -365,13 +366,10 @@ def with_values(scale="counts", seed=0):
         members=[
             Member(
                 "identity",
-                "identity",
-                "identity (share 0.5)",
                 "",
-                0,
                 1.0,
                 TableProfiles.of(values, size, totals / totals.sum()).scaled(),
-                {"table": table},
+                Learned("identity", "identity (share 0.5)", 0, {"table": table}),
             )
         ],
         gain=Gain(0.1 * size, size),

@@ -66,14 +66,8 @@ def caption(adata: AnnData, figure: Figure | Axes | Iterable[Axes], *, key: str 
         for ax, box in positions:
             x0, y0 = box.x0 * old_width / width, share + box.y0 * (1 - share)
             ax.set_position((x0, y0, box.width * old_width / width, box.height * (1 - share)))
-    fig.text(
-        0.15 / width,
-        (below - sticks_out - 0.1) / (height + below),
-        "\n".join(lines),
-        va="top",
-        fontsize=_FONT_SIZE,
-        linespacing=1.3,
-    )
+    at = 0.15 / width, (below - sticks_out - 0.1) / (height + below)
+    fig.text(*at, "\n".join(lines), va="top", fontsize=_FONT_SIZE, linespacing=1.3)
     return fig
 
 

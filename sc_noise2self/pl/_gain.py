@@ -63,11 +63,8 @@ def gain_per_gene(
         own.set_xlim(1, 10 * max(1.0, molecules.max(initial=0)))  # an empty axis has no logarithm
     elif np.ptp(np.log10(molecules[molecules > 0])) > 1:
         own.xaxis.set_minor_formatter(NullFormatter())
-    own.set(
-        xlabel="molecules of the gene",
-        ylabel="gain (nats per held-out molecule)",
-        title="What each gene gained over its mean",
-    )
+    own.set(xlabel="molecules of the gene", ylabel="gain (nats per held-out molecule)")
+    own.set_title("What each gene gained over its mean")
     if genes is None:
         most = np.where(clear["gained"], gain - 2 * error, -np.inf)
         labelled = [i for i in np.argsort(-most)[:30] if clear["gained"][i]]

@@ -81,27 +81,16 @@ def loss(
 class _Run:
     """The losses of one result.
 
-    Attributes
-    ----------
-    table
-        A row for each candidate: `x` (where it stands on the axis), `line` (the values of the other parameters),
-        `loss`, `error`, `chosen`, and `full_depth_loss` where there is one.
-    x, unit
-        What the axes are called.
-    zero
-        What the line at 0 is called; None where 0 is nothing that a candidate should be compared with.
-    choice
-        What was chosen, in words.
-    ticks
-        Names of the positions 0, 1, ..., where `x` is not a number.
+    `table` has a row for each candidate: `x` (where it stands on the axis), `line` (the values of the other
+    parameters), `loss`, `error`, `chosen`, and `full_depth_loss` where there is one.
     """
 
     table: pd.DataFrame
-    x: str
+    x: str  # what the axes are called
     unit: str
-    zero: str | None
-    choice: str
-    ticks: tuple[str, ...] | None = None
+    zero: str | None  # what the line at 0 is called, where candidates should be compared with it
+    choice: str  # in words
+    ticks: tuple[str, ...] | None = None  # names of the positions 0, 1, ..., where `x` is not a number
 
     @property
     def is_ranks(self) -> bool:
@@ -142,7 +131,7 @@ def _of_ranks(written: Mapping[str, Any]) -> _Run:
         table["full_depth_loss"] = 100 * (table["full_depth_loss"] / table["full_depth_loss"].iloc[0] - 1)
     none = "k = 0: one mean profile" if written["params"]["center"] else "k = 0: no counts"
     run = _of_table(table, "loss relative to k = 0 (%)", none)
-    return replace(run, x=_RANKS, choice=f"{written['rank']}")
+    return replace(run, x=_RANKS, choice=str(written["rank"]))
 
 
 def _of_table(candidates: pd.DataFrame, unit: str, zero: str | None) -> _Run:
@@ -155,14 +144,9 @@ def _of_table(candidates: pd.DataFrame, unit: str, zero: str | None) -> _Run:
     others = [name for name in several if name != x]
     is_number = pd.api.types.is_numeric_dtype(candidates[x])
     codes, names = pd.factorize(candidates[x])
+    lines = [", ".join(f"{name} {row[name]}" for name in others) for _, row in candidates.iterrows()]
     columns = [name for name in ("loss", "error", "chosen", "full_depth_loss") if name in candidates]
-    table = pd.DataFrame(
-        {
-            "x": candidates[x] if is_number else codes,
-            "line": [", ".join(f"{name} {row[name]}" for name in others) for _, row in candidates.iterrows()],
-            **{name: candidates[name] for name in columns},
-        }
-    )
+    table = candidates[columns].assign(x=candidates[x] if is_number else codes, line=lines)
     chosen = candidates[candidates["chosen"]].iloc[0]
     choice = ", ".join(f"{name} {chosen[name]}" for name in several)
     return _Run(table, x, unit, zero, choice, None if is_number else tuple(map(str, names)))

@@ -101,15 +101,8 @@ def markers(
     if points is not None:
         axes[-1].figure.colorbar(points, ax=axes[-1], label=f"{genes[2]}, {_LOG.unit}", extend="max")
     if groups is not None:
-        axes[-1].legend(
-            frameon=False,
-            fontsize="small",
-            markerscale=2,
-            loc="center left",
-            bbox_to_anchor=(1, 0.5),
-            title=color,
-            ncols=1 + len(colors) // 16,
-        )
+        beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "ncols": 1 + len(colors) // 16}
+        axes[-1].legend(frameon=False, fontsize="small", markerscale=2, title=color, **beside)
     finish(ax, show)
     return axes
 

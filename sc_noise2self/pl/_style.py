@@ -51,11 +51,6 @@ def groups_and_colors(adata: AnnData, column: str) -> tuple[pd.Series, dict[str,
     """Return a categorical column of `obs`, and the colour of each category that a cell has.
 
     Colours are those of `.uns`, as scanpy keeps them, or scanpy's own.
-
-    Raises
-    ------
-    KeyError, ValueError
-        If there is no such column, or it holds numbers.
     """
     if column not in adata.obs:
         raise KeyError(f"there is no column {column!r} in adata.obs: it has {list(adata.obs.columns)}.")
@@ -68,6 +63,5 @@ def groups_and_colors(adata: AnnData, column: str) -> tuple[pd.Series, dict[str,
     if len(colors) < len(names):
         palettes = (sc.pl.palettes.default_20, sc.pl.palettes.default_28, sc.pl.palettes.default_102)
         colors = next((colors for colors in palettes if len(colors) >= len(names)), palettes[-1])
-    of_names = {name: colors[i % len(colors)] for i, name in enumerate(names)}
     groups = groups.cat.remove_unused_categories()
-    return groups, {name: of_names[name] for name in groups.cat.categories}
+    return groups, {name: colors[names.index(name) % len(colors)] for name in groups.cat.categories}
