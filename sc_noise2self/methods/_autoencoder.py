@@ -258,7 +258,7 @@ class _AutoencoderLearner(Learner):
             else:
                 on_device = StreamedCounts(streamed, self._codes, device, (cells[held], seen[held]))
             with _TRAINING, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                for width in sorted(widths, reverse=True):
+                for width in sorted(set(widths), reverse=True):
                     torch.manual_seed(int(rng.integers(2**63)))
                     n_hidden = options.n_hidden or max(64, 2 * width)
                     network = Network(scores, width, n_hidden, loss.start, n_batches, options.dropout).to(device)
