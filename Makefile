@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# A file of tests a worker, a worker a core: what a file fits once is fitted once.
+WORKERS = --numprocesses logical --dist loadfile
 
 .PHONY: demo test test-slow docs notebooks clean
 
@@ -13,11 +15,11 @@ test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
-	$(BIN)/pytest
+	$(BIN)/pytest $(WORKERS)
 
 # What takes minutes: the slow tests, and every notebook, where the documentation is built.
 test-slow: docs
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest $(WORKERS) -m slow
 
 # Runs every notebook; an error in one is an error.
 docs: $(VENV)/.installed

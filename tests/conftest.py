@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Workers share the cores, and threads of PyTorch that wait for a core keep it busy. Set before anything imports it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import anndata as ad
 import matplotlib as mpl
 import numpy as np

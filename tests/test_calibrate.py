@@ -162,6 +162,7 @@ def test_a_lambda_and_a_partial_and_every_array_type(counts):
     np.testing.assert_allclose(n2s.calibrate(counts.toarray(), toward_mean, grid).table["loss"], expected)
 
 
+@pytest.mark.slow  # scanpy compiles its neighbours
 def test_scanpy_recipes_work_as_they_are(pbmc):
     def pcs(adata, n_pcs):
         sc.pp.pca(adata, n_comps=n_pcs)

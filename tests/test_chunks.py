@@ -348,6 +348,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_on_a_cluster_of_processes(tmp_path):
     """The same answer as in memory from workers of their own, one of them killed in the middle."""
     pytest.importorskip("distributed")
