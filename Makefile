@@ -19,7 +19,7 @@ test: $(VENV)/.installed
 
 # What takes minutes: the slow tests, and every notebook, where the documentation is built.
 test-slow: docs
-	$(BIN)/pytest $(WORKERS) -m slow
+	$(BIN)/pytest --numprocesses logical --dist worksteal -m slow
 
 # Runs every notebook; an error in one is an error.
 docs: $(VENV)/.installed
