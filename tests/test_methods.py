@@ -635,8 +635,9 @@ def test_any_object_is_split(words, options):
     alone = n2s.split_molecules(words.matrix(), random_state=words.seed, **options)
     for part, matrix in zip(parts, alone, strict=True):
         assert (np.asarray(matrix != part.X).sum() if not sp.issparse(matrix) else (matrix != part.X).nnz) == 0
-        assert_same(part.obs, adata.obs)
-        assert_same(part.var, adata.var)
+        # An object of anndata takes names that are strings alone.
+        assert_same(part.obs, adata.obs.set_axis(adata.obs_names.astype(str)))
+        assert_same(part.var, adata.var.set_axis(adata.var_names.astype(str)))
         part.obs["new"] = part.var["new"] = 1
     assert not difference(before, fingerprint(adata))
 
@@ -695,6 +696,7 @@ def test_any_counts_have_a_rank(words, protocol, max_rank):
 )
 def test_any_counts_calibrate_a_denoiser(words, partition, loss, rule):
     assume(min(words.n_cells, words.n_genes) >= {"molecules": 1, "genes": 10, "blocks": 5}[partition])
+    assume(words.kind != "one gene" or partition == "molecules")  # no other gene tells of it
     with documented_warnings():
         adata = words.adata().copy()
     before = fingerprint(adata)
