@@ -5,14 +5,17 @@ SciPy's sparse products and NumPy's loops let go of the interpreter, so threads 
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from itertools import chain, islice
-from threading import Event, Lock, Thread, local
-from typing import TypeVar
+from queue import SimpleQueue
+from threading import Event, Thread, local
+from typing import Any, TypeVar
+from weakref import WeakSet
 
 from joblib import cpu_count
 from threadpoolctl import ThreadpoolController
@@ -61,45 +64,59 @@ def alone(work: Callable[[], Out]) -> Out:
         _thread.is_ours = before
 
 
-class _OneBlasThread:
-    """A limit of the process that many may ask for at once: set for the first of them, lifted after the last.
+class _User:
+    """Somebody who wants matrix products to start no threads."""
 
-    A thread of its own keeps it meanwhile: threadpoolctl lets only the thread that first set a limit change it.
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Run the block while matrix products start no threads of their own, which would fight with ours.
+
+    With one thread their rounding is the same too, whoever else is at work in the process. The limit is the process's:
+    it is set for the first of its users and lifted after the last, by a thread of its own, since threadpoolctl lets
+    only the thread that first set a limit change it, and no interrupt can leave that thread half-way.
     """
+    user = _User()
+    try:
+        _ask(user, True)
+        with _limit():  # of this thread, for libraries whose limits are those of threads
+            yield
+    finally:
+        _ask(user, False)
 
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._n_users = 0
 
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        with self._lock:
-            if self._n_users == 0:
-                self._is_set, self._is_over = Event(), Event()
-                self._keeper = Thread(target=self._keep, daemon=True)
-                self._keeper.start()
-                self._is_set.wait()
-            self._n_users += 1
+def _ask(user: _User, begins: bool) -> None:
+    done = Event()
+    _requests.put((user, begins, done))
+    done.wait()
+
+
+def _keep(requests: SimpleQueue[tuple[_User, bool, Event]]) -> None:
+    """Set and lift the limit as users begin and end; one that an interrupt kept from ending is forgotten by itself."""
+    users: WeakSet[_User] = WeakSet()
+    limit: Any = None
+    while True:
+        user, begins, done = requests.get()
+        (users.add if begins else users.discard)(user)
+        del user
         try:
-            with _limit():  # of this thread, for libraries whose limits are those of threads
-                yield
+            if users and limit is None:
+                limit = _limit()
+            elif not users and limit is not None:
+                limit.restore_original_limits()
+                limit = None
         finally:
-            with self._lock:
-                self._n_users -= 1
-                if self._n_users == 0:
-                    self._is_over.set()
-                    self._keeper.join()
-
-    def _keep(self) -> None:
-        try:
-            with _limit():
-                self._is_set.set()
-                self._is_over.wait()
-        finally:
-            self._is_set.set()
+            done.set()
 
 
-def _limit() -> AbstractContextManager[object]:
+def _start_keeper() -> None:
+    """Start the thread that keeps the limit; a process that was forked has none."""
+    global _requests  # noqa: PLW0603
+    _requests = SimpleQueue()
+    Thread(target=_keep, args=(_requests,), daemon=True).start()
+
+
+def _limit() -> Any:
     return _controller().limit(limits=1, user_api="blas")
 
 
@@ -113,8 +130,7 @@ def _start() -> None:
     _limit()  # until the thread ends
 
 
-one_blas_thread = _OneBlasThread()
-"""Context in which matrix products start no threads of their own, which would fight with ours.
-
-With one thread their rounding is the same too, whoever else is at work in the process.
-"""
+_requests: SimpleQueue[tuple[_User, bool, Event]]
+_start_keeper()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_keeper)

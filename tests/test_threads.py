@@ -1,0 +1,86 @@
+"""Work in threads: the limit on those of matrix products is set while it is wanted, lifted after, and never stuck."""
+
+import os
+import signal
+import sys
+import threading
+
+import pytest
+from threadpoolctl import threadpool_info
+
+from sc_noise2self._threads import in_threads, one_blas_thread
+
+
+def blas_threads():
+    return [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"]
+
+
+def test_the_limit_lasts_for_the_last_of_its_users():
+    before = blas_threads()
+    with one_blas_thread():
+        with one_blas_thread():
+            assert set(blas_threads()) == {1}
+        assert set(blas_threads()) == {1}
+    assert blas_threads() == before
+
+
+def test_results_come_in_order_and_no_item_is_lost():
+    for n in (0, 1, 2, 3, 50):
+        assert list(in_threads(lambda i: i * i, range(n))) == [i * i for i in range(n)]
+
+
+@pytest.mark.skipif(sys.gettrace() is not None, reason="a tracer is at work")
+def test_an_interrupt_at_any_line_leaves_the_limit_to_be_set_and_lifted():
+    before, n_hit = blas_threads(), 0
+    for k in range(1, 80):
+        try:
+            sys.settrace(_interrupt_at(k))
+            with one_blas_thread():
+                pass
+        except KeyboardInterrupt:
+            n_hit += 1
+        finally:
+            sys.settrace(None)
+        found = []
+        other = threading.Thread(target=lambda found=found: found.extend(in_threads(abs, [-1, -2, -3])), daemon=True)
+        other.start()
+        other.join(20)
+        assert found == [1, 2, 3], f"stuck after an interrupt at line {k}"
+        with one_blas_thread():
+            assert set(blas_threads()) == {1}
+        assert blas_threads() == before
+    assert n_hit > 10
+
+
+def _interrupt_at(k):
+    """Return a tracer that sends Ctrl-C before the k-th line of the package's threads and of contexts."""
+    n_lines = 0
+
+    def on_line(frame, event, argument):
+        nonlocal n_lines
+        if event == "line":
+            n_lines += 1
+            if n_lines == k:
+                signal.raise_signal(signal.SIGINT)
+        return on_line
+
+    def on_call(frame, event, argument):
+        return on_line if os.path.basename(frame.f_code.co_filename) in ("_threads.py", "contextlib.py") else None
+
+    return on_call
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_forked_process_has_the_limit_too():
+    with one_blas_thread():
+        pass
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(20)
+            with one_blas_thread():
+                os._exit(0 if set(blas_threads()) == {1} else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
