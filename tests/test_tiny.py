@@ -188,6 +188,11 @@ def test_threads_that_call_at_once_get_the_bytes_of_one_alone(simulated, method)
         ({"method": ["magic"]}, ValueError, "method is 'magic': pass one of pca"),
         ({"method": []}, ValueError, "method is empty: pass a name, a method such as"),
         ({"method": 3}, TypeError, "method is 3: pass one of pca, .* a function goes in n2s.Function"),
+        (
+            {"method": type("Mine", (n2s.methods.Method,), {"name": "mine"})()},
+            TypeError,
+            r"put @dataclass\(frozen=True\)",
+        ),
         ({"method": n2s.PCA}, TypeError, r"method is the class PCA: pass an object, e.g. PCA\(\)"),
         ({"method": [n2s.PCA(), sum]}, TypeError, "method is <built-in function sum>: pass one of pca"),
         ({"scale": ["rates"]}, ValueError, r"scale is \['rates'\]: pass one of counts"),

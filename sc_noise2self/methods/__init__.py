@@ -6,6 +6,7 @@ A new method is one file, with a frozen dataclass derived from `Method`, and one
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 from .._model import State
@@ -35,6 +36,11 @@ def as_methods(method: Any) -> tuple[str, list[Method]]:
             raise ValueError(f"method is {method!r}: pass one of {', '.join(REGISTRY)}, or objects such as n2s.PCA().")
         return method, [each() for each in REGISTRY[method]]
     if isinstance(method, Method):
+        if not is_dataclass(method):
+            kind = type(method).__name__
+            raise TypeError(
+                f"method is a {kind}, whose options cannot be read: put @dataclass(frozen=True) above {kind}."
+            )
         return method.name, [method]
     if isinstance(method, type):
         raise TypeError(f"method is the class {method.__name__}: pass an object, e.g. {method.__name__}().")
