@@ -201,6 +201,11 @@ class InMemory(_Local):
         return _canonical(self._counts[cells][:, genes])
 
 
+def as_chunks(counts: Chunks | sp.csr_matrix) -> Chunks:
+    """Return counts as chunks."""
+    return counts if isinstance(counts, Chunks) else InMemory(counts)
+
+
 class OfGenes(Chunks):
     """Some genes of other counts."""
 

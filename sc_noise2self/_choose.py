@@ -26,11 +26,13 @@ from ._threads import one_blas_thread
 from .methods._base import Learner, MeanLearner, Method, Sample
 from .methods._components import folds_of
 from .methods._mixing import dispersion_curves, dispersions
-from .methods._profiles import MixedProfiles, Profiles, combine, ratio
+from .methods._populations import AS_IT_IS, CrossFit, Populations, Refinement, best_refinement, cross_fit
+from .methods._profiles import MixedProfiles, Profiles, ScaledProfiles, combine, ratio
 from .partitions import Fold, fold_of
 
 _SCORED = 20_000_000  # dense entries that candidates are compared on: as many cells, drawn at random, as have so many
 _MEASURED = 400_000_000  # and those that the gain of the choice is measured on
+_REFINED = 100_000_000  # and those that populations are learned from, for that
 _DISPERSION = 100_000_000  # and for the dispersions, where rare genes need cells
 _LEAST_WEIGHT = 0.01  # members of a smaller weight are left out of the mean
 
@@ -42,6 +44,7 @@ class Choice:
     learner: Learner
     setting: Any
     weight: float = 1.0
+    refinement: Refinement = AS_IT_IS
 
     @property
     def label(self) -> str:
@@ -68,6 +71,8 @@ class Selection:
 
     def refit(self, counts: Counts, rng: np.random.Generator) -> list[Profiles]:
         """Return the profiles of each choice, fitted to all molecules."""
+        for choice in self.choices:
+            choice.learner.refinement = choice.refinement
         return [choice.learner.refit(counts, choice.setting, rng) for choice in self.choices]
 
 
@@ -164,12 +169,12 @@ def _compared(
                 learner.learn(half, rng)
                 bar.update()
         scores = _Scores(halves, scored)
-        best = {learner.name: Choice(learner, learner.settings[0]) for learner in learners}
+        best = {learner.name: scores.refined(Choice(learner, learner.settings[0])) for learner in learners}
         for choice in best.values():
             scores.add(choice)
         winner = max(best.values(), key=scores.mean)
         for learner in learners if average else [winner.learner]:
-            candidates = [Choice(learner, setting) for setting in learner.settings]
+            candidates = [replace(best[learner.name], setting=setting) for setting in learner.settings]
             for candidate in candidates[1:]:
                 scores.add(candidate)
             best[learner.name] = max(candidates, key=scores.mean)
@@ -219,17 +224,41 @@ class _Scores:
         self._folds = [half.of_cells(cells) for half in halves]
         self._probabilities: dict[str, list[np.ndarray]] = {}
         self._gains: dict[str, Gain] = {}
+        self._populations: dict[tuple[str, int], CrossFit] = {}
+        parts = [np.flatnonzero(folds_of(self._folds[0].cells) == fold) for fold in (0, 1)]
+        self._parts = parts if all(len(part) for part in parts) else [np.arange(len(cells))]
         self.comparison = Comparison()
 
     def add(self, choice: Choice) -> None:
         """Predict and score a candidate."""
-        found = [
-            fold.probabilities(choice.learner.predict(i, choice.setting, fold.seen, fold.cells))
-            for i, fold in enumerate(self._folds)
-        ]
+        found = [self._probabilities_of(choice, i) for i in range(len(self._folds))]
         first, *others = (fold.gain_of(each) for fold, each in zip(self._folds, found, strict=True))
         self._probabilities[choice.label], self._gains[choice.label] = found, sum(others, first)
         self.comparison.add({"label": choice.label}, -self._gains[choice.label])
+
+    def refined(self, choice: Choice) -> Choice:
+        """Return the choice with the refinement that gains most."""
+        profiles = self._predicted(choice, 0)
+        if isinstance(choice.learner, MeanLearner) or not isinstance(profiles, ScaledProfiles):
+            return choice
+        return replace(choice, refinement=best_refinement(profiles.counts(), self._folds[0], self._parts))
+
+    def _predicted(self, choice: Choice, i: int) -> Profiles:
+        fold = self._folds[i]
+        return choice.learner.predict(i, choice.setting, fold.seen, fold.cells)
+
+    def _probabilities_of(self, choice: Choice, i: int) -> np.ndarray:
+        """Return the probability that a choice gives to each held-out entry of a fold.
+
+        Populations are those of the learner's first setting.
+        """
+        profiles, fold = self._predicted(choice, i), self._folds[i]
+        if choice.refinement == AS_IT_IS or not isinstance(profiles, ScaledProfiles):
+            return fold.probabilities(profiles)
+        expected, key = profiles.counts(), (choice.learner.name, i)
+        if key not in self._populations:
+            self._populations[key] = cross_fit(expected, fold, self._parts, choice.refinement.n_populations)
+        return self._populations[key].probabilities(expected, choice.refinement.height)
 
     def mean(self, choice: Choice) -> float:
         """Return the gain of a candidate that was added."""
@@ -252,12 +281,20 @@ class _Prediction:
     def __init__(self, choices: tuple[Choice, ...], sample: Sample) -> None:
         self._choices = choices
         self._phi_for_fold: list[np.ndarray] | None = None
+        self._populations: list[list[Populations | None]] = []
+        refined_on = sample.some(_REFINED)
         for choice in choices:
             choice.learner.settle(choice.setting, sample)
+            self._populations.append([_learned_populations(choice, i, *half) for i, half in enumerate(refined_on)])
 
     def __call__(self, i: int, seen: sp.csr_matrix, cells: np.ndarray) -> Profiles:
         """Return the profiles of cells predicted from their part of a half; of one fold once counts are mixed in."""
-        found = [choice.learner.predict(i, choice.setting, seen, cells) for choice in self._choices]
+        found = []
+        for choice, populations in zip(self._choices, self._populations, strict=True):
+            profiles = choice.learner.predict(i, choice.setting, seen, cells)
+            if (own := populations[i]) is not None and isinstance(profiles, ScaledProfiles):
+                profiles = profiles.of_populations(own).scaled(n_rounds=0)
+            found.append(profiles)
         profiles = combine(found, [choice.weight for choice in self._choices])
         if self._phi_for_fold is None:
             return profiles
@@ -282,6 +319,18 @@ class _Prediction:
             by_fold.append(np.mean(curves, axis=0))
         self._phi_for_fold = [dispersions(by_fold[1]), dispersions(by_fold[0])]
         return dispersions(by_fold[0] + by_fold[1])
+
+
+def _learned_populations(choice: Choice, half: int, seen: sp.csr_matrix, cells: np.ndarray) -> Populations | None:
+    """Return what a choice learns of populations from cells of a half, every gene with its total; None for nothing."""
+    profiles = choice.learner.predict(half, choice.setting, seen, cells)
+    if choice.refinement == AS_IT_IS or not isinstance(profiles, ScaledProfiles):
+        return None
+    refined = profiles.refined(seen, choice.refinement, n_rounds=1)
+    # Scales of genes are the learner's own; what they became here goes with the populations.
+    return replace(
+        refined.populations, factors=refined.populations.factors * ratio(refined.gene_scale, profiles.gene_scale)
+    )
 
 
 class Measurement:

@@ -25,7 +25,7 @@ from numpy.lib import format as npy
 from ._replace import replaced
 from ._transform import Link, TransformName
 
-_FORMAT = 3
+_FORMAT = 4
 _TEXT, _GENES = "model", "genes"  # members that every file has, the JSON and the names of genes
 _LARGEST_TEXT = 1 << 20  # bytes
 _NOT_ONE = 1e-3  # by how much shares that add up to 1 may miss it
@@ -91,6 +91,7 @@ def is_number(value: Any, least: float, most: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 
+is_share: Check = partial(is_number, least=0, most=1)
 is_depth: Check = partial(is_number, least=_TINY, most=1e12)
 """Return whether a value is a number of molecules that single precision can divide by."""
 
@@ -102,6 +103,11 @@ def one_of(names: Iterable[str]) -> Check:
 
 
 _OF_GENES = {"gene_share": Shape(("genes",), 0, 1, adds_up=True), "gene_scale": Shape(("genes",), 0, _LARGE)}
+_POPULATIONS = {
+    "population_centers": Shape(("populations", "genes"), 0, 1),
+    "population_factors": Shape(("populations", "genes"), 0, _LARGE),
+    "population_shares": Shape(("populations", "genes"), 0, 1),
+}
 
 LINKS: dict[str, Link] = {
     "multinomial": "exp",
@@ -140,9 +146,10 @@ _NETWORK = {
 SCHEMAS: dict[str, Schema] = {
     "mean": Schema({}, {"gene_share": _OF_GENES["gene_share"]}),
     "pca": Schema(
-        {"transform": one_of(get_args(TransformName)), "target": is_depth},
+        {"transform": one_of(get_args(TransformName)), "target": is_depth, "floor": is_share},
         {
             **_OF_GENES,
+            **_POPULATIONS,
             "gene_weights": Shape(("genes",), 0),
             "mean": Shape(("genes",)),
             "components": Shape(("genes", "k")),
@@ -151,8 +158,11 @@ SCHEMAS: dict[str, Schema] = {
         },
     ),
     "autoencoder": Schema(
-        {"loss": one_of(LINKS), "width": partial(is_whole, least=1), "n_batches": is_whole, "depth": is_depth},
-        {**_OF_GENES, **_NETWORK},
+        {
+            **{"loss": one_of(LINKS), "width": partial(is_whole, least=1), "n_batches": is_whole, "depth": is_depth},
+            "floor": is_share,
+        },
+        {**_OF_GENES, **_POPULATIONS, **_NETWORK},
     ),
 }
 """The schema of each method whose models can be saved."""

@@ -21,8 +21,10 @@ from ._loss import Gain
 from ._slots import LEAST_STAMP, committed, is_stamped, marked, stamped
 from ._transform import Link
 from .methods._base import Learned
-from .methods._profiles import LowRankProfiles, Profiles, combine
+from .methods._profiles import N_SCALES, LowRankProfiles, Profiles, combine, scales_from, split_scales_of_genes
 from .scales import Scale
+
+_OF_POPULATIONS = ("n_populations", "floor")  # of members, in the record
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +155,7 @@ def plain_table(table: pd.DataFrame) -> pd.DataFrame:
 class GeneFactors:
     """What a result knows of genes: the model, without the cells."""
 
-    members: Mapping[str, np.ndarray]  # as in the record: the `link`, `weight` and `n_factors` of each
+    members: Mapping[str, np.ndarray]  # as in the record: `link`, `weight`, `n_factors`, `n_populations`, `floor`
     loadings: np.ndarray | None  # those of all members side by side, shape (genes, factors); None where one has none
     scales: np.ndarray  # of genes of each member, the mean profile, the fingerprint; without factors that alone
     fingerprint: int  # a whole number that two models share once in eight million
@@ -167,45 +169,50 @@ class GeneFactors:
             links = tuple(str(profiles.link) for profiles in fitted)
             n_factors = tuple(profiles.loadings.shape[1] for profiles in fitted)
             loadings = np.hstack([profiles.loadings for profiles in fitted])
-            scales = np.column_stack([*(profiles.gene_scale for profiles in fitted), fitted[0].gene_share])
+            scales = np.column_stack([*(profiles.scales_of_genes() for profiles in fitted), fitted[0].gene_share])
             told_by = [loadings, scales]
+            populations = [(len(profiles.populations.factors), profiles.populations.height) for profiles in fitted]
         else:
             links, n_factors = ("none",) * len(weights), (0,) * len(weights)
             loadings, scales = None, np.empty((len(result.totals), 0), np.float32)
+            populations = [(1, 0.0)] * len(weights)
             told_by = [np.stack([result.totals, *result.gene_gains], axis=1)]
         told_by += [] if result.phi is None else [result.phi[:, None]]
-        fingerprint = _fingerprint(np.hstack(told_by), (links, weights, n_factors, repr(result.scale)))
+        fingerprint = _fingerprint(np.hstack(told_by), (links, weights, n_factors, populations, repr(result.scale)))
         members = {"link": np.array(links), "weight": np.array(weights), "n_factors": np.array(n_factors)}
+        members |= dict(zip(_OF_POPULATIONS, np.array(populations).T.copy(), strict=True))
         return cls(members, loadings, stamped(scales, fingerprint), fingerprint)
 
     def of_cells(self, result: Result) -> tuple[Any, Any]:
-        """Return the scores of cells, shape (cells, factors), and their scales: two of each member and the fingerprint.
+        """Return the scores of cells, shape (cells, factors), their scales, three a member, and the fingerprint.
 
         Either is a Dask array where the factors of cells are; without factors there are no scores.
         """
         fitted = result.factored
         if not fitted:
             return None, stamped(np.empty((len(result.size), 0), np.float32), self.fingerprint)
-        scales = [column for profiles in fitted for column in (profiles.cell_scale, profiles.row_scale)]
-        return np.hstack([profiles.scores for profiles in fitted]), stamped(np.stack(scales, axis=1), self.fingerprint)
+        scales = np.hstack([profiles.scales() for profiles in fitted])
+        return np.hstack([profiles.scores for profiles in fitted]), stamped(scales, self.fingerprint)
 
     def profiles(self, scores: np.ndarray, scales: np.ndarray, size: np.ndarray) -> Profiles:
         """Return the profiles of cells from their scores, scales and sizes; refuse those of another model."""
         if self.loadings is None or not is_stamped(scales, self.fingerprint):
             raise ValueError("the cells belong to another result than the loadings.")
-        fitted, end = [], 0
-        for i, (link, n_factors) in enumerate(zip(self.members["link"], self.members["n_factors"], strict=True)):
+        fitted, end, of_genes = [], 0, self.scales[:, :-2]
+        names = ("link", "n_factors", *_OF_POPULATIONS)
+        for i, (link, n_factors, *about) in enumerate(zip(*(self.members[name] for name in names), strict=True)):
             start, end = end, end + int(n_factors)
+            gene_scale, populations, of_genes = split_scales_of_genes(of_genes, self.scales[:, -2], *about)
             fitted.append(
                 LowRankProfiles(
-                    self.scales[:, i],
-                    scales[:, 2 * i],
-                    scales[:, 2 * i + 1],
-                    self.scales[:, -2],
-                    size.astype(np.float32),
-                    cast("Link", str(link)),
-                    scores[:, start:end],
-                    self.loadings[:, start:end],
+                    link=cast("Link", str(link)),
+                    scores=scores[:, start:end],
+                    loadings=self.loadings[:, start:end],
+                    gene_scale=gene_scale,
+                    gene_share=self.scales[:, -2],
+                    size=size.astype(np.float32),
+                    populations=populations,
+                    **scales_from(scales[:, i * N_SCALES : (i + 1) * N_SCALES]),
                 )
             )
         return combine(fitted, [float(weight) for weight in self.members["weight"]])

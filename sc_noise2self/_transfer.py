@@ -27,7 +27,7 @@ from ._threads import one_blas_thread
 from ._warnings import recorded_warnings, warn
 from .methods import model_of
 from .methods._base import Sample
-from .methods._profiles import LowRankProfiles, combine
+from .methods._profiles import N_SCALES, LowRankProfiles, combine, scales_from
 from .scales import Scale, as_scale
 
 _Predict = Callable[[sp.csr_matrix, np.ndarray], list[LowRankProfiles]]
@@ -138,16 +138,15 @@ def _members(models: Sequence[Any], weights: Sequence[float], predict: _Predict,
 
     def of_cells(block: Block) -> Partial:
         found = predict(block.counts, block.cells)
-        scales = [np.column_stack([own.cell_scale, own.row_scale]) for own in found]
-        return Partial(rows=[*(own.scores for own in found), *scales])
+        return Partial(rows=[*(own.scores for own in found), *(own.scales() for own in found)])
 
     first = np.arange(2)
     some = predict(counts.chunks.take(first), first)
-    widths = [own.scores.shape[1] for own in some] + [2] * len(some)
+    widths = [own.scores.shape[1] for own in some] + [N_SCALES] * len(some)
     rows = cast("list[np.ndarray]", counts.chunks.rows(of_cells, widths))  # or Dask's
     size = counts.size.astype(np.float32)
     fitted = [
-        replace(own, scores=scores, cell_scale=scales[:, 0], row_scale=scales[:, 1], size=size)
+        replace(own, scores=scores, size=size, **scales_from(scales))
         for own, scores, scales in zip(some, rows[: len(some)], rows[len(some) :], strict=True)
     ]
     names = numbered([model.name for model in models])

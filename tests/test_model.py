@@ -17,6 +17,7 @@ from sc_noise2self import _model
 from sc_noise2self._model import Saved, State
 from sc_noise2self.methods._components import learn_components
 from sc_noise2self.methods._pca import PCAModel
+from sc_noise2self.methods._populations import Refinement
 
 N_GENES, K = 12, 3
 
@@ -31,8 +32,11 @@ def pca_state(**arrays):
         "components": np.asfortranarray(rng.normal(size=(N_GENES, K)).astype(np.float32)),
         "weights": np.array([1, 0.5, 0]),
         "used": np.arange(N_GENES) != 4,
+        "population_centers": rng.uniform(0, 1, (2, N_GENES)).astype(np.float32),
+        "population_factors": rng.uniform(0, 9, (2, N_GENES)).astype(np.float32),
+        "population_shares": rng.dirichlet(np.ones(N_GENES), 2).astype(np.float32),
     }
-    return State("pca", {"transform": "log1p", "target": np.float64(120.5)}, made | arrays)
+    return State("pca", {"transform": "log1p", "target": np.float64(120.5), "floor": 0.25}, made | arrays)
 
 
 def saved(**arrays):
@@ -71,7 +75,8 @@ def test_pca_that_was_saved_predicts_the_same(tmp_path):
     counts = poisson_counts(low_rank_profiles(80, 40, 3, seed=0), depth=300, seed=1)
     (components,) = learn_components(counts, "sqrt", 4, np.random.default_rng(0), used=np.arange(40) > 2)
     weights = np.array([1, 0.9, 0.5, 0])
-    fitted = PCAModel(components, weights, components.weighted_profiles(counts, weights).scaled().gene_scale)
+    found = components.weighted_profiles(counts, weights).scaled().refined(counts, Refinement(2, 0.5))
+    fitted = PCAModel(components, weights, found.gene_scale, found.populations)
     _model.save(tmp_path / "model", Saved((fitted.state(),), (1.0,), np.arange(40).astype(str)))
     (state,) = _model.load(tmp_path / "model").states
     found = PCAModel.from_state(state, "cpu").predict(counts)
@@ -188,7 +193,7 @@ HOSTILE = {
     "one more value": (put(3, *VALUES, "predict"), "its pca has in excess 'predict'"),
     "an unknown method": (put("magic", "states", 0, "method"), "its method is 'magic'"),
     "a method that is a list": (put(["pca"], "states", 0, "method"), "its method is of type list"),
-    "another method": (put("mean", "states", 0, "method"), "its mean has in excess 'target', 'transform'"),
+    "another method": (put("mean", "states", 0, "method"), "its mean has in excess 'floor', 'target', 'transform'"),
     "an unknown transform": (put("cube", *VALUES, "transform"), "its transform is 'cube'"),
     "a transform of a wrong type": (put(["sqrt"], *VALUES, "transform"), "its transform is of type list"),
     "a target of 0": (put(0.0, *VALUES, "target"), "its target is 0.0"),
@@ -207,7 +212,7 @@ HOSTILE = {
     "batches that are numbers": (put([1, 2], "batches"), "its batches is of type list"),
     "batches that are text": (put("ab", "batches"), "its batches is 'ab'"),
     "another version": (put(2, "sc_noise2self"), "was saved by another version: fit and save it again"),
-    "a later version": (put(4, "sc_noise2self"), "was saved by another version"),
+    "a later version": (put(5, "sc_noise2self"), "was saved by another version"),
     "a list for a version": (put([3, 3, 3], "sc_noise2self"), "was saved by another version"),
     "no version": (lack("sc_noise2self"), "was saved by another version"),
     "no names": (lack("genes"), "the file lacks 'genes'"),

@@ -79,7 +79,8 @@ def test_cut_at_full_depth_keeps_components_whose_weight_exceeds_a_half():
 
 def test_a_cell_is_predicted_alone_as_among_others(counts):
     components = components_of(counts, "log1p", 5)
-    model = PCAModel(components, np.ones(5), denoised(components, counts, np.ones(5)).gene_scale)
+    found = denoised(components, counts, np.ones(5))
+    model = PCAModel(components, np.ones(5), found.gene_scale, found.populations)
     together, alone = model.predict(counts), model.predict(counts[7:8])
     np.testing.assert_allclose(alone.scores, together.scores[7:8], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(alone.counts(), together.counts()[7:8], rtol=1e-4, atol=1e-6)

@@ -490,7 +490,8 @@ def test_the_schema_knows_every_loss_and_every_parameter_of_the_network():
     scores = PrincipalScores(np.ones((6, 2)), np.ones(6), np.ones(2), 5, np.ones(6), np.ones(6), 1)
     network = Network(scores, 3, 4, np.zeros(6), 2, 0.1)
     arrays = network.arrays()
-    assert set(arrays) | {"gene_share", "gene_scale"} == set(_model.SCHEMAS["autoencoder"].arrays)
+    populations = {f"population_{name}" for name in ("centers", "factors", "shares")}
+    assert set(arrays) | populations | {"gene_share", "gene_scale"} == set(_model.SCHEMAS["autoencoder"].arrays)
     again = Network.from_arrays(arrays)
     for name, value in again.arrays().items():
         np.testing.assert_array_equal(value, arrays[name])

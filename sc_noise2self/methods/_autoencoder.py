@@ -31,7 +31,8 @@ from .._transform import Link
 from ..partitions import Fold, fold_of
 from ._base import Learned, Learner, Method, as_several, bounded_values, set_aside, set_tuples
 from ._components import learn_components
-from ._pca import n_components_of
+from ._pca import SCALED, n_components_of
+from ._populations import Populations, Refinement
 from ._profiles import LowRankProfiles, profiles_in_blocks
 
 if TYPE_CHECKING:
@@ -201,8 +202,9 @@ class _AutoencoderLearner(Learner):
         elif n_cells > _LEARNED_CELLS:
             cells = np.sort(rng.choice(n_cells, _LEARNED_CELLS, replace=False))
             self._fitted = self._fit(counts.chunks.take(cells), cells, (self.width,), rng, streamed=counts)
-        profiles = self._fitted.model.profiles(counts, self._codes)
-        self.model = replace(self._fitted.model, gene_scale=profiles.gene_scale)  # gives these cells the same
+        profiles = self._fitted.model.profiles(counts, self._codes, self.refinement)
+        # gives these cells the same
+        self.model = replace(self._fitted.model, gene_scale=profiles.gene_scale, populations=profiles.populations)
         return profiles
 
     def learned(self, setting: Any) -> Learned:
@@ -262,7 +264,9 @@ class _AutoencoderLearner(Learner):
                     torch.manual_seed(int(rng.integers(2**63)))
                     n_hidden = options.n_hidden or max(64, 2 * width)
                     network = Network(scores, width, n_hidden, loss.start, n_batches, options.dropout).to(device)
-                    model = AutoencoderModel(network, options.loss, int(width), loss.depth, fold.share, ones)
+                    model = AutoencoderModel(
+                        network, options.loss, int(width), loss.depth, fold.share, ones, Populations.one(fold.share)
+                    )
                     about = (n_epochs, batch_size, options.learning_rate, options.prior_scale)
                     schedule = Schedule(f"autoencoder, width {width}", *about)
                     check, own_loss = partial(self._gain, model, few), copy.deepcopy(loss).to(device)
@@ -325,6 +329,7 @@ class AutoencoderModel:
     depth: float  # of a square root
     gene_share: np.ndarray  # share of all molecules that each gene has
     gene_scale: np.ndarray  # what gives it that share; 1 for a likelihood, which learns it
+    populations: Populations
 
     name: ClassVar[str] = "autoencoder"
 
@@ -339,8 +344,9 @@ class AutoencoderModel:
 
     def state(self) -> State:
         """Return what a model file keeps of it."""
-        values = {"loss": self.loss, "width": self.width, "n_batches": self.network.n_batches, "depth": self.depth}
-        arrays = {"gene_share": self.gene_share, "gene_scale": self.gene_scale} | self.network.arrays()
+        values, arrays = self.populations.state()
+        values |= {"loss": self.loss, "width": self.width, "n_batches": self.network.n_batches, "depth": self.depth}
+        arrays |= {"gene_share": self.gene_share, "gene_scale": self.gene_scale} | self.network.arrays()
         return State(self.name, values, arrays)
 
     @classmethod
@@ -351,23 +357,27 @@ class AutoencoderModel:
         from ._training import choose_device
 
         values, arrays = state.values, dict(state.arrays)
-        of_genes = [arrays.pop(name) for name in ("gene_share", "gene_scale")]
+        populations = Populations.from_state(state)
+        share, scale = (arrays.pop(name) for name in ("gene_share", "gene_scale"))
+        arrays = {name: value for name, value in arrays.items() if not name.startswith("population_")}
         network = Network.from_arrays(arrays).to(choose_device(device))
-        return cls(network, values["loss"], values["width"], values["depth"], *of_genes)
+        return cls(network, values["loss"], values["width"], values["depth"], share, scale, populations)
 
     def predict(self, counts: sp.csr_matrix, codes: np.ndarray | None = None) -> LowRankProfiles:
         """Return the denoised profiles of cells with codes of batches; genes keep the scale of the fit."""
         found = self.unscaled(counts, codes, self.gene_scale)
-        return found.checked("the autoencoder's output").scaled(n_rounds=0)
+        return found.checked("the autoencoder's output").of_populations(self.populations).scaled(n_rounds=0)
 
-    def profiles(self, counts: Counts, codes: np.ndarray | None) -> LowRankProfiles:
+    def profiles(self, counts: Counts, codes: np.ndarray | None, refinement: Refinement) -> LowRankProfiles:
         """Return the denoised profiles of all cells, wherever their counts are, every gene with its total."""
 
         def unscaled(block: Block, gene_scale: np.ndarray) -> LowRankProfiles:
             return self.unscaled(block.counts, _of_cells(codes, block.cells), gene_scale)
 
-        first = np.arange(min(counts.chunks.shape[0], 2))
-        some = self.predict(counts.chunks.take(first), _of_cells(codes, first))
+        n_cells, n_genes = counts.chunks.shape
+        cells = np.arange(0, n_cells, max(1, n_cells * n_genes // SCALED))
+        counts_of_some = counts.chunks.take(cells)
+        some = self.predict(counts_of_some, _of_cells(codes, cells)).refined(counts_of_some, refinement)
         return profiles_in_blocks(counts.chunks, counts.size, some, unscaled)
 
     def unscaled(

@@ -24,7 +24,8 @@ from .._counts import column_sums, row_sums
 from .._model import State
 from .._split import halves
 from ..partitions import Fold, fold_of
-from ._profiles import LowRankProfiles, Profiles, mean_profiles
+from ._populations import AS_IT_IS
+from ._profiles import LowRankProfiles, Profiles, ScaledProfiles, mean_profiles
 
 _ENOUGH_CELLS = 20_000  # to choose the options of a method by
 _ASIDE = 0.1  # share of the molecules that validate a choice made before halves are looked at
@@ -120,6 +121,7 @@ class Learner(ABC):
     def __init__(self, name: str) -> None:
         self.name = name
         self._fits: list[Any] = []  # what each half gave
+        self.refinement = AS_IT_IS  # of the profiles that `refit` returns; chosen by the loss
 
     @property
     @abstractmethod
@@ -181,6 +183,13 @@ class Sample:
             return work(own, [half for key in self.keys for half in halves(counts, key, own)])
 
         return self.chunks.run(of_block)
+
+    def some(self, n_entries: int) -> list[tuple[sp.csr_matrix, np.ndarray]]:
+        """Return the halves of so many dense entries of the cells, evenly drawn, and the numbers of these cells."""
+        step = max(1, len(self.cells) * self.chunks.shape[1] // n_entries)
+        cells = self.cells[::step]
+        counts = self.chunks.take(cells)
+        return [(half, cells) for key in self.keys for half in halves(counts, key, cells)]
 
     def totals(self) -> list[np.ndarray]:
         """Return the molecules of each gene in each half."""
@@ -289,7 +298,10 @@ class TrialLearner(Learner):
         return self._fits[half].of_cells(np.searchsorted(self._cells, cells))
 
     def refit(self, counts: Counts, setting: Any, rng: np.random.Generator) -> Profiles:
-        return self.method.denoise_counts(counts, rng)
+        profiles = self.method.denoise_counts(counts, rng)
+        if not isinstance(profiles, ScaledProfiles) or self.refinement == AS_IT_IS:
+            return profiles
+        return profiles.refined(counts.chunks, self.refinement)
 
     def learned(self, setting: Any) -> Learned:
         values = {}

@@ -20,7 +20,7 @@ import numpy as np
 import scipy.optimize
 import scipy.sparse as sp
 
-from .._blocks import Block, Chunks, InMemory, Partial
+from .._blocks import Block, Chunks, Partial, as_chunks
 from .._counts import column_sums, row_sums
 from .._dealing import row_keys
 from .._split import halves
@@ -141,7 +141,7 @@ def learn_components(
     scores, boolean, None for all. `n_passes` are those of the factorisation; 3 are enough to compare candidates. It
     starts from vectors that are known to be near each part's components (`used_vectors`), or from random ones.
     """
-    chunks = chunks if isinstance(chunks, Chunks) else InMemory(chunks)
+    chunks = as_chunks(chunks)
     learned, mean_rows = _without_vectors(chunks, transform, parts, used)
     if starts is None:
         starts = [start_block(int(each.used.sum()), n_components, rng) for each in learned]

@@ -26,12 +26,13 @@ from ._components import (
     worth_from,
     worth_of_halves,
 )
+from ._populations import Populations
 from ._profiles import LowRankProfiles, profiles_in_blocks, ratio
 
 _MOST_COMPONENTS = 100  # learned beyond the mean profile unless another number is asked for
 _COMPARED_CELLS = 5_000  # that settings are compared on
 _FURTHER_PASSES = 2  # over all cells, for components that start from those of some cells
-_SCALED = 20_000_000  # dense entries of the cells that all but the last round of scaling genes look at
+SCALED = 100_000_000  # dense entries of the cells that populations, and all but the last scale of genes, look at
 _KEPT = ("gene_weights", "used", "mean", "gene_share")  # of components, in a model file
 _TITLES = {"log1p": "PCA of log1p", "sqrt": "PCA of square roots", "none": "PCA of counts"}
 
@@ -165,13 +166,14 @@ class PCALearner(Learner):
         chunks, weights = counts.chunks, self._full_weights(setting)
         starts = [self._fits[0].components.used_vectors]
         (components,) = self._learn(chunks, rng=rng, n_passes=_FURTHER_PASSES + 1, starts=starts)
-        step = max(1, chunks.shape[0] * chunks.shape[1] // _SCALED)
-        some = components.weighted_profiles(chunks.take(np.arange(0, chunks.shape[0], step)), weights).scaled()
+        step = max(1, chunks.shape[0] * chunks.shape[1] // SCALED)
+        counts_of_some = chunks.take(np.arange(0, chunks.shape[0], step))
+        some = components.weighted_profiles(counts_of_some, weights).scaled().refined(counts_of_some, self.refinement)
 
         profiles = profiles_in_blocks(
             chunks, counts.size, some, lambda block, scale: components.weighted_profiles(block.counts, weights, scale)
         )
-        self.model = PCAModel(components, weights, profiles.gene_scale)
+        self.model = PCAModel(components, weights, profiles.gene_scale, profiles.populations)
         return profiles
 
     def learned(self, setting: Shrinkage) -> Learned:
@@ -203,11 +205,12 @@ class PCALearner(Learner):
 
 @dataclass(frozen=True, eq=False)
 class PCAModel:
-    """A fitted PCA regression, which denoises other cells too: the weight of each component, and the scale of genes."""
+    """A fitted PCA regression, which denoises other cells too: weights of components, scale of genes, populations."""
 
     components: Components
     weights: np.ndarray
     gene_scale: np.ndarray
+    populations: Populations
 
     @property
     def name(self) -> str:
@@ -217,7 +220,7 @@ class PCAModel:
     def predict(self, counts: sp.csr_matrix, codes: np.ndarray | None = None) -> LowRankProfiles:
         """Return the denoised profiles of cells, CSR of shape (cells, genes); genes keep the scale of the fit."""
         found = self.components.weighted_profiles(counts, self.weights, self.gene_scale)
-        return found.checked("the output of the PCA").scaled(n_rounds=0)
+        return found.checked("the output of the PCA").of_populations(self.populations).scaled(n_rounds=0)
 
     def learned(self) -> Learned:
         """Return what is worth writing down."""
@@ -227,8 +230,9 @@ class PCAModel:
     def state(self) -> State:
         """Return what a model file keeps of it."""
         own = self.components
-        values = {"transform": own.transform.name, "target": own.transform.target}
-        arrays = {"components": own.vectors, "weights": self.weights, "gene_scale": self.gene_scale}
+        values, arrays = self.populations.state()
+        values |= {"transform": own.transform.name, "target": own.transform.target}
+        arrays |= {"components": own.vectors, "weights": self.weights, "gene_scale": self.gene_scale}
         return State("pca", values, arrays | {name: getattr(own, name) for name in _KEPT})
 
     @classmethod
@@ -238,4 +242,4 @@ class PCAModel:
         vectors, transform = arrays["components"], Transform(state.values["transform"], state.values["target"])
         unknown = np.zeros(vectors.shape[1], np.float32)
         components = Components(transform=transform, vectors=vectors, singular_values=unknown, **kept)
-        return cls(components, arrays["weights"], arrays["gene_scale"])
+        return cls(components, arrays["weights"], arrays["gene_scale"], Populations.from_state(state))

@@ -10,15 +10,24 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import scipy.sparse as sp
 
-from .._blocks import Block, Chunks, Partial
+from .._blocks import Block, Chunks, Partial, as_chunks
 from .._threads import in_threads
 from .._transform import Link, rates
 from ..partitions import Rows
+from ._populations import (
+    AS_IT_IS,
+    Populations,
+    Refinement,
+    clusters_of,
+    factors_of,
+    populations_of,
+    roots,
+    sketch_of,
+    sums_of,
+)
 
 _BLOCK = 1 << 20  # dense entries rebuilt at a time, 4 MB
-# Of the mean profile; 0.1 to 0.2 gained the same to 0.001 on three data sets, 0 lost 0.003 to 0.012.
-_FLOOR = np.float32(0.15)
-_FLOOR_CAP = np.float32(0.3)  # molecules
+_CLUSTERED = 20_000_000  # dense entries of the cells that populations are found among
 
 # Outputs whose rate, scaled and added over genes, is far from float32's end.
 _LARGEST_OUTPUT: dict[Link, float] = {"exp": 1e4, "log1p": 60.0, "sqrt": 1e12, "none": 1e12}
@@ -26,6 +35,9 @@ _CHECKED = 5_000_000  # dense entries checked at a time
 
 _TOTALS_OFF = 1e-3  # how far genes may be from their totals, on average, where these count as right
 _MOST_ROUNDS = 100
+
+_SCALES = ("cell_scale", "row_scale", "population")  # of cells, as they are kept
+N_SCALES = len(_SCALES)
 
 Index = slice | np.ndarray
 
@@ -60,11 +72,9 @@ class Profiles(ABC):
 
 @dataclass(frozen=True, eq=False)
 class ScaledProfiles(Profiles):
-    """Expected counts row_scale * max(cell_scale * gene_scale * rates, floor), from rates of any kind.
+    """Expected counts row_scale * max(cell_scale * factor * gene_scale * rates, floor), from rates of any kind.
 
-    The floor is 0.15 min(mean profile at the cell's depth, 0.3 molecules). Noise left in a denoised value pushes rates
-    to zero, and a zero claims a certainty that no cell's few molecules give; the floor takes that bias away. It is
-    capped because a gene that the mean profile gives many molecules is told from zero well enough.
+    The factor of a gene, and the floor, are those of the cell's population (`sc_noise2self.methods._populations`).
     """
 
     gene_scale: np.ndarray  # gives every gene its observed total
@@ -72,6 +82,8 @@ class ScaledProfiles(Profiles):
     row_scale: np.ndarray  # and after it
     gene_share: np.ndarray  # the mean profile: share of all molecules that each gene has
     size: np.ndarray  # molecules observed in each cell: the depth that expected counts are given at
+    population: np.ndarray  # of each cell, whole numbers
+    populations: Populations
     source: ClassVar[str]  # what rates are made of, with a row for each cell
 
     @property
@@ -79,7 +91,7 @@ class ScaledProfiles(Profiles):
         return len(self.size), len(self.gene_share)
 
     def of_cells(self, cells: np.ndarray) -> Self:
-        names = (self.source, "cell_scale", "row_scale", "size")
+        names = (self.source, "cell_scale", "row_scale", "size", "population")
         return replace(self, **{name: getattr(self, name)[cells] for name in names})
 
     @abstractmethod
@@ -92,17 +104,21 @@ class ScaledProfiles(Profiles):
 
     def scale_cells(self) -> np.ndarray:
         """Set the scales that give every cell its size, in one pass; return what each gene adds up to, float64."""
+        return self.sums_of_populations().sum(axis=0)
+
+    def sums_of_populations(self) -> np.ndarray:
+        """Do the same, and return what the genes of each population's cells add up to, shape (populations, genes)."""
+        own = self.populations
 
         def of_rows(rows: slice) -> np.ndarray:
             block = self._rates_to_scale(rows)
             block *= self.gene_scale
-            self.cell_scale[rows] = ratio(self.size[rows], block.sum(axis=1))
-            block *= self.cell_scale[rows, None]
-            np.maximum(block, self._floor(rows), out=block)
-            self.row_scale[rows] = ratio(self.size[rows], block.sum(axis=1))
-            return self.row_scale[rows] @ block
+            found = own.nearest(block)
+            self.population[rows] = found
+            self.cell_scale[rows], self.row_scale[rows] = own.refine(block, found, self.size[rows])
+            return sums_of(block, found, len(own.factors))
 
-        totals = np.zeros(self.shape[1])
+        totals = np.zeros(own.factors.shape)
         for of_block in in_threads(of_rows, self.rows()):
             totals += of_block
         return totals
@@ -124,23 +140,70 @@ class ScaledProfiles(Profiles):
             totals = self.scale_cells()
             if n_rounds is None and _mean_deviation(totals, target) <= _TOTALS_OFF:
                 return self
-            self.gene_scale[:] *= ratio(target, totals)
+            # What is scaled must not change which population a cell belongs to.
+            scale = self.gene_scale if len(self.populations.factors) == 1 else self.populations.factors
+            scale *= ratio(target, totals)
         self.scale_cells()
         return self
 
     def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
         out = self._rates(cells, genes)
         out *= self.gene_scale[genes]
-        out *= self.cell_scale[cells][:, None]
-        np.maximum(out, self._floor(cells, genes), out=out)
-        out *= self.row_scale[cells][:, None]
+        scales = (np.asarray(self.cell_scale[cells]), np.asarray(self.row_scale[cells]))
+        population = np.asarray(self.population[cells]).astype(np.intp)
+        self.populations.refine_scaled(out, population, self.size[cells], scales, genes)
         return out
 
-    def _floor(self, cells: Index, genes: Index = slice(None)) -> np.ndarray:
-        floor = np.multiply.outer(self.size[cells], self.gene_share[genes])
-        np.minimum(floor, _FLOOR_CAP, out=floor)
-        floor *= _FLOOR
-        return floor
+    def scales(self) -> np.ndarray:
+        """Return what is kept of cells beside scores: both scales and the population, float32 of shape (cells, 3)."""
+        return np.stack([getattr(self, name) for name in _SCALES], axis=1)
+
+    def scales_of_genes(self) -> np.ndarray:
+        """Return what is kept of genes beside loadings: their scale, then, by population, factors and shares."""
+        own, columns = self.populations, [self.gene_scale]
+        if len(own.factors) > 1 or own.height:
+            columns += [*own.factors, *own.shares]
+        return np.stack(columns, axis=1)
+
+    def of_populations(self, populations: Populations) -> Self:
+        """Return these profiles refined by populations that were learned elsewhere; cells have no scale yet."""
+        if populations.changes_nothing:
+            return self
+        population, cell_scale, row_scale = np.zeros((3, len(self.size)), np.float32)
+        return replace(self, populations=populations, population=population, cell_scale=cell_scale, row_scale=row_scale)
+
+    def refined(self, observed: sp.csr_matrix | Chunks, refinement: Refinement, n_rounds: int | None = None) -> Self:
+        """Return these profiles, scaled, by what their populations say; `observed` they were predicted from.
+
+        `n_rounds` is that of `scaled`.
+        """
+        if refinement == AS_IT_IS:
+            return self
+        centers = self._centers(refinement.n_populations)
+        n_populations, ones = len(centers), np.ones(centers.shape, np.float32)
+        found = self.of_populations(Populations(centers, ones, ones, 0.0)) if n_populations > 1 else self
+        expected = found.sums_of_populations()
+        population = found.population.astype(np.intp)
+
+        def of_block(block: Block) -> Partial:
+            return Partial([sums_of(block.counts, population[block.cells], n_populations)])
+
+        molecules = as_chunks(observed).run(of_block).sums[0]
+        populations = populations_of(molecules, expected, centers, refinement.height)
+        if n_populations > 1 and refinement.height:
+            expected = self.of_populations(populations).sums_of_populations()
+            populations = replace(populations, factors=populations.factors * factors_of(molecules, expected))
+        return replace(self.of_populations(populations), gene_scale=self.gene_scale.copy()).scaled(n_rounds)
+
+    def _centers(self, n_populations: int) -> np.ndarray:
+        """Return the mean square roots of profiles in clusters of cells, shape (clusters, genes)."""
+        if n_populations == 1:
+            return np.zeros((1, self.shape[1]), np.float32)
+        cells = np.flatnonzero(self.size)
+        some = self.of_cells(cells[:: max(1, len(cells) * self.shape[1] // _CLUSTERED)])
+        points = np.concatenate(list(in_threads(lambda rows: roots(some.counts(rows)), some.rows())))
+        labels = clusters_of(sketch_of(points), n_populations)
+        return (sums_of(points, labels, int(labels.max()) + 1) / np.bincount(labels)[:, None]).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,12 +297,12 @@ class TableProfiles(ScaledProfiles):
 
 def _no_scales(
     size: np.ndarray, gene_share: np.ndarray, gene_scale: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, Populations]:
     """Return the attributes of `ScaledProfiles` before cells are scaled."""
     gene_share, size = gene_share.astype(np.float32), size.astype(np.float32)
     gene_scale = (gene_share > 0) * np.float32(1 if gene_scale is None else gene_scale)
-    cell_scale, row_scale = np.zeros((2, len(size)), np.float32)
-    return gene_scale, cell_scale, row_scale, gene_share, size
+    cell_scale, row_scale, population = np.zeros((3, len(size)), np.float32)
+    return gene_scale, cell_scale, row_scale, gene_share, size, population, Populations.one(gene_share)
 
 
 def mean_profiles(size: np.ndarray, totals: np.ndarray) -> LowRankProfiles:
@@ -263,24 +326,26 @@ def profiles_in_blocks(
     """
 
     def of_totals(block: Block) -> Partial:
-        return Partial([unscaled(block, gene_scale).scale_cells()])
+        return Partial([unscaled(block, gene_scale).of_populations(populations).scale_cells()])
 
-    gene_scale, target = some.gene_scale, some.gene_share * size.sum()
+    gene_scale, populations, target = some.gene_scale, some.populations, some.gene_share * size.sum()
     for _ in range(_MOST_ROUNDS):
         totals = chunks.run(of_totals).sums[0]
-        gene_scale = gene_scale * ratio(target, totals)
+        if len(populations.factors) == 1:
+            gene_scale = gene_scale * ratio(target, totals)
+        else:
+            populations = replace(populations, factors=populations.factors * ratio(target, totals))
         if _mean_deviation(totals, target) <= 3 * _TOTALS_OFF:
             break
 
     def of_cells(block: Block) -> Partial:
-        found = unscaled(block, gene_scale)
+        found = unscaled(block, gene_scale).of_populations(populations)
         found.scale_cells()
-        return Partial(rows=(found.scores, np.column_stack([found.cell_scale, found.row_scale])))
+        return Partial(rows=(found.scores, found.scales()))
 
-    found: Sequence[Any] = chunks.rows(of_cells, (some.scores.shape[1], 2))
-    scores, cell_scale, row_scale = found[0], found[1][:, 0], found[1][:, 1]
-    of_all = {"scores": scores, "cell_scale": cell_scale, "row_scale": row_scale, "size": size.astype(np.float32)}
-    return replace(some, gene_scale=gene_scale, **of_all)
+    found: Sequence[Any] = chunks.rows(of_cells, (some.scores.shape[1], N_SCALES))
+    of_all = scales_from(found[1]) | {"scores": found[0], "size": size.astype(np.float32)}
+    return replace(some, gene_scale=gene_scale, populations=populations, **of_all)
 
 
 def _mean_deviation(totals: np.ndarray, target: np.ndarray) -> float:
@@ -352,11 +417,27 @@ class MixedProfiles(Profiles):
         return out
 
 
+def split_scales_of_genes(
+    scales: np.ndarray, gene_share: np.ndarray, n: int, height: float
+) -> tuple[np.ndarray, Populations, np.ndarray]:
+    """Return the scale of genes and the populations that `scales_of_genes` wrote first, and the columns that follow."""
+    n, gene_scale, rest = int(n), scales[:, 0], scales[:, 1:]
+    if n == 1 and not height:
+        return gene_scale, Populations.one(gene_share), rest
+    factors, shares = (np.ascontiguousarray(each.T) for each in (rest[:, :n], rest[:, n : 2 * n]))
+    return gene_scale, Populations(np.zeros((n, 0), np.float32), factors, shares, float(height)), rest[:, 2 * n :]
+
+
+def scales_from(scales: Any) -> dict[str, Any]:
+    """Return the attributes that `ScaledProfiles.scales` was made of."""
+    return {name: scales[:, i] for i, name in enumerate(_SCALES)}
+
+
 def in_memory(profiles: Profiles) -> Profiles:
     """Return profiles whose scores and scales of cells are NumPy arrays, where they were Dask's."""
     if not isinstance(profiles, LowRankProfiles) or isinstance(profiles.scores, np.ndarray):
         return profiles
     import dask
 
-    scores, cell_scale, row_scale = dask.compute(profiles.scores, profiles.cell_scale, profiles.row_scale)
-    return replace(profiles, scores=scores, cell_scale=cell_scale, row_scale=row_scale)
+    scores, scales = dask.compute(profiles.scores, profiles.scales())
+    return replace(profiles, scores=scores, **scales_from(scales))

@@ -1,0 +1,353 @@
+"""Populations of cells, what each says of its genes' rates, and a floor that no rate falls below.
+
+A denoiser's errors pull rates of genes that a cell does not have away from zero, and push others below it. The
+molecules of a population of cells say which is which. Two things are learned for each population k and gene g, from the
+molecules T_kg that were observed in it and M_kg that the denoiser gives it:
+
+* the factor that its rates are multiplied by. T is negative binomial around M: the true rate over the denoiser's is
+  Gamma distributed with mean 1 and variance phi, so the factor is (1 + phi T) / (1 + phi M), as in
+  `sc_noise2self.methods._mixing`, averaged over what phi may be. A prior over phi is learned for each pair of
+  populations: for k, from all genes whose home is the other, the one where the denoiser gives them most. So a
+  population learns at once that it has none of another's genes, and that where it has no molecule it has none.
+* the floor, a share (the height) of the probability m / (1 + m) that a cell shows the gene whose rate is exponentially
+  distributed around m = Q_kg n_i, the rate in a cell of n_i molecules with the profile Q_k of the population. A zero
+  claims a certainty that a few molecules do not give; a gene of many molecules is told from zero well enough.
+
+How many populations and which height: what predicts held-out molecules best. The factors of a cell are then learned
+from other cells, since they would repeat its own counts in small populations.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import scipy.sparse as sp
+from scipy.special import gammaln
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+
+from .._counts import row_sums
+from .._model import State
+from .._threads import in_threads
+from ..partitions import Fold
+
+Index = slice | np.ndarray
+Scales = tuple[np.ndarray, np.ndarray]
+"""Both scales of cells, before the floor and after it, float32 of shape (cells,) each."""
+
+_compiled = numba.njit(nogil=True, cache=True)
+
+PHI = np.concatenate([[0], np.geomspace(0.003, 1e4, 15)])
+"""The grid of phi; the last is a Gamma distribution of nearly 0 or nearly any rate."""
+HEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0)
+_STEPS = 200  # of expectation maximisation, at most
+_STILL = 1e-4  # change of a prior that ends it
+_KEPT = ("centers", "factors", "shares")
+_LARGEST = np.float32(1e6)  # factor
+_SKETCH = 100  # random projections that profiles are clustered by
+_LEAST_CELLS = 10  # of a population, on average
+
+
+class Refinement(NamedTuple):
+    """How profiles are refined: by how many populations, and with a floor of which height."""
+
+    n_populations: int = 1
+    height: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.n_populations} populations, floor {self.height:g}"
+
+
+AS_IT_IS = Refinement()
+
+
+@dataclass(frozen=True, eq=False)
+class Populations:
+    """What was learned of populations of cells, for a denoiser.
+
+    Attributes
+    ----------
+    centers
+        Mean square roots of the profiles of each population's cells, shape (populations, genes): a cell belongs to the
+        nearest.
+    factors
+        What the rates of each population's cells are multiplied by, shape (populations, genes).
+    shares
+        The profile of each population, shape (populations, genes); a cell without any rates has it.
+    height
+        Height of the floor, 0 for none.
+    """
+
+    centers: np.ndarray
+    factors: np.ndarray
+    shares: np.ndarray
+    height: float
+
+    @classmethod
+    def one(cls, gene_share: np.ndarray) -> Populations:
+        """Return one that changes nothing, with the mean profile."""
+        shares = gene_share[None].astype(np.float32)
+        return cls(np.zeros_like(shares), np.ones_like(shares), shares, 0.0)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return the values and arrays that a model file keeps."""
+        return {"floor": float(self.height)}, {f"population_{name}": getattr(self, name) for name in _KEPT}
+
+    @classmethod
+    def from_state(cls, state: State) -> Populations:
+        """Return those of a model file."""
+        centers, factors, shares = (state.arrays[f"population_{name}"] for name in _KEPT)
+        return cls(centers, factors, shares, state.values["floor"])
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether there is one population, without a floor and with factors of 1."""
+        return len(self.factors) == 1 and self.height == 0 and bool((self.factors == 1).all())
+
+    def nearest(self, expected: np.ndarray) -> np.ndarray:
+        """Return the population of each cell, shape (cells,), from rates of all genes."""
+        if len(self.centers) == 1:
+            return np.zeros(len(expected), np.intp)
+        return _nearest(roots(expected), self.centers)
+
+    def refine(self, rates: np.ndarray, population: np.ndarray, size: np.ndarray) -> Scales:
+        """Make refined expected counts of rates of all genes, in place, and return both scales of cells."""
+        scales = np.empty((2, len(rates)), np.float32)
+        _refine(rates, population, self.factors, self.shares, np.float32(self.height), size, *scales)
+        return scales[0], scales[1]
+
+    def refine_scaled(
+        self, rates: np.ndarray, population: np.ndarray, size: np.ndarray, scales: Scales, genes: Index
+    ) -> None:
+        """Do the same where scales are known, for some genes."""
+        factors, shares = (np.ascontiguousarray(each[:, genes]) for each in (self.factors, self.shares))
+        _apply(rates, population, factors, shares, np.float32(self.height), size, *scales)
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "nnan", "nsz"})  # sums in any order
+def _refine(
+    rates: np.ndarray,
+    population: np.ndarray,
+    factors: np.ndarray,
+    shares: np.ndarray,
+    height: np.float32,
+    size: np.ndarray,
+    cell_scale: np.ndarray,
+    row_scale: np.ndarray,
+) -> None:
+    for i in range(len(rates)):
+        row, factor, share, n = rates[i], factors[population[i]], shares[population[i]], size[i]
+        total = 0.0
+        for g in range(len(row)):
+            row[g] *= factor[g]
+            total += row[g]
+        cell_scale[i] = n / total if total > 0 else 0
+        if cell_scale[i] == 0:
+            row_scale[i] = 1
+            for g in range(len(row)):
+                row[g] = n * share[g]
+            continue
+        raised = 0.0
+        for g in range(len(row)):
+            m = n * share[g]
+            row[g] = max(row[g] * cell_scale[i], height * (m / (1 + m)))
+            raised += row[g]
+        row_scale[i] = n / raised if raised > 0 else 0
+        for g in range(len(row)):
+            row[g] *= row_scale[i]
+
+
+@_compiled
+def _apply(
+    rates: np.ndarray,
+    population: np.ndarray,
+    factors: np.ndarray,
+    shares: np.ndarray,
+    height: np.float32,
+    size: np.ndarray,
+    cell_scale: np.ndarray,
+    row_scale: np.ndarray,
+) -> None:
+    for i in range(len(rates)):
+        row, factor, share, n = rates[i], factors[population[i]], shares[population[i]], size[i]
+        if cell_scale[i] == 0:
+            for g in range(len(row)):
+                row[g] = n * share[g]
+            continue
+        for g in range(len(row)):
+            m = n * share[g]
+            row[g] = max(row[g] * factor[g] * cell_scale[i], height * (m / (1 + m))) * row_scale[i]
+
+
+def roots(expected: np.ndarray) -> np.ndarray:
+    """Return square roots of the profiles of cells, whose distances are those of Hellinger; empty cells stay 0."""
+    total = expected.sum(axis=1, keepdims=True)
+    return np.sqrt(expected / np.where(total > 0, total, 1))
+
+
+def _nearest(points: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    return np.argmin(np.square(centers).sum(axis=1) - 2 * (points @ centers.T), axis=1)
+
+
+def sketch_of(points: np.ndarray) -> np.ndarray:
+    """Return random projections of points, which keep their distances (Johnson & Lindenstrauss 1984)."""
+    projections = np.random.default_rng(0).standard_normal((points.shape[1], _SKETCH), np.float32)
+    return points @ projections
+
+
+def clusters_of(sketch: np.ndarray, n_clusters: int) -> np.ndarray:
+    """Return the cluster of each point by k-means, numbered from 0 without gaps, shape (points,)."""
+    if n_clusters == 1:
+        return np.zeros(len(sketch), np.intp)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # there may be fewer distinct points
+        labels = KMeans(n_clusters, n_init=1, random_state=0).fit_predict(sketch)
+    return np.unique(labels, return_inverse=True)[1]
+
+
+def sums_of(values: sp.csr_matrix | np.ndarray, population: np.ndarray, n_populations: int) -> np.ndarray:
+    """Return sums over the cells of each population, float64 of shape (populations, genes)."""
+    cells = np.arange(len(population))
+    one = sp.csr_matrix((np.ones(len(cells), np.float32), (population, cells)), (n_populations, len(cells)))
+    found = one @ values
+    return np.asarray(found.toarray() if sp.issparse(found) else found, dtype=np.float64)
+
+
+def factors_of(observed: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Return the posterior mean of the true rate over the denoiser's, all of shape (populations, genes)."""
+    expected = np.maximum(expected, 1e-9)
+    out = np.ones(expected.shape, np.float32)
+    if len(expected) == 1:
+        homes = np.zeros(expected.shape[1], np.intp)
+    else:
+        homes = np.argmax(expected / expected.sum(axis=1, keepdims=True), axis=0)
+    order = np.argsort(homes, kind="stable")
+    homes, phi = homes[order], PHI[1:]
+
+    def of_population(k: int) -> np.ndarray:
+        x, m = observed[k, order, None], expected[k, order, None]
+        shape = 1 / phi
+        log = np.log1p(phi * m)
+        curves = np.empty((len(order), len(PHI)))
+        curves[:, :1] = x * np.log(m) - m
+        curves[:, 1:] = gammaln(x + shape) - gammaln(shape) + x * (np.log(phi * m) - log) - shape * log
+        curves -= curves.max(axis=1, keepdims=True)
+        found = np.empty(len(order))
+        values = (1 + PHI * x) / (1 + PHI * m)
+        _posterior_means(np.exp(curves, dtype=np.float32), values.astype(np.float32), homes, found)
+        return found
+
+    for k, found in enumerate(in_threads(of_population, range(len(expected)))):
+        out[k, order] = found
+    return out
+
+
+@numba.njit(nogil=True, cache=True, fastmath=True)
+def _posterior_means(likelihood: np.ndarray, values: np.ndarray, homes: np.ndarray, out: np.ndarray) -> None:
+    """Set `out` to the posterior means of values, shape (genes, grid), each home's under the prior that suits it best.
+
+    Expectation maximisation (nonparametric empirical Bayes, Kiefer & Wolfowitz 1956); `homes` of genes rise.
+    """
+    n_genes, n_grid = likelihood.shape
+    prior, new = np.empty(n_grid, np.float32), np.empty(n_grid, np.float32)
+    start = 0
+    while start < n_genes:
+        stop = start
+        while stop < n_genes and homes[stop] == homes[start]:
+            stop += 1
+        prior[:] = 1 / n_grid
+        for _ in range(_STEPS):
+            new[:] = 0
+            for g in range(start, stop):
+                of_gene = np.float32(0)
+                for j in range(n_grid):
+                    of_gene += prior[j] * likelihood[g, j]
+                scale = np.float32(1) / of_gene
+                for j in range(n_grid):
+                    new[j] += likelihood[g, j] * scale
+            change = 0.0
+            for j in range(n_grid):
+                moved = np.float32(prior[j] * new[j] / (stop - start))
+                change = max(change, abs(moved - prior[j]))
+                prior[j] = moved
+            if change < _STILL:
+                break
+        for g in range(start, stop):
+            total, mean = 0.0, 0.0
+            for j in range(n_grid):
+                weight = prior[j] * likelihood[g, j]
+                total += weight
+                mean += weight * values[g, j]
+            out[g] = mean / total
+        start = stop
+
+
+@dataclass(frozen=True, eq=False)
+class CrossFit:
+    """Populations of the cells of a fold, what holds for a half of the cells learned from the other half."""
+
+    fold: Fold
+    labels: np.ndarray  # the population of each cell
+    halves: Sequence[np.ndarray]  # of the cells, by position
+    populations: Sequence[Populations]  # of each half, the floor at full height
+
+    @classmethod
+    def learned(cls, expected: np.ndarray, fold: Fold, halves: Sequence[np.ndarray], labels: np.ndarray) -> CrossFit:
+        """Return the populations with these labels; `expected` are dense expected counts of the cells."""
+        n_populations = int(labels.max()) + 1
+        found = []
+        for other in reversed(halves):
+            own = labels[other]
+            observed, given = (sums_of(values[other], own, n_populations) for values in (fold.seen, expected))
+            found.append(populations_of(observed, given, np.zeros(given.shape, np.float32), 1.0))
+        return cls(fold, labels, halves, found)
+
+    def probabilities(self, expected: np.ndarray, height: float) -> np.ndarray:
+        """Return the probability of each held-out entry, from expected counts before they are refined."""
+        size, held_out = row_sums(self.fold.seen).astype(np.float32), self.fold.held_out
+        out = np.empty(held_out.nnz)
+        for cells, populations in zip(self.halves, self.populations, strict=True):
+            raised, of_cells = expected[cells], held_out[cells]
+            replace(populations, height=height).refine(raised, self.labels[cells], size[cells])
+            rows = np.repeat(np.arange(len(cells)), np.diff(of_cells.indptr))
+            entries = np.repeat(np.isin(np.arange(len(size)), cells), np.diff(held_out.indptr))
+            out[entries] = raised[rows, of_cells.indices] / np.maximum(size[cells], 1)[rows].astype(np.float64)
+        return out
+
+
+def best_refinement(expected: np.ndarray, fold: Fold, halves: Sequence[np.ndarray]) -> Refinement:
+    """Return the number of populations and the height of the floor that gain most on held-out molecules.
+
+    Every height is tried for one population, two, four and on as long as they gain.
+    """
+    sketch = sketch_of(roots(expected))
+    best, most = AS_IT_IS, -np.inf
+    n_populations = 1
+    while n_populations * _LEAST_CELLS <= len(sketch) or n_populations == 1:
+        fit = CrossFit.learned(expected, fold, halves, clusters_of(sketch, n_populations))
+        found = in_threads(partial(fit.probabilities, expected), HEIGHTS)
+        gains = [fold.gain_of(each).mean for each in found]
+        if max(gains) <= most:
+            break
+        best, most = Refinement(n_populations, HEIGHTS[int(np.argmax(gains))]), max(gains)
+        n_populations *= 2
+    return best
+
+
+def cross_fit(expected: np.ndarray, fold: Fold, halves: Sequence[np.ndarray], n_populations: int) -> CrossFit:
+    """Return so many populations, learned from expected counts."""
+    return CrossFit.learned(expected, fold, halves, clusters_of(sketch_of(roots(expected)), n_populations))
+
+
+def populations_of(observed: np.ndarray, expected: np.ndarray, centers: np.ndarray, height: float) -> Populations:
+    """Return populations from what was observed of their genes and what the denoiser expects, see `factors_of`."""
+    factors = np.minimum(factors_of(observed, expected), _LARGEST)
+    share = factors * expected
+    share /= np.where((total := share.sum(axis=1, keepdims=True)) > 0, total, 1)
+    return Populations(centers, factors, share.astype(np.float32), height)

@@ -1,0 +1,131 @@
+"""What populations of cells say of their genes: factors by the exact law, floors, and no gene that a cell lacks."""
+
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from helpers import low_rank_profiles, poisson_counts
+from scipy.integrate import quad
+from scipy.stats import gamma, poisson
+
+import sc_noise2self as n2s
+from sc_noise2self.methods._populations import AS_IT_IS, PHI, Refinement, clusters_of, factors_of, sums_of
+from sc_noise2self.methods._profiles import LowRankProfiles, TableProfiles
+
+
+def test_the_factor_is_the_posterior_mean_of_the_true_rate_over_the_expected():
+    """Of one gene, whose prior over phi stays where its likelihood is largest: the Gamma posterior by quadrature."""
+    observed, expected = np.array([[30.0]]), np.array([[12.0]])
+    phi = PHI[np.argmax([_marginal(30, 12, each) for each in PHI])]
+    prior = gamma(1 / phi, scale=phi)
+    top, bottom = (
+        quad(lambda r, power=power: r**power * prior.pdf(r) * poisson.pmf(30, 12 * r), 0, 20, limit=400)[0]
+        for power in (1, 0)
+    )
+    assert factors_of(observed, expected)[0, 0] == pytest.approx(top / bottom, rel=0.05)
+
+
+def _marginal(observed, expected, phi):
+    if phi == 0:
+        return poisson.pmf(observed, expected)
+    prior = gamma(1 / phi, scale=phi)
+    return quad(lambda r: prior.pdf(r) * poisson.pmf(observed, expected * r), 0, 20, limit=400)[0]
+
+
+def test_factors_of_a_denoiser_that_is_right_are_one():
+    rng = np.random.default_rng(0)
+    expected = rng.gamma(0.5, 20, (4, 3000))
+    factors = factors_of(rng.poisson(expected), expected)
+    assert np.sqrt(np.mean(np.square(factors - 1))) < 0.05  # where 20 molecules alone would tell 0.2
+    assert np.average(np.abs(factors - 1), weights=expected) < 0.005
+
+
+@pytest.mark.parametrize("phi", [0.1, 1.0])
+def test_factors_are_nearer_the_truth_than_one_or_the_ratio(phi):
+    rng = np.random.default_rng(1)
+    expected = rng.gamma(0.5, 20, (3, 4000)) + 0.1
+    truth = rng.gamma(1 / phi, phi, expected.shape)
+    observed = rng.poisson(expected * truth)
+    off = [
+        np.average(np.square(found - truth), weights=expected)
+        for found in (factors_of(observed, expected), np.ones(expected.shape), observed / expected)
+    ]
+    assert off[0] < min(off[1:])
+
+
+def test_genes_of_another_population_are_known_to_be_absent():
+    """What one gene is too rare to tell, all genes of that home tell together."""
+    rng = np.random.default_rng(2)
+    expected = np.vstack([np.full(2000, 0.2), np.full(2000, 20.0)])
+    expected[:, 1000:] = expected[::-1, 1000:]
+    observed = rng.poisson(np.where(expected > 1, expected, 0))
+    factors = factors_of(observed, expected)
+    assert factors[expected < 1].max() < 0.01
+    assert np.sqrt(np.mean(np.square(factors[expected > 1] - 1))) < 0.05
+
+
+def test_populations_are_numbered_without_gaps_also_where_points_coincide():
+    points = np.repeat(np.eye(3, dtype=np.float32), 5, axis=0)
+    assert sorted(set(clusters_of(points, 8))) == [0, 1, 2]
+    assert (clusters_of(points, 1) == 0).all()
+
+
+def test_sums_of_populations_are_those_of_their_cells():
+    values = np.random.default_rng(0).poisson(2, (7, 3))
+    labels = np.array([0, 2, 2, 0, 2, 0, 0])
+    for given in (sp.csr_matrix(values), values):
+        np.testing.assert_array_equal(sums_of(given, labels, 3)[[0, 2]], [values[labels == k].sum(0) for k in (0, 2)])
+
+
+@pytest.mark.parametrize("refinement", [Refinement(1, 0.5), Refinement(4, 0.0), Refinement(4, 1.0)], ids=str)
+@pytest.mark.parametrize("kind", ["low rank", "table"])
+def test_refined_profiles_keep_sizes_and_gene_totals_and_stand_above_the_floor(kind, refinement):
+    rng = np.random.default_rng(3)
+    truth = low_rank_profiles(240, 60, 4, seed=0)
+    counts = poisson_counts(truth, depth=400, seed=1)
+    size, totals = (np.asarray(counts.sum(axis)).ravel() for axis in (1, 0))
+    noisy = truth * rng.gamma(3, 1 / 3, truth.shape)
+    if kind == "table":
+        profiles = TableProfiles.of(noisy, size, totals / totals.sum())
+    else:
+        u, s, vt = np.linalg.svd(noisy, full_matrices=False)
+        scores, loadings = ((u * s)[:, :8]).astype(np.float32), vt[:8].T.astype(np.float32)
+        profiles = LowRankProfiles.unscaled("none", scores, loadings, size, totals / totals.sum())
+    plain = profiles.scaled()
+    found = plain.refined(counts, refinement)
+    expected = found.counts()
+    np.testing.assert_allclose(expected.sum(axis=1), size, rtol=1e-4)
+    assert np.mean(np.abs(expected.sum(axis=0) / totals - 1)[totals > 0]) < 2e-3
+    own = found.populations
+    m = size[:, None] * own.shares[found.population.astype(int)]
+    assert (expected >= found.row_scale[:, None] * own.height * m / (1 + m) * 0.999).all()
+    np.testing.assert_array_equal(found.counts(np.array([5, 0]), np.array([7, 3])), expected[[5, 0]][:, [7, 3]])
+    np.testing.assert_array_equal(found.of_cells(np.array([9, 2])).counts(), expected[[9, 2]])
+    assert plain.refined(counts, AS_IT_IS) is plain
+
+
+def two_species(n_cells=400, n_genes=300, depth=1000, seed=0):
+    """Return counts of cells of two kinds that share no gene, shuffled, with the kind of each cell and gene."""
+    rng = np.random.default_rng(seed)
+    parts = [poisson_counts(low_rank_profiles(n_cells, n_genes, 3, seed=i), depth=depth, seed=i) for i in (1, 2)]
+    order = rng.permutation(2 * n_cells)
+    counts = sp.block_diag(parts).tocsr()[order]
+    return counts, np.repeat([0, 1], n_cells)[order], np.repeat([0, 1], n_genes)
+
+
+def foreign_share(expected, cells, genes):
+    return max(expected[cells == kind][:, genes != kind].sum() / expected[cells == kind].sum() for kind in (0, 1))
+
+
+@pytest.mark.parametrize("method", ["pca", "knn", "diffusion", "autoencoder", "ensemble"])
+def test_no_method_gives_a_cell_the_genes_of_another_species(method):
+    """The share of molecules on genes of the other, which is 0, stays below 1e-4."""
+    counts, cells, genes = two_species()
+    adata = ad.AnnData(counts)
+    given = n2s.Autoencoder(width=8, n_epochs=10) if method == "autoencoder" else method
+    if method == "ensemble":
+        given = ["pca", "knn", n2s.Autoencoder(width=8, n_epochs=10)]
+    n2s.denoise(adata, given)
+    assert foreign_share(adata.layers["denoised"], cells, genes) < 1e-4
