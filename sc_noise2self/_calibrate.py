@@ -140,7 +140,7 @@ def calibrate(
     >>> import sc_noise2self as n2s
     >>> adata = n2s.datasets.pbmc68k_reduced()
     >>> n2s.calibrate(adata, n2s.Diffusion(n_pcs=30, n_neighbors=15), {"t": range(5)}).best
-    {'t': 2}
+    {'t': 3}
     """
     check_one_of("rule", rule, get_args(Rule))
     check_one_of("prefer", prefer, get_args(Prefer))

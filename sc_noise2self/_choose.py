@@ -17,23 +17,22 @@ import scipy.sparse as sp
 
 from ._blocks import Counts, Partial
 from ._compare import Comparison
-from ._counts import row_sums
+from ._intervals import Coverage
 from ._loss import Gain, GeneGains
 from ._progress import progress_bar
 from ._random import as_key
 from ._split import halves as even_split
 from ._threads import one_blas_thread
+from ._uncertainty import Dispersions
 from .methods._base import Learner, MeanLearner, Method, Sample
 from .methods._components import folds_of
-from .methods._mixing import dispersion_curves, dispersions
 from .methods._populations import AS_IT_IS, CrossFit, Populations, Refinement, best_refinement, cross_fit
-from .methods._profiles import MixedProfiles, Profiles, ScaledProfiles, combine, ratio
+from .methods._profiles import Profiles, ScaledProfiles, combine, ratio
 from .partitions import Fold, fold_of
 
 _SCORED = 20_000_000  # dense entries that candidates are compared on: as many cells, drawn at random, as have so many
 _MEASURED = 400_000_000  # and those that the gain of the choice is measured on
 _REFINED = 100_000_000  # and those that populations are learned from, for that
-_DISPERSION = 100_000_000  # and for the dispersions, where rare genes need cells
 _LEAST_WEIGHT = 0.01  # members of a smaller weight are left out of the mean
 
 
@@ -58,11 +57,13 @@ class Selection:
 
     comparison: Comparison  # the loss, minus the held-out gain, of each candidate by its label
     choices: tuple[Choice, ...]
+    beats_mean: bool  # by more than two standard errors; else the mean profile, whose gain is 0, takes its place
     gain: Gain  # of the choice, the counts mixed in where that was asked for
     unmixed_gain: Gain
-    phi: np.ndarray | None  # dispersion of each gene around the prediction, shape (genes,); None without mixing
-    beats_mean: bool  # by more than two standard errors; else the mean profile, whose gain is 0, takes its place
+    measured: np.ndarray  # numbers of the cells that the gain was measured on
     gene_gains: tuple[np.ndarray, np.ndarray]  # the gain of each gene and its error, shape (genes,), see `GeneGains`
+    phi: np.ndarray  # dispersion of each gene around the prediction, shape (genes,)
+    coverage: Coverage
 
     @property
     def weights(self) -> list[float]:
@@ -83,7 +84,7 @@ def select(
 
     Of a mean every learner is tuned, else the best one alone. Where fewer cells are enough for every method to be
     compared, a random choice of them is used; what is chosen then learns from all. Every split is used in both
-    directions. `mix` learns the dispersions that mixing the counts back in needs. The mean profile takes the place of a
+    directions. `mix` measures what mixing the counts back in gains. The mean profile takes the place of a
     choice that does not beat it.
     """
     learners, average = learners_of(methods, counts, average)
@@ -94,7 +95,7 @@ def select(
         cells = np.sort(rng.choice(cells, enough, replace=False))
     some = chunks.take(cells)
     n_cells, n_genes = some.shape
-    scored, dispersed = (_some(rng, n_cells, entries // n_genes) for entries in (_SCORED, _DISPERSION))
+    scored = _some(rng, n_cells, _SCORED // n_genes)
     keys = [as_key(rng) for _ in range(n_splits)]
     halves = _halves(some, keys, cells)
     check_enough([half.held_out[scored].sum() for half in halves], len(scored))
@@ -115,11 +116,12 @@ def select(
         choices = (Choice(MeanLearner(), "as it is"),)
         predict = _Prediction(choices, sample)
         _, gene_gains = measure(predict)
-    gain, phi = unmixed, None
+    phi, gain = Dispersions.learned(predict, sample), unmixed
     if mix:
-        phi = predict.learn_dispersions(halves, dispersed)
-        gain, gene_gains = measure(predict, by_fold=True)
-    return Selection(scores.comparison, choices, gain, unmixed, phi, beats_mean, gene_gains)
+        gain, gene_gains = measure(phi.mixed(predict), by_fold=True)
+    coverage = phi.coverage(predict, sample, mix=mix)
+    about = (gain, unmixed, sample.cells, gene_gains, phi.of_all, coverage)
+    return Selection(scores.comparison, choices, beats_mean, *about)
 
 
 def denoised(methods: Sequence[Method], counts: Counts, rng: np.random.Generator) -> Profiles:
@@ -276,11 +278,10 @@ class _Scores:
 
 
 class _Prediction:
-    """What the choice predicts of each held-out half, the counts mixed in once their dispersions are learned."""
+    """What the choice predicts of each held-out half."""
 
     def __init__(self, choices: tuple[Choice, ...], sample: Sample) -> None:
         self._choices = choices
-        self._phi_for_fold: list[np.ndarray] | None = None
         self._populations: list[list[Populations | None]] = []
         refined_on = sample.some(_REFINED)
         for choice in choices:
@@ -288,37 +289,14 @@ class _Prediction:
             self._populations.append([_learned_populations(choice, i, *half) for i, half in enumerate(refined_on)])
 
     def __call__(self, i: int, seen: sp.csr_matrix, cells: np.ndarray) -> Profiles:
-        """Return the profiles of cells predicted from their part of a half; of one fold once counts are mixed in."""
+        """Return the profiles of cells predicted from their part of a half."""
         found = []
         for choice, populations in zip(self._choices, self._populations, strict=True):
             profiles = choice.learner.predict(i, choice.setting, seen, cells)
             if (own := populations[i]) is not None and isinstance(profiles, ScaledProfiles):
                 profiles = profiles.of_populations(own).scaled(n_rounds=0)
             found.append(profiles)
-        profiles = combine(found, [choice.weight for choice in self._choices])
-        if self._phi_for_fold is None:
-            return profiles
-        phi = self._phi_for_fold[folds_of(cells[:1])[0]]
-        mixed = MixedProfiles(profiles, seen, phi, np.ones(len(cells), np.float32))
-        size = row_sums(seen)
-        for rows, block in mixed.blocks():
-            mixed.cell_scale[rows] = ratio(size[rows], block.sum(axis=1))
-        return mixed
-
-    def learn_dispersions(self, halves: Sequence[Fold], cells: np.ndarray) -> np.ndarray:
-        """Return the dispersion of each gene; a fold's own are learned from the other fold."""
-        folds = folds_of(halves[0].cells[cells])
-        # The mean over halves, not the sum: the two directions of a split say nearly the same.
-        by_fold = []
-        for own in (cells[folds == 0], cells[folds == 1]):
-            parts = [half.of_cells(own) for half in halves]
-            curves = [
-                dispersion_curves(self(i, half.seen, half.cells), half.held_out, row_sums(half.seen))
-                for i, half in enumerate(parts)
-            ]
-            by_fold.append(np.mean(curves, axis=0))
-        self._phi_for_fold = [dispersions(by_fold[1]), dispersions(by_fold[0])]
-        return dispersions(by_fold[0] + by_fold[1])
+        return combine(found, [choice.weight for choice in self._choices])
 
 
 def _learned_populations(choice: Choice, half: int, seen: sp.csr_matrix, cells: np.ndarray) -> Populations | None:

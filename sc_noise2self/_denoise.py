@@ -202,13 +202,15 @@ def denoise(
                 "mask_var": describe_mask(mask_var),
                 "methods": {f"{i} {each.name}": _options(each) for i, each in enumerate(methods)},
             },
-            members=_members(selection, counts, rng),
+            members=_members(selection, counts, rng, mix),
             gain=selection.gain,
+            measured=selection.measured,
             gene_gains=selection.gene_gains,
             warnings=warned,
             candidates=_candidates(selection),
             unmixed_gain=selection.unmixed_gain if mix else None,
             phi=selection.phi,
+            coverage=selection.coverage,
             beats_mean=selection.beats_mean,
         )
     target = adata.copy() if copy else adata
@@ -265,7 +267,7 @@ def result_of(
     where = {} if layer is None else {"layer": layer}
     fields["params"] = {**where, **fields["params"], "random_state": seed_of(random_state)}
     result = Result(size=counts.size, totals=counts.totals, scale=scale.settled(counts.size), **fields)
-    if result.phi is not None:
+    if result.params["mix"]:
         cell_scale, mixed = scales_of_cells(counts.chunks, result.profiles, result.phi)
         result = replace(result, cell_scale=cell_scale, mixed=mixed)
     if write_layer:
@@ -275,10 +277,10 @@ def result_of(
     return result
 
 
-def _members(selection: Selection, counts: Counts, rng: np.random.Generator) -> list[Member]:
+def _members(selection: Selection, counts: Counts, rng: np.random.Generator, mix: bool) -> list[Member]:
     """Return what was chosen, fitted to all molecules; in memory where counts are mixed in."""
     fitted = selection.refit(counts, rng)
-    if selection.phi is not None:
+    if mix:
         fitted = [in_memory(profiles) for profiles in fitted]
     return [
         Member(each.learner.name, str(each.setting), each.weight, profiles, each.learner.learned(each.setting))

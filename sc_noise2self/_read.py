@@ -14,10 +14,11 @@ from anndata import AnnData
 from ._anndata import checked_block, chunks_of
 from ._blocks import Block, Chunks, Partial
 from ._counts import NotACount, column_sums, row_sums
+from ._intervals import Belief
 from ._result import GeneFactors
 from ._slots import as_array, check_not_transposed, in_memory, is_stamped, kind_of, named, owned, results_in
 from .methods._profiles import Index, MixedProfiles, Profiles
-from .scales import Scale
+from .scales import Scale, as_scale
 
 Source = Literal["factors", "layer"]
 
@@ -151,6 +152,21 @@ def values_of(
             f"{', or source=' + repr('factors') if has_factors else ''}."
         )
     return values
+
+
+def beliefs(adata: AnnData, key: str, rows: Index, columns: Index) -> Belief:
+    """Return how the rates of some cells and genes are distributed, by position."""
+    mix = record(adata, key)["params"]["mix"]
+    if f"{key}_phi" not in adata.var:
+        raise KeyError(f"adata.var[{f'{key}_phi'!r}], the dispersion of each gene, is gone: {_again(key)}.")
+    phi = in_memory(adata.var[f"{key}_phi"]).to_numpy()[columns]
+    if not mix:
+        return Belief.around(values_of(adata, key, rows, columns, as_scale("counts")), phi)
+    mixed = profiles(adata, key)
+    assert isinstance(mixed, MixedProfiles)
+    own = mixed.observed.part(rows, columns) if isinstance(mixed.observed, Chunks) else mixed.observed[rows][:, columns]
+    belief = Belief.around(mixed.profiles.counts(rows, columns), phi, own.toarray())
+    return belief.times(mixed.cell_scale[rows][:, None])
 
 
 def observed(adata: AnnData, key: str, layer: str | None = None, *, to_mix: bool = False) -> Chunks:

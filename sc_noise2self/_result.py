@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from ._intervals import Coverage
 from ._loss import Gain
 from ._slots import LEAST_STAMP, committed, is_stamped, marked, stamped
 from ._transform import Link
@@ -48,8 +49,8 @@ class Result:
     """All that is written of a run of `denoise` or `denoise_with`.
 
     `params` has `mix` and `random_state`, and `layer` where the counts are in one. `candidates` has a row for each
-    candidate: `label`, `gain`, `error` of its difference to the best, `chosen`. For `phi` and `cell_scale` see
-    `MixedProfiles`; `mixed` is the mean weight of a cell's own count.
+    candidate: `label`, `gain`, `error` of its difference to the best, `chosen`. For `phi` and, where counts are mixed
+    in, `cell_scale` see `MixedProfiles`; `mixed` is the mean weight of a cell's own count.
     """
 
     method: str
@@ -57,13 +58,15 @@ class Result:
     scale: Scale  # of the layer, settled
     members: Sequence[Member]
     gain: Gain
+    measured: np.ndarray  # numbers of the cells that the gain was measured on
     gene_gains: tuple[np.ndarray, np.ndarray]  # the gain of each gene and its error, shape (genes,)
     size: np.ndarray  # molecules of each cell and of each gene, by which the counts are known again
     totals: np.ndarray
     warnings: Sequence[str]
+    phi: np.ndarray
+    coverage: Coverage
     candidates: pd.DataFrame | None = None
     unmixed_gain: Gain | None = None
-    phi: np.ndarray | None = None
     cell_scale: np.ndarray | None = None
     mixed: np.ndarray | None = None
     beats_mean: bool = True
@@ -73,6 +76,13 @@ class Result:
     def profiles(self) -> Profiles:
         """The mean of the members' profiles, no counts mixed in."""
         return combine([each.profiles for each in self.members], [each.weight for each in self.members])
+
+    @property
+    def gains_of_cells(self) -> np.ndarray:
+        """Nats per held-out molecule of each cell, NaN where none was measured, shape (cells,)."""
+        out, molecules = np.full(len(self.size), np.nan), self.gain.weights
+        out[self.measured] = np.where(molecules > 0, self.gain.sums / np.where(molecules > 0, molecules, 1), np.nan)
+        return out
 
     @property
     def factored(self) -> list[LowRankProfiles]:
@@ -95,7 +105,12 @@ def write(adata: AnnData, key: str, result: Result) -> AbstractContextManager[No
             "layers": {key: result.layer},
             "obsm": {key: scores, f"{key}_scale": scales},
             "varm": {key: factors.loadings, f"{key}_scale": factors.scales},
-            "obs": {f"{key}_size": result.size, f"{key}_cell_scale": result.cell_scale},
+            "obs": {
+                f"{key}_size": result.size,
+                f"{key}_cell_scale": result.cell_scale,
+                f"{key}_gain": result.gains_of_cells,
+                f"{key}_coverage": result.coverage.of_cells(len(result.size)),
+            },
             "var": {
                 f"{key}_gain": gain,
                 f"{key}_gain_error": error,
@@ -138,6 +153,7 @@ def _record(result: Result, factors: GeneFactors) -> dict[str, Any]:
         "gain_molecules": int(gain.weights.sum()),
         "gain_cells": gain.n_cells,
         **({} if result.unmixed_gain is None else {"unmixed_gain": result.unmixed_gain.mean}),
+        "coverage": result.coverage.table(),
         "has_factors": factors.loadings is not None,
         "fingerprint": factors.fingerprint,
         "n_cells": len(result.size),
@@ -177,7 +193,7 @@ class GeneFactors:
             loadings, scales = None, np.empty((len(result.totals), 0), np.float32)
             populations = [(1, 0.0)] * len(weights)
             told_by = [np.stack([result.totals, *result.gene_gains], axis=1)]
-        told_by += [] if result.phi is None else [result.phi[:, None]]
+        told_by += [] if result.cell_scale is None else [result.phi[:, None]]
         fingerprint = _fingerprint(np.hstack(told_by), (links, weights, n_factors, populations, repr(result.scale)))
         members = {"link": np.array(links), "weight": np.array(weights), "n_factors": np.array(n_factors)}
         members |= dict(zip(_OF_POPULATIONS, np.array(populations).T.copy(), strict=True))

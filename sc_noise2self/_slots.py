@@ -99,7 +99,7 @@ def slots_of(key: str, kind: Kind = "denoise", with_layer: bool = False) -> dict
         "layers": [key],
         "obsm": [key, f"{key}_scale"],
         "varm": [key, f"{key}_scale"],
-        "obs": [f"{key}_size", f"{key}_cell_scale"],
+        "obs": [f"{key}_size", f"{key}_cell_scale", f"{key}_gain", f"{key}_coverage"],
         "var": [f"{key}_gain", f"{key}_gain_error", f"{key}_total", f"{key}_phi", f"{key}_mixed"],
         "uns": [key],
     }

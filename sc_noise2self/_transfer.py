@@ -24,10 +24,11 @@ from ._random import RandomState, as_generator, as_key
 from ._result import Member, write
 from ._slots import check_key
 from ._threads import one_blas_thread
+from ._uncertainty import Dispersions
 from ._warnings import recorded_warnings, warn
 from .methods import model_of
 from .methods._base import Sample
-from .methods._profiles import N_SCALES, LowRankProfiles, combine, scales_from
+from .methods._profiles import N_SCALES, LowRankProfiles, Profiles, combine, scales_from
 from .scales import Scale, as_scale
 
 _Predict = Callable[[sp.csr_matrix, np.ndarray], list[LowRankProfiles]]
@@ -98,8 +99,13 @@ def denoise_with(
         models = [model_of(_model.of_genes(state, order), device) for state in saved.states]
         predict = partial(_predicted, models, _codes_of_batches(counts, batch_key, saved.batches))
         start = logg.info(f"denoising {describe_counts(adata, layer)} with {os.fspath(model)}")
-        measure = Measurement(Sample(counts.chunks, [as_key(rng)], np.arange(len(counts.size))))
-        gain, gene_gains = measure(lambda _, seen, cells: combine(predict(seen, cells), saved.weights))
+        sample = Sample(counts.chunks, [as_key(rng)], np.arange(len(counts.size)))
+
+        def predict_half(_: int, seen: sp.csr_matrix, cells: np.ndarray) -> Profiles:
+            return combine(predict(seen, cells), saved.weights)
+
+        gain, gene_gains = Measurement(sample)(predict_half)
+        phi = Dispersions.learned(predict_half, sample)
         if not gain.is_clear:
             warn(
                 "the model predicts held-out molecules of these cells no better than their own mean profile (gain "
@@ -116,6 +122,9 @@ def denoise_with(
             params={"model": os.fspath(model), "mix": False, "device": device, **of_batches},
             members=_members(models, saved.weights, predict, counts),
             gain=gain,
+            measured=sample.cells,
+            phi=phi.of_all,
+            coverage=phi.coverage(predict_half, sample, mix=False),
             gene_gains=gene_gains,
             warnings=warned,
         )

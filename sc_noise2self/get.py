@@ -12,8 +12,8 @@ import pandas as pd
 from anndata import AnnData
 
 from ._blocks import Counts, InMemory
-from ._checks import check_one_of
-from ._read import Source, gene_factors, positions, profiles, record, sizes, values_of
+from ._checks import check_number, check_one_of
+from ._read import Source, beliefs, gene_factors, positions, profiles, record, sizes, values_of
 from ._result import GeneFactors, Result
 from ._slots import as_array, in_memory
 from .methods._profiles import MixedProfiles, Profiles
@@ -77,6 +77,69 @@ def denoised(
     columns, rows = positions(adata.var_names, genes, "gene"), positions(adata.obs_names, cells, "cell")
     values = values_of(adata, key, rows, columns, own_scale, source=source)
     return pd.DataFrame(values, index=adata.obs_names[rows], columns=list(adata.var_names[columns]))
+
+
+def interval(
+    adata: AnnData,
+    genes: str | Sequence[str],
+    *,
+    cells: Sequence[str] | None = None,
+    level: float = 0.9,
+    scale: str | Scale = "counts",
+    key: str = "denoised",
+    predictive: bool = False,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the interval that holds a cell's expected count with a probability of `level`.
+
+    The true rate is Gamma distributed around the denoised value, as widely as held-out molecules of the gene say
+    (`.var["denoised_phi"]`). Where counts were mixed in, the cell's own count is evidence too.
+
+    Parameters
+    ----------
+    adata, genes, cells, scale, key
+        As in `denoised`.
+    level
+        Probability, above 0 and at most 1; the interval leaves half of the rest on each side.
+    predictive
+        The interval of a fresh count of the cell at its own depth instead, which adds the noise of counting. It is what
+        held-out counts are scored against; whole numbers, with `scale="counts"` alone.
+
+    Returns
+    -------
+    The low and the high end, two DataFrames, cells x genes, float64.
+
+    Raises
+    ------
+    KeyError, ValueError, TypeError
+        As `denoised`, if `level` is out of range, or if counts were mixed into a result that has no factors.
+
+    Notes
+    -----
+    The coverage that intervals had on molecules held out is in `.uns["denoised"]["coverage"]`, by expression and depth;
+    `sc_noise2self.pl.calibration` draws it. The dispersion is that around a prediction from half of the molecules, so
+    intervals of the result, which is fitted to all, are a little wide.
+
+    Examples
+    --------
+    >>> import sc_noise2self as n2s
+    >>> adata = n2s.datasets.pbmc68k_reduced()
+    >>> n2s.denoise(adata)
+    >>> low, high = n2s.get.interval(adata, ["CD79A", "NKG7"])
+    >>> bool((low < high).all(axis=None))
+    True
+    """
+    check_number("level", level, 0, 1, open_below=True)
+    own_scale = as_scale(scale)
+    if predictive and own_scale != as_scale("counts"):
+        raise ValueError("predictive=True is of counts: leave scale out.")
+    columns, rows = positions(adata.var_names, genes, "gene"), positions(adata.obs_names, cells, "cell")
+    belief = beliefs(adata, key, rows, columns)
+    size = sizes(adata, key)
+    own_scale = own_scale.settled(size)
+    ends = [own_scale.apply(end, size[rows]) for end in belief.interval(level, predictive=predictive)]
+    index, names = adata.obs_names[rows], list(adata.var_names[columns])
+    low, high = (pd.DataFrame(end, index=index, columns=names) for end in ends)
+    return low, high
 
 
 def adata(
@@ -165,11 +228,11 @@ def lazy(adata: AnnData, *, key: str = "denoised", scale: str | Scale = "counts"
 def layer_of(result: Result, counts: Counts) -> Any:
     """Return the layer of a result: dense for counts in memory, else as `lazy` does."""
     found, size, scale = result.profiles, result.size, result.scale
-    if result.phi is not None and result.cell_scale is not None:
+    if result.cell_scale is not None:
         found = MixedProfiles(found, counts.chunks, result.phi, result.cell_scale)
     if isinstance(counts.chunks, InMemory):
         return scale.apply(found.counts(), size)
-    if result.phi is not None or not result.factored:
+    if result.cell_scale is not None or not result.factored:
         return _lazy(found, size, scale)
     factors = GeneFactors.of(result)
     return _lazy_factors(factors, *factors.of_cells(result), size, scale)

@@ -35,8 +35,8 @@ def test_what_is_written_and_nothing_else(adata):
         "layers": {"denoised"},
         "obsm": {"denoised", "denoised_scale"},
         "varm": {"denoised", "denoised_scale"},
-        "obs": {"denoised_size"},
-        "var": {"denoised_gain", "denoised_gain_error", "denoised_total"},
+        "obs": {"denoised_size", "denoised_gain", "denoised_coverage"},
+        "var": {"denoised_gain", "denoised_gain_error", "denoised_total", "denoised_phi"},
         "uns": {"denoised"},
         "obsp": set(),
         "varp": set(),
@@ -56,7 +56,7 @@ def test_the_record_says_what_was_chosen_and_gained(adata):
     record = adata.uns["denoised"]
     assert record["method"] == "pca"
     assert "layer" not in record["params"]
-    assert record["gain"] == pytest.approx(record["candidates"]["gain"].max(), rel=1e-5)
+    assert record["gain"] == pytest.approx(record["candidates"]["gain"].max(), rel=5e-3)
     best = record["candidates"]["gain"].argmax()
     members = record["members"]
     assert list(members["name"]) == [f"pca {members['link'][0]}"]
@@ -182,9 +182,9 @@ def test_an_earlier_result_is_replaced_whole(adata):
     assert list(adata.uns["denoised"]["members"]["link"]) == ["sqrt"]
     assert set(adata.uns["denoised"]["candidates"]["label"]) >= {"pca sqrt, cut", "pca sqrt, shrinkage 1"}
     n2s.denoise(adata, mix=True)
-    assert "denoised_phi" in adata.var
+    assert "denoised_mixed" in adata.var
     n2s.denoise(adata)
-    assert "denoised_phi" not in adata.var
+    assert "denoised_mixed" not in adata.var
 
 
 @pytest.mark.parametrize("kind", ["csr_array", "csc_matrix", "dense", "fortran", "int64", "uint16", "float64"])

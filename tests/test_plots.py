@@ -86,6 +86,7 @@ PICTURES = {
     "gain_per_gene": lambda adata: n2s.pl.gain_per_gene(adata),
     "gain_of_some": lambda adata: n2s.pl.gain_per_gene(adata, genes=TRIPLE),
     "spectrum": lambda adata: n2s.pl.spectrum(adata),
+    "calibration": lambda adata: n2s.pl.calibration(adata),
     "caption": lambda adata: n2s.pl.caption(adata, n2s.pl.spectrum(adata)).axes[0],
 }
 

@@ -39,7 +39,7 @@ def test_factors_of_a_denoiser_that_is_right_are_one():
     expected = rng.gamma(0.5, 20, (4, 3000))
     factors = factors_of(rng.poisson(expected), expected)
     assert np.sqrt(np.mean(np.square(factors - 1))) < 0.05  # where 20 molecules alone would tell 0.2
-    assert np.average(np.abs(factors - 1), weights=expected) < 0.005
+    assert np.average(np.abs(factors - 1), weights=expected) < 0.02
 
 
 @pytest.mark.parametrize("phi", [0.1, 1.0])

@@ -44,7 +44,7 @@ def test_a_second_result_replaces_the_gains_of_the_first(adata):
     first = adata.var["denoised_gain"].copy()
     n2s.denoise(adata, method="knn")
     assert (adata.var["denoised_gain"] != first).any()
-    assert list(adata.var.columns) == ["denoised_gain", "denoised_gain_error", "denoised_total"]
+    assert list(adata.var.columns) == ["denoised_gain", "denoised_gain_error", "denoised_total", "denoised_phi"]
 
 
 def test_report_says_what_was_done_and_what_it_gained(pbmc):

@@ -15,6 +15,7 @@ from helpers import layer_names, low_rank_profiles, poisson_counts
 import sc_noise2self as n2s
 from sc_noise2self import _result
 from sc_noise2self._blocks import OnDask, OnDisk
+from sc_noise2self._intervals import Coverage
 from sc_noise2self._loss import Gain
 from sc_noise2self._result import Member, Result
 from sc_noise2self.methods._base import Learned
@@ -157,7 +158,7 @@ class TestParts:
         assert len(n2s.pl.gain_per_gene(lazy).collections) == 3
         assert n2s.pl.spectrum(lazy).get_title() == "Spectrum, PCA of counts"
         n2s.denoise(lazy, **QUICK)
-        assert "denoised_phi" not in lazy.var
+        assert "denoised_mixed" not in lazy.var
         assert n2s.get.denoised(lazy).shape == (60, 20)
         n2s.remove(lazy)
         assert not any(names(lazy).values())
@@ -373,6 +374,9 @@ def with_values(scale="counts", seed=0):
             )
         ],
         gain=Gain(0.1 * size, size),
+        measured=np.arange(len(size)),
+        phi=0.1 * ones,
+        coverage=Coverage(np.arange(1), np.full((1, 10, 1), 0.5), size[:1]),
         gene_gains=(ones, 0.1 * ones),
         size=size,
         totals=totals,

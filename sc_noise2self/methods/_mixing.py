@@ -13,6 +13,7 @@ lean on the rest. Moments instead of the likelihood would overrate rare genes.
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 import scipy.sparse as sp
 from scipy.special import gammaln
@@ -24,30 +25,46 @@ from ._profiles import MixedProfiles, Profiles, ratio
 PHI = np.concatenate([[0], np.geomspace(0.01, 100, 17)])
 """The grid of phi."""
 _STEPS = 200  # of expectation maximisation
+_SHIFT = 21  # bits of a float32 that are left out of its bin: four bins an octave
+_FIRST = (127 - 20) << 2  # bin of 2^-20, where the logarithm is a straight line
+_BINS = 35 * 4  # up to 2^15
 
 
 def dispersion_curves(profiles: Profiles, held_out: sp.csr_matrix, size: np.ndarray) -> np.ndarray:
     """Return the log likelihood of each phi of the grid for each gene, shape (grid, genes).
 
     `profiles` were predicted from a part with `size` molecules in each cell, and are brought to the depth of the other.
+    What every entry adds, zero or not, is summed over expected counts in bins that are a fifth wide at most.
     """
-    depth = np.asarray(held_out.sum(axis=1)).ravel() / np.maximum(size, 1)
+    depth = (row_sums(held_out) / np.maximum(size, 1)).astype(np.float32)
+    n_genes = held_out.shape[1]
     expected = np.empty(held_out.nnz)
-    zeros = np.zeros((len(PHI), held_out.shape[1]))  # the part of the log likelihood that every entry has, zero or not
+    number, total = np.zeros((2, n_genes, _BINS))
     for rows, found in profiles.blocks():
-        block = found * depth[rows, None].astype(np.float32)
+        block = found * depth[rows, None]
         entries = slice(held_out.indptr[rows.start], held_out.indptr[rows.stop])
         lengths = np.diff(held_out.indptr[rows.start : rows.stop + 1])
         expected[entries] = block[np.repeat(np.arange(len(lengths)), lengths), held_out.indices[entries]]
-        zeros[0] -= block.sum(axis=0)
-        for k, phi in enumerate(PHI[1:], start=1):
-            zeros[k] -= np.log1p(np.float32(phi) * block).sum(axis=0) / phi
+        _add_to_bins(block, block.view(np.int32), number, total)
+    mean = total / np.where(number > 0, number, 1)
+    zeros = [-total.sum(axis=1)]
+    zeros += [-(number * np.log1p(phi * mean)).sum(axis=1) / phi for phi in PHI[1:]]
     x, genes, m = held_out.data.astype(np.float64), held_out.indices, np.maximum(expected, 1e-12)
     stored = [x * np.log(m)]
     for phi in PHI[1:]:
         shape = 1 / phi
         stored.append(gammaln(x + shape) - gammaln(shape) + x * np.log(phi * m / (1 + phi * m)))
-    return zeros + np.array([np.bincount(genes, weights=part, minlength=held_out.shape[1]) for part in stored])
+    return np.array(zeros) + np.array([np.bincount(genes, weights=part, minlength=n_genes) for part in stored])
+
+
+@numba.njit(nogil=True, cache=True)
+def _add_to_bins(values: np.ndarray, bits: np.ndarray, number: np.ndarray, total: np.ndarray) -> None:
+    """Add values >= 0, shape (cells, genes), to the bins of their genes, which the first bits of a float32 tell."""
+    for i in range(len(values)):
+        for g in range(values.shape[1]):
+            bin = min(max((bits[i, g] >> _SHIFT) - _FIRST, 0), _BINS - 1)
+            number[g, bin] += 1
+            total[g, bin] += values[i, g]
 
 
 def dispersions(curves: np.ndarray) -> np.ndarray:

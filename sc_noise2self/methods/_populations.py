@@ -50,6 +50,7 @@ _STEPS = 200  # of expectation maximisation, at most
 _STILL = 1e-4  # change of a prior that ends it
 _KEPT = ("centers", "factors", "shares")
 _LARGEST = np.float32(1e6)  # factor
+_LEAST = 1e-9  # molecules expected
 _SKETCH = 100  # random projections that profiles are clustered by
 _LEAST_CELLS = 10  # of a population, on average
 
@@ -219,9 +220,17 @@ def sums_of(values: sp.csr_matrix | np.ndarray, population: np.ndarray, n_popula
     return np.asarray(found.toarray() if sp.issparse(found) else found, dtype=np.float64)
 
 
+def nested_factors(observed: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Return the factors of all cells together, times those that each population then still has, see `factors_of`."""
+    common = factors_of(observed.sum(axis=0, keepdims=True), expected.sum(axis=0, keepdims=True))
+    if len(observed) == 1:
+        return np.minimum(common, _LARGEST)
+    return np.minimum(common * factors_of(observed, common * expected), _LARGEST)
+
+
 def factors_of(observed: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """Return the posterior mean of the true rate over the denoiser's, all of shape (populations, genes)."""
-    expected = np.maximum(expected, 1e-9)
+    expected = np.maximum(expected, _LEAST)
     out = np.ones(expected.shape, np.float32)
     if len(expected) == 1:
         homes = np.zeros(expected.shape[1], np.intp)
@@ -347,7 +356,7 @@ def cross_fit(expected: np.ndarray, fold: Fold, halves: Sequence[np.ndarray], n_
 
 def populations_of(observed: np.ndarray, expected: np.ndarray, centers: np.ndarray, height: float) -> Populations:
     """Return populations from what was observed of their genes and what the denoiser expects, see `factors_of`."""
-    factors = np.minimum(factors_of(observed, expected), _LARGEST)
+    factors = nested_factors(observed, expected)
     share = factors * expected
     share /= np.where((total := share.sum(axis=1, keepdims=True)) > 0, total, 1)
     return Populations(centers, factors, share.astype(np.float32), height)

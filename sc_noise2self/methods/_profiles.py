@@ -19,7 +19,7 @@ from ._populations import (
     Populations,
     Refinement,
     clusters_of,
-    factors_of,
+    nested_factors,
     populations_of,
     roots,
     sketch_of,
@@ -179,9 +179,10 @@ class ScaledProfiles(Profiles):
         """
         if refinement == AS_IT_IS:
             return self
-        centers = self._centers(refinement.n_populations)
+        plain = replace(self, gene_scale=self.gene_scale.copy()).scaled(n_rounds)
+        centers = _centers_of(plain, refinement.n_populations)
         n_populations, ones = len(centers), np.ones(centers.shape, np.float32)
-        found = self.of_populations(Populations(centers, ones, ones, 0.0)) if n_populations > 1 else self
+        found = plain.of_populations(Populations(centers, ones, ones, 0.0)) if n_populations > 1 else plain
         expected = found.sums_of_populations()
         population = found.population.astype(np.intp)
 
@@ -191,19 +192,20 @@ class ScaledProfiles(Profiles):
         molecules = as_chunks(observed).run(of_block).sums[0]
         populations = populations_of(molecules, expected, centers, refinement.height)
         if n_populations > 1 and refinement.height:
-            expected = self.of_populations(populations).sums_of_populations()
-            populations = replace(populations, factors=populations.factors * factors_of(molecules, expected))
-        return replace(self.of_populations(populations), gene_scale=self.gene_scale.copy()).scaled(n_rounds)
+            expected = plain.of_populations(populations).sums_of_populations()
+            populations = replace(populations, factors=populations.factors * nested_factors(molecules, expected))
+        return plain.of_populations(populations).scaled(n_rounds)
 
-    def _centers(self, n_populations: int) -> np.ndarray:
-        """Return the mean square roots of profiles in clusters of cells, shape (clusters, genes)."""
-        if n_populations == 1:
-            return np.zeros((1, self.shape[1]), np.float32)
-        cells = np.flatnonzero(self.size)
-        some = self.of_cells(cells[:: max(1, len(cells) * self.shape[1] // _CLUSTERED)])
-        points = np.concatenate(list(in_threads(lambda rows: roots(some.counts(rows)), some.rows())))
-        labels = clusters_of(sketch_of(points), n_populations)
-        return (sums_of(points, labels, int(labels.max()) + 1) / np.bincount(labels)[:, None]).astype(np.float32)
+
+def _centers_of(profiles: ScaledProfiles, n_populations: int) -> np.ndarray:
+    """Return the mean square roots of profiles in clusters of cells, shape (clusters, genes)."""
+    if n_populations == 1:
+        return np.zeros((1, profiles.shape[1]), np.float32)
+    cells = np.flatnonzero(profiles.size)
+    some = profiles.of_cells(cells[:: max(1, len(cells) * profiles.shape[1] // _CLUSTERED)])
+    points = np.concatenate(list(in_threads(lambda rows: roots(some.counts(rows)), some.rows())))
+    labels = clusters_of(sketch_of(points), n_populations)
+    return (sums_of(points, labels, int(labels.max()) + 1) / np.bincount(labels)[:, None]).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)

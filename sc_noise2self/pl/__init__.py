@@ -4,10 +4,11 @@ They take `ax` and `show` as scanpy's do and return Axes. What scanpy plots alre
 `sc.pl.dotplot(adata, genes, groupby, layer="denoised")`.
 """
 
+from ._calibration import calibration
 from ._caption import caption
 from ._gain import gain_per_gene
 from ._loss import loss
 from ._markers import embedding, markers
 from ._spectrum import spectrum
 
-__all__ = ["caption", "embedding", "gain_per_gene", "loss", "markers", "spectrum"]
+__all__ = ["calibration", "caption", "embedding", "gain_per_gene", "loss", "markers", "spectrum"]

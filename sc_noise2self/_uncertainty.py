@@ -1,0 +1,97 @@
+"""Learn how sure predictions are, from molecules that they were made without, and how often intervals then hold them.
+
+The dispersion of each gene around the prediction is learned by fold of cells, and used on the other fold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+
+from ._counts import column_sums, row_sums
+from ._intervals import Belief, Coverage, sampled_genes
+from .methods._base import Sample
+from .methods._components import folds_of
+from .methods._mixing import dispersion_curves, dispersions
+from .methods._profiles import MixedProfiles, Profiles, ratio
+
+_DISPERSION = 100_000_000  # dense entries of the cells that dispersions are learned from: rare genes need cells
+_COVERED = 20_000_000  # and of those that intervals are held against
+_COVERED_CELLS = 2_000
+_GENES_EACH = 10  # of each tenth of the genes
+
+Predict = Callable[[int, sp.csr_matrix, np.ndarray], Profiles]
+"""Takes the number of a half, what it shows of some cells, and their numbers; returns their profiles."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dispersions:
+    """Squared coefficients of variation of each gene's rate around the prediction, shape (genes,)."""
+
+    of_all: np.ndarray
+    for_folds: tuple[np.ndarray, np.ndarray]  # those for cells of a fold, learned from the other
+
+    @classmethod
+    def learned(cls, predict: Predict, sample: Sample) -> Dispersions:
+        """Return what the molecules of each half say around what the other half predicts."""
+        halves = sample.some(_DISPERSION)
+        # The mean over halves, not the sum: the two directions of a split say nearly the same.
+        by_fold = []
+        for fold in (0, 1):
+            curves = []
+            for i, (seen, cells) in enumerate(halves):
+                own = np.flatnonzero(folds_of(cells) == fold)
+                held_out = halves[i ^ 1][0][own]
+                curves.append(dispersion_curves(predict(i, seen[own], cells[own]), held_out, row_sums(seen[own])))
+            by_fold.append(np.mean(curves, axis=0))
+        return cls(dispersions(by_fold[0] + by_fold[1]), (dispersions(by_fold[1]), dispersions(by_fold[0])))
+
+    def mixed(self, predict: Predict) -> Predict:
+        """Return what predicts with each cell's own counts mixed in; cells are of one fold at a time."""
+
+        def predict_mixed(i: int, seen: sp.csr_matrix, cells: np.ndarray) -> MixedProfiles:
+            phi = self.for_folds[folds_of(cells[:1])[0]]
+            mixed = MixedProfiles(predict(i, seen, cells), seen, phi, np.ones(len(cells), np.float32))
+            size = row_sums(seen)
+            for rows, block in mixed.blocks():
+                mixed.cell_scale[rows] = ratio(size[rows], block.sum(axis=1))
+            return mixed
+
+        return predict_mixed
+
+    def coverage(self, predict: Predict, sample: Sample, *, mix: bool) -> Coverage:
+        """Return how often intervals hold the molecules of the second half, predicted from the first.
+
+        The random numbers are its own: what is only reported must not move other draws.
+        """
+        rng = np.random.default_rng(0)
+        (seen, cells), (held_out, _) = sample.some(_COVERED)[:2]
+        step = -(-len(cells) // _COVERED_CELLS)
+        seen, held_out, cells = seen[::step], held_out[::step], cells[::step]
+        size, depth = row_sums(seen), row_sums(held_out)
+        genes = sampled_genes(column_sums(seen) + column_sums(held_out), len(cells), _GENES_EACH, rng)
+        uniform, integrals = rng.random(genes.shape), np.full(genes.shape, np.nan)
+        folds = folds_of(cells)
+        for fold in (0, 1):
+            own = np.flatnonzero((folds == fold) & (size > 0) & (depth > 0))
+            if not len(own):
+                continue
+            profiles = predict(0, seen[own], cells[own])
+            scale = np.ones(len(own), np.float32)
+            if mix:
+                found = self.mixed(predict)(0, seen[own], cells[own])
+                assert isinstance(found, MixedProfiles)
+                scale = found.cell_scale
+            for rows, block in profiles.blocks():
+                at, drawn = own[rows], genes[own[rows]]
+                flat, shape = drawn.reshape(len(at), -1), drawn.shape
+                phi = self.for_folds[fold][flat]
+                expected = np.take_along_axis(block, flat, axis=1)
+                evidence = np.take_along_axis(seen[at].toarray(), flat, axis=1) if mix else None
+                belief = Belief.around(expected, phi, evidence).times((depth[at] / size[at] * scale[rows])[:, None])
+                count = np.take_along_axis(held_out[at].toarray(), flat, axis=1)
+                integrals[at] = belief.probability_integral(count, uniform[at].reshape(flat.shape)).reshape(shape)
+        return Coverage(cells, integrals, size + depth)

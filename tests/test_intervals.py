@@ -1,0 +1,151 @@
+"""Intervals: the exact law of a Gamma and of a negative binomial, and coverage of molecules that nothing saw."""
+
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import low_rank_profiles, poisson_counts
+from scipy.stats import gamma, kstest, nbinom
+
+import sc_noise2self as n2s
+from sc_noise2self._intervals import LEVELS, Belief, strata_of
+
+LEVEL_ERRORS = 3.5  # binomial standard errors
+
+
+@pytest.fixture(scope="module")
+def _denoised():
+    rng = np.random.default_rng(0)
+    truth = low_rank_profiles(400, 120, 3, seed=0) * rng.gamma(4, 0.25, (400, 120))
+    adata = ad.AnnData(poisson_counts(truth / truth.sum(axis=1, keepdims=True), depth=1500, seed=1))
+    adata.var_names = [f"g{i}" for i in range(120)]
+    adata.obs["kind"] = pd.Categorical(np.where(np.arange(400) % 2, "odd", "even"))
+    one, other = n2s.split_molecules(adata, random_state=3)
+    n2s.denoise(one)
+    return one, other
+
+
+@pytest.fixture
+def denoised(_denoised):
+    return tuple(each.copy() for each in _denoised)
+
+
+@pytest.mark.parametrize("phi", [0.05, 0.7, 3.0])
+def test_the_interval_is_that_of_the_gamma_and_of_the_negative_binomial(phi):
+    m = np.array([[0.02, 0.8, 40.0]])
+    belief = Belief.around(m, np.full(3, phi))
+    low, high = belief.interval(0.9)
+    np.testing.assert_allclose([low, high], gamma.ppf([[[0.05]], [[0.95]]], 1 / phi, scale=m * phi), rtol=1e-6)
+    low, high = belief.interval(0.8, predictive=True)
+    expected = nbinom.ppf([[[0.1]], [[0.9]]], 1 / phi, 1 / (1 + phi * m))
+    np.testing.assert_array_equal([low, high], expected)
+
+
+def test_a_cells_own_count_is_evidence_by_bayes_rule():
+    """The posterior is proportional to prior times likelihood, on a grid."""
+    m, phi, x = 3.0, 0.6, 7
+    rates = np.linspace(1e-6, 40, 400_001)
+    weights = gamma.pdf(rates, 1 / phi, scale=m * phi) * np.exp(-rates) * rates**x
+    cumulative = np.cumsum(weights) / weights.sum()
+    belief = Belief.around(np.array([m]), np.array([phi]), np.array([x]))
+    low, high = belief.interval(0.9)
+    assert low[0] == pytest.approx(rates[np.searchsorted(cumulative, 0.05)], rel=1e-3)
+    assert high[0] == pytest.approx(rates[np.searchsorted(cumulative, 0.95)], rel=1e-3)
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.3, 2.0])
+def test_the_integral_transform_is_uniform_if_the_belief_is_right(phi):
+    rng = np.random.default_rng(5)
+    m = rng.gamma(0.5, 4, 20_000)
+    rate = m if phi == 0 else m * rng.gamma(1 / phi, phi, len(m))
+    integrals = Belief.around(m, np.full(len(m), phi)).probability_integral(rng.poisson(rate), rng.random(len(m)))
+    assert kstest(integrals, "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_intervals_cover_molecules_that_nothing_saw(denoised, level):
+    one, other = denoised
+    low, high = n2s.get.interval(one, list(one.var_names), level=level, predictive=True)
+    m, phi = one.layers["denoised"], one.var["denoised_phi"].to_numpy()
+    depth = (other.X.sum(axis=1).A1 / one.X.sum(axis=1).A1)[:, None]
+    counts, uniform = other.X.toarray(), np.random.default_rng(0).random(m.shape)
+    integrals = Belief.around(m * depth, phi).probability_integral(counts, uniform)
+    inside = np.abs(integrals - 0.5) <= level / 2
+    assert abs(inside.mean() - level) < 0.01
+    for tenth in range(10):
+        assert abs(inside[:, strata_of(m.sum(axis=0)) == tenth].mean() - level) < 0.03
+        assert abs(inside[strata_of(m.sum(axis=1)) == tenth].mean() - level) < 0.03
+    # What is asked of counts as they are is at least as wide, because they are discrete.
+    assert ((counts >= low) & (counts <= high)).to_numpy().mean() > level - 0.01
+
+
+def test_coverage_is_written_down_and_right(denoised):
+    one, _ = denoised
+    table = one.uns["denoised"]["coverage"]
+    overall = table[table["by"] == "all"]
+    error = LEVEL_ERRORS * np.sqrt(overall["level"] * (1 - overall["level"]) / overall["n"])
+    assert ((overall["covered"] - overall["level"]).abs() < error + 0.005).all()
+    assert set(table["by"]) == {"all", "expression", "depth"}
+    assert one.obs["denoised_coverage"].between(0, 1).all()
+
+
+def test_intervals_of_a_mixed_result_stand_around_it_and_are_narrower(denoised):
+    one, _ = denoised
+    n2s.denoise(one, mix=True, key_added="mixed")
+    genes = list(one.var_names[:5])
+    low, high = n2s.get.interval(one, genes, key="mixed")
+    values = n2s.get.denoised(one, genes, key="mixed")
+    assert ((low <= values) & (values <= high)).all(axis=None)
+    plain_low, plain_high = n2s.get.interval(one, genes)
+    assert ((high - low) / values).mean(axis=None) < ((plain_high - plain_low) / n2s.get.denoised(one, genes)).mean(
+        axis=None
+    )
+
+
+def test_intervals_follow_the_scale_the_cells_and_the_level(denoised):
+    one, _ = denoised
+    genes, cells = ["g7", "g2"], list(one.obs_names[[9, 3]])
+    low, high = n2s.get.interval(one, genes, cells=cells, scale="log1p_cp10k")
+    plain = n2s.get.interval(one, genes, cells=cells)
+    size = one.obs["denoised_size"][cells].to_numpy()[:, None]
+    for found, counts in zip((low, high), plain, strict=True):
+        assert list(found.columns) == genes
+        assert list(found.index) == cells
+        np.testing.assert_allclose(found, np.log1p(1e4 * counts / size), rtol=1e-6)
+    wider = n2s.get.interval(one, genes, cells=cells, level=0.99)
+    assert (wider[0] < plain[0]).all(axis=None)
+    assert (wider[1] > plain[1]).all(axis=None)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"level": 0}, "level is 0"),
+        ({"level": 1.2}, "level is 1.2"),
+        ({"predictive": True, "scale": "rates"}, "predictive=True is of counts"),
+        ({"key": "none"}, "there is no result 'none'"),
+    ],
+)
+def test_what_cannot_be_is_refused(denoised, options, what):
+    with pytest.raises((ValueError, KeyError, TypeError), match=what):
+        n2s.get.interval(denoised[0], ["g1"], **options)
+
+
+def test_a_report_by_group_adds_up_to_the_gain(denoised):
+    one, _ = denoised
+    total = one.uns["denoised"]["gain"]
+    for groupby, n in (("kind", 2), ("depth", 10)):
+        table = n2s.report(one, groupby=groupby)
+        assert len(table) == n
+        assert table["n"].sum() == 400
+        sizes = one.obs["denoised_size"].groupby(
+            one.obs["kind"] if n == 2 else strata_of(one.obs["denoised_size"].to_numpy()), observed=True
+        )
+        assert np.average(table["gain"], weights=sizes.sum()) == pytest.approx(total, rel=1e-6)
+        assert table["coverage"].between(0.8, 1).all()
+    table = n2s.report(one, groupby="expression")
+    assert len(table) == 10
+    with pytest.raises(KeyError, match="there is no column 'nothing'"):
+        n2s.report(one, groupby="nothing")
