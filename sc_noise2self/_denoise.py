@@ -110,24 +110,32 @@ def denoise(
         average or better, 1 % below 30 cells (not with `mix`). Empty cells and unexpressed genes stay 0.
     `.obsm["denoised"]`, `.varm["denoised"]`, `.obsm["denoised_scale"]`, `.varm["denoised_scale"]`,
     `.obs["denoised_size"]`
-        The factors: scores (cells, k), loadings (genes, k), the scales of cells (two columns a member) and of genes
-        (one a member, then the mean profile), each with the fingerprint of the model as the last column, and the
-        molecules of each cell. Their formula is in `docs/method.md`, for an ensemble the weighted mean. What was put
+        The factors: scores (cells, k), loadings (genes, k), the scales of cells (three columns a member, the last its
+        population) and of genes (of a member its scale and what its populations say, then the mean profile), each with
+        the fingerprint of the model as the last column, and the molecules of each cell. Their formula is in `docs/method.md`, for an ensemble the weighted mean. What was put
         together from several results is refused where it is read. A function has no factors: the layer is all there is.
     `.var["denoised_gain"]`, `.var["denoised_gain_error"]`
         What each gene gained, nats per held-out molecule of it above its mean, and its standard error over cells.
         Where the gain is not clearly above 0, believe the mean, not the pattern.
     `.var["denoised_total"]`
         The molecules of each gene.
-    `.var["denoised_phi"]`, `.var["denoised_mixed"]`
-        With `mix=True`: each gene's dispersion around the prediction, and the mean weight of a cell's own count.
+    `.var["denoised_phi"]`
+        Squared coefficient of variation of each gene's true rate around the prediction: how sure a value is, see
+        `sc_noise2self.get.interval`.
+    `.var["denoised_mixed"]`
+        With `mix=True`: the mean weight of a cell's own count.
+    `.obs["denoised_gain"]`, `.obs["denoised_coverage"]`
+        What each cell gained, nats per held-out molecule, and the share of its held-out counts, of genes drawn at
+        random, inside their 90 % interval; NaN where it was not measured.
     `.uns["denoised"]`
         `method`, `version`, `params`, `scale`; the `members` chosen with their settings, weights and ranks
-        (components that are more signal than noise, the width, or the components that neighbours are found in);
+        (components that are more signal than noise, the width, or the components that neighbours are found in), the
+        number of populations and the height of the floor;
         under `learned`, by member, what each component is worth, its singular value on a half and the largest that
         noise alone has there, or a `table` of what was compared inside the method; every candidate's `gain` with the
         standard error of its difference to the best; `gain`, `gain_error` (nats per held-out molecule above the mean
-        profile), `gain_molecules` and `gain_cells` that it was measured on, and `n_cells`, of how many (the error is
+        profile), `coverage`, a table of how often intervals held held-out counts, by tenths of genes' expression and of
+        cells' depth; `gain_molecules` and `gain_cells` that it was measured on, and `n_cells`, of how many (the error is
         infinite where fewer than two cells tell); with `mix=True` also `unmixed_gain`; `n_genes` and the
         `fingerprint`; and the `warnings`. `sc_noise2self.report` says the same in a paragraph,
         `sc_noise2self.remove` removes all of it.

@@ -41,6 +41,7 @@ Index = slice | np.ndarray
 Scales = tuple[np.ndarray, np.ndarray]
 """Both scales of cells, before the floor and after it, float32 of shape (cells,) each."""
 
+_ONE = np.float32(1)
 _compiled = numba.njit(nogil=True, cache=True)
 
 PHI = np.concatenate([[0], np.geomspace(0.003, 1e4, 15)])
@@ -154,10 +155,16 @@ def _refine(
             for g in range(len(row)):
                 row[g] = n * share[g]
             continue
+        if height == 0:
+            row_scale[i] = 1
+            for g in range(len(row)):
+                row[g] *= cell_scale[i]
+            continue
         raised = 0.0
         for g in range(len(row)):
             m = n * share[g]
-            row[g] = max(row[g] * cell_scale[i], height * (m / (1 + m)))
+            scaled, floor = row[g] * cell_scale[i], height * (m / (_ONE + m))
+            row[g] = scaled if scaled > floor else floor
             raised += row[g]
         row_scale[i] = n / raised if raised > 0 else 0
         for g in range(len(row)):
@@ -181,9 +188,14 @@ def _apply(
             for g in range(len(row)):
                 row[g] = n * share[g]
             continue
+        if height == 0:
+            for g in range(len(row)):
+                row[g] = row[g] * factor[g] * cell_scale[i]
+            continue
         for g in range(len(row)):
             m = n * share[g]
-            row[g] = max(row[g] * factor[g] * cell_scale[i], height * (m / (1 + m))) * row_scale[i]
+            scaled, floor = row[g] * factor[g] * cell_scale[i], height * (m / (_ONE + m))
+            row[g] = (scaled if scaled > floor else floor) * row_scale[i]
 
 
 def roots(expected: np.ndarray) -> np.ndarray:

@@ -33,6 +33,7 @@ _CLUSTERED = 20_000_000  # dense entries of the cells that populations are found
 _LARGEST_OUTPUT: dict[Link, float] = {"exp": 1e4, "log1p": 60.0, "sqrt": 1e12, "none": 1e12}
 _CHECKED = 5_000_000  # dense entries checked at a time
 
+_UNKNOWN = -1  # population of a cell that is to be found when it is scaled
 _TOTALS_OFF = 1e-3  # how far genes may be from their totals, on average, where these count as right
 _MOST_ROUNDS = 100
 
@@ -113,8 +114,9 @@ class ScaledProfiles(Profiles):
         def of_rows(rows: slice) -> np.ndarray:
             block = self._rates_to_scale(rows)
             block *= self.gene_scale
-            found = own.nearest(block)
-            self.population[rows] = found
+            if self.population[rows.start] == _UNKNOWN:
+                self.population[rows] = own.nearest(block)
+            found = self.population[rows].astype(np.intp)
             self.cell_scale[rows], self.row_scale[rows] = own.refine(block, found, self.size[rows])
             return sums_of(block, found, len(own.factors))
 
@@ -170,6 +172,7 @@ class ScaledProfiles(Profiles):
         if populations.changes_nothing:
             return self
         population, cell_scale, row_scale = np.zeros((3, len(self.size)), np.float32)
+        population += _UNKNOWN if len(populations.factors) > 1 else 0
         return replace(self, populations=populations, population=population, cell_scale=cell_scale, row_scale=row_scale)
 
     def refined(self, observed: sp.csr_matrix | Chunks, refinement: Refinement, n_rounds: int | None = None) -> Self:
