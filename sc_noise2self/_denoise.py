@@ -112,8 +112,9 @@ def denoise(
     `.obs["denoised_size"]`
         The factors: scores (cells, k), loadings (genes, k), the scales of cells (three columns a member, the last its
         population) and of genes (of a member its scale and what its populations say, then the mean profile), each with
-        the fingerprint of the model as the last column, and the molecules of each cell. Their formula is in `docs/method.md`, for an ensemble the weighted mean. What was put
-        together from several results is refused where it is read. A function has no factors: the layer is all there is.
+        the fingerprint of the model as the last column, and the molecules of each cell. Their formula is in
+        `docs/method.md`, for an ensemble the weighted mean. What was put together from several results is refused where
+        it is read. A function has no factors: the layer is all there is.
     `.var["denoised_gain"]`, `.var["denoised_gain_error"]`
         What each gene gained, nats per held-out molecule of it above its mean, and its standard error over cells.
         Where the gain is not clearly above 0, believe the mean, not the pattern.
@@ -130,12 +131,12 @@ def denoise(
     `.uns["denoised"]`
         `method`, `version`, `params`, `scale`; the `members` chosen with their settings, weights and ranks
         (components that are more signal than noise, the width, or the components that neighbours are found in), the
-        number of populations and the height of the floor;
-        under `learned`, by member, what each component is worth, its singular value on a half and the largest that
-        noise alone has there, or a `table` of what was compared inside the method; every candidate's `gain` with the
+        number of populations and the height of the floor; under `learned`, by member, what each component is worth, its
+        singular value on a half and the largest that noise alone has there, or a `table` of what was compared inside
+        the method; every candidate's `gain` with the
         standard error of its difference to the best; `gain`, `gain_error` (nats per held-out molecule above the mean
-        profile), `coverage`, a table of how often intervals held held-out counts, by tenths of genes' expression and of
-        cells' depth; `gain_molecules` and `gain_cells` that it was measured on, and `n_cells`, of how many (the error is
+        profile), `coverage`, a table of how often intervals held held-out counts, by tenths of genes and of cells;
+        `gain_molecules` and `gain_cells` that it was measured on, and `n_cells`, of how many (the error is
         infinite where fewer than two cells tell); with `mix=True` also `unmixed_gain`; `n_genes` and the
         `fingerprint`; and the `warnings`. `sc_noise2self.report` says the same in a paragraph,
         `sc_noise2self.remove` removes all of it.

@@ -27,6 +27,7 @@ from ..partitions import Fold
 from ._base import Learner, Method, TrialLearner, as_several, bounded_values, set_tuples
 from ._components import Components, learn_components
 from ._pca import n_components_of
+from ._populations import HEIGHTS
 from ._profiles import LowRankProfiles
 from ._svd import N_PASSES
 
@@ -160,7 +161,12 @@ class _NeighborsLearner(TrialLearner):
         return (words if t is None else f"{words}, t {t}",)
 
     def compare(self, fold: Fold, rng: np.random.Generator) -> None:
-        """Score the options; a walk goes on as long as it gains."""
+        """Score the options; a walk goes on as long as it gains.
+
+        Without a floor the options that leave fewest zeros would win. It is that of the mean profile, of the height
+        that suits the first candidate best; the populations whose floor the result has are not known yet.
+        """
+        height = None
         method, size = self.method, row_sums(fold.seen)
         components, start = method.coordinates(self._counts.part(fold.seen, fold.cells), 3, rng)
         neighbors = sorted(as_several(method.n_neighbors))
@@ -172,7 +178,10 @@ class _NeighborsLearner(TrialLearner):
                 moved, before, last = start, 0, -np.inf
                 for t in method.steps:
                     moved, before = walked(walk, moved, t - before), t
-                    gain = fold.gain(components.profiles(moved, size).scaled(n_rounds=1))
+                    profiles = components.profiles(moved, size).scaled(n_rounds=1)
+                    if height is None:
+                        height = max(HEIGHTS, key=lambda h: fold.gain(profiles.raised(h).scaled(n_rounds=0)).mean)
+                    gain = fold.gain(profiles.raised(height).scaled(n_rounds=0))
                     self._comparison.add(options | {"t": t} if hasattr(method, "t") else options, -gain)
                     if gain.mean < last:
                         break

@@ -175,6 +175,10 @@ class ScaledProfiles(Profiles):
         population += _UNKNOWN if len(populations.factors) > 1 else 0
         return replace(self, populations=populations, population=population, cell_scale=cell_scale, row_scale=row_scale)
 
+    def raised(self, height: float) -> Self:
+        """Return these profiles with a floor of the mean profile; cells have no scale yet."""
+        return self.of_populations(replace(self.populations, height=height))
+
     def refined(self, observed: sp.csr_matrix | Chunks, refinement: Refinement, n_rounds: int | None = None) -> Self:
         """Return these profiles, scaled, by what their populations say; `observed` they were predicted from.
 
