@@ -34,7 +34,7 @@ def dispersion_curves(profiles: Profiles, held_out: sp.csr_matrix, size: np.ndar
     """Return the log likelihood of each phi of the grid for each gene, shape (grid, genes).
 
     `profiles` were predicted from a part with `size` molecules in each cell, and are brought to the depth of the other.
-    What every entry adds, zero or not, is summed over expected counts in bins that are a fifth wide at most.
+    What every entry adds, zero or not, is summed over expected counts in bins that are a quarter wide at most.
     """
     depth = (row_sums(held_out) / np.maximum(size, 1)).astype(np.float32)
     n_genes = held_out.shape[1]
