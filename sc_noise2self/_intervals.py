@@ -18,6 +18,7 @@ from scipy.stats import nbinom, poisson
 LEVELS = (0.5, 0.8, 0.9, 0.95)
 """Nominal levels whose coverage is written down."""
 _N_STRATA = 10  # of genes by expression, and of cells by depth
+_NONE = 1e-300  # an expected count of 0, which has no distribution
 _LARGEST_SHAPE = 1e10  # from which a Gamma distribution is its mean
 
 
@@ -31,7 +32,7 @@ class Belief:
     @classmethod
     def around(cls, expected: np.ndarray, phi: np.ndarray, observed: np.ndarray | None = None) -> Belief:
         """Return those around expected counts; `observed` are the cells' own counts, where they are evidence."""
-        expected = np.maximum(np.asarray(expected, dtype=np.float64), 1e-300)
+        expected = np.maximum(np.asarray(expected, dtype=np.float64), _NONE)
         phi = np.broadcast_to(np.maximum(phi, 1 / _LARGEST_SHAPE), expected.shape)
         if observed is None:
             return cls(1 / phi, expected)
@@ -50,7 +51,8 @@ class Belief:
             found = [gammaincinv(self.shape, each) / self.shape * self.mean for each in (low, high)]
             sure = self.shape >= _LARGEST_SHAPE / 2
             found = [np.where(sure, self.mean, each) for each in found]
-        return found[0], found[1]
+        ends = [np.where(self.mean > _NONE, each, 0.0) for each in found]
+        return ends[0], ends[1]
 
     def _count_quantile(self, level: float) -> np.ndarray:
         sure = self.shape >= _LARGEST_SHAPE / 2

@@ -43,6 +43,13 @@ def test_the_interval_is_that_of_the_gamma_and_of_the_negative_binomial(phi):
     np.testing.assert_array_equal([low, high], expected)
 
 
+def test_what_is_not_expected_at_all_has_the_interval_zero():
+    belief = Belief.around(np.array([0.0, 1.0]), np.array([0.3, 0.0]))
+    for low, high in (belief.interval(0.9), belief.interval(0.9, predictive=True)):
+        assert low[0] == high[0] == 0
+        assert low[1] <= 1 <= high[1]
+
+
 def test_a_cells_own_count_is_evidence_by_bayes_rule():
     """The posterior is proportional to prior times likelihood, on a grid."""
     m, phi, x = 3.0, 0.6, 7
