@@ -345,18 +345,17 @@ class CrossFit:
 def best_refinement(expected: np.ndarray, fold: Fold, halves: Sequence[np.ndarray]) -> Refinement:
     """Return the number of populations and the height of the floor that gain most on held-out molecules.
 
-    Every height is tried for one population, two, four and on as long as they gain.
+    Every height is tried for one population, two, four and on until two in a row gain nothing more.
     """
     sketch = sketch_of(roots(expected))
     best, most = AS_IT_IS, -np.inf
     n_populations = 1
-    while n_populations * _LEAST_CELLS <= len(sketch) or n_populations == 1:
+    while n_populations <= 4 * best.n_populations and n_populations * _LEAST_CELLS <= max(len(sketch), _LEAST_CELLS):
         fit = CrossFit.learned(expected, fold, halves, clusters_of(sketch, n_populations))
         found = in_threads(partial(fit.probabilities, expected), HEIGHTS)
         gains = [fold.gain_of(each).mean for each in found]
-        if max(gains) <= most:
-            break
-        best, most = Refinement(n_populations, HEIGHTS[int(np.argmax(gains))]), max(gains)
+        if max(gains) > most:
+            best, most = Refinement(n_populations, HEIGHTS[int(np.argmax(gains))]), max(gains)
         n_populations *= 2
     return best
 
