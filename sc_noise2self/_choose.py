@@ -260,7 +260,7 @@ class _Scores:
         expected, key = profiles.counts(), (choice.learner.name, i)
         if key not in self._populations:
             self._populations[key] = cross_fit(expected, fold, self._parts, choice.refinement.n_populations)
-        return self._populations[key].probabilities(expected, choice.refinement.height)
+        return self._populations[key].probabilities(expected, [choice.refinement.height])[0]
 
     def mean(self, choice: Choice) -> float:
         """Return the gain of a candidate that was added."""

@@ -73,17 +73,18 @@ def rates(link: Link, expectation: np.ndarray) -> np.ndarray:
 
     `expectation` is E[T(counts)], shape (cells, genes), after `Transform.own_depth`, or log rates; it is overwritten
     where that saves a copy. What is returned is known up to one factor per gene and one per cell
-    (`sc_noise2self.methods._profiles`). The exact inverse of the square root is worth up to a third of the held-out
-    gain; that of `log1p` differs from expm1 by little more than a factor per gene, and stretches noise.
+    (`sc_noise2self.methods._profiles`). Below zero, where a linear model may end, it is left as it is. The exact
+    inverse of the square root is worth up to a third of the held-out gain; that of `log1p` differs from expm1 by little
+    more than a factor per gene, and stretches noise.
     """
     if link == "exp":
         np.minimum(expectation, _LARGEST, out=expectation)
         return np.exp(expectation, out=expectation)
-    np.clip(expectation, 0, _LARGEST if link == "log1p" else None, out=expectation)
     if link == "sqrt":
-        return PoissonExpectation("sqrt").inverse(expectation)
+        return np.where(expectation < 0, expectation, PoissonExpectation("sqrt").inverse(expectation))
     if link == "log1p":
-        np.expm1(expectation, out=expectation)
+        np.minimum(expectation, _LARGEST, out=expectation)
+        np.expm1(expectation, out=expectation, where=expectation > 0)
     return expectation
 
 

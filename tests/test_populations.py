@@ -11,7 +11,15 @@ from scipy.integrate import quad
 from scipy.stats import gamma, poisson
 
 import sc_noise2self as n2s
-from sc_noise2self.methods._populations import AS_IT_IS, PHI, Refinement, clusters_of, factors_of, sums_of
+from sc_noise2self.methods._populations import (
+    AS_IT_IS,
+    PHI,
+    Populations,
+    Refinement,
+    clusters_of,
+    factors_of,
+    sums_of,
+)
 from sc_noise2self.methods._profiles import LowRankProfiles, TableProfiles
 
 
@@ -104,6 +112,23 @@ def test_refined_profiles_keep_sizes_and_gene_totals_and_stand_above_the_floor(k
     np.testing.assert_array_equal(found.counts(np.array([5, 0]), np.array([7, 3])), expected[[5, 0]][:, [7, 3]])
     np.testing.assert_array_equal(found.of_cells(np.array([9, 2])).counts(), expected[[9, 2]])
     assert plain.refined(counts, AS_IT_IS) is plain
+
+
+@pytest.mark.parametrize("height", [0.0, 0.25, 1.0])
+def test_a_floor_is_a_maximum_with_a_rounded_corner_that_keeps_order(height):
+    shares = np.array([[1e-6, 1e-3, 0.1, 0.898999]], np.float32)
+    rates = np.linspace(-20, 30, 400)[:, None] * [0.0001, 0.05, 5, 60]
+    size, ones = np.full(len(rates), 1000, np.float32), np.ones(len(rates), np.float32)
+    own = Populations(np.zeros_like(shares), np.ones_like(shares), shares, height)
+    found = rates.astype(np.float32)
+    own.refine_scaled(found, np.zeros(len(rates), np.intp), size, (ones, ones), slice(None))
+    m = 1000 * shares.astype(np.float64)
+    floor = height * m / (1 + m)
+    assert (found >= floor * (1 - 1e-6)).all()
+    np.testing.assert_allclose(found, np.maximum(rates, floor), rtol=0.051, atol=1e-12)
+    assert (np.diff(found, axis=0)[(rates[1:] > 0) if height == 0 else slice(None)] >= 0).all()
+    if height:
+        assert len(np.unique(found[:, 1])) > 0.9 * len(rates)
 
 
 def two_species(n_cells=400, n_genes=300, depth=1000, seed=0):

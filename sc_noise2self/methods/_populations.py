@@ -11,7 +11,8 @@ molecules T_kg that were observed in it and M_kg that the denoiser gives it:
   population learns at once that it has none of another's genes, and that where it has no molecule it has none.
 * the floor, a share (the height) of the probability m / (1 + m) that a cell shows the gene whose rate is exponentially
   distributed around m = Q_kg n_i, the rate in a cell of n_i molecules with the profile Q_k of the population. A zero
-  claims a certainty that a few molecules do not give; a gene of many molecules is told from zero well enough.
+  claims a certainty that a few molecules do not give; a gene of many molecules is told from zero well enough. The
+  corner is rounded, so that rates below the floor, also those that a linear model puts below zero, keep their order.
 
 How many populations and which height: what predicts held-out molecules best. The factors of a cell are then learned
 from other cells, since they would repeat its own counts in small populations.
@@ -21,8 +22,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numba
@@ -41,8 +41,10 @@ Index = slice | np.ndarray
 Scales = tuple[np.ndarray, np.ndarray]
 """Both scales of cells, before the floor and after it, float32 of shape (cells,) each."""
 
-_ONE = np.float32(1)
-_compiled = numba.njit(nogil=True, cache=True)
+_ZERO, _QUARTER, _HALF, _ONE = (np.float32(x) for x in (0, 0.25, 0.5, 1))
+_ROUNDING = np.float32(0.01)  # of the corner: no gain tells 0, 0.01 and 0.1 apart
+_compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+_in_any_order = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nnan", "nsz"})
 
 PHI = np.concatenate([[0], np.geomspace(0.003, 1e4, 15)])
 """The grid of phi; the last is a Gamma distribution of nearly 0 or nearly any rate."""
@@ -132,7 +134,16 @@ class Populations:
         _apply(rates, population, factors, shares, np.float32(self.height), size, *scales)
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "nnan", "nsz"})  # sums in any order
+@numba.njit(inline="always")
+def _raised(rate: np.float32, mean: np.float32, height: np.float32) -> np.float32:
+    """Return the larger of a rate and the floor, the corner rounded; without a floor, of the rate and 0."""
+    floor = height * (mean / (_ONE + mean))
+    above, corner = rate - floor, _ROUNDING * floor * floor
+    half = _HALF * (abs(above) + np.sqrt(above * above + corner))  # (above + sqrt(...)) / 2, without cancellation
+    return floor + (half if above >= 0 else _QUARTER * corner / half)
+
+
+@_in_any_order
 def _refine(
     rates: np.ndarray,
     population: np.ndarray,
@@ -148,25 +159,22 @@ def _refine(
         total = 0.0
         for g in range(len(row)):
             row[g] *= factor[g]
-            total += row[g]
-        cell_scale[i] = n / total if total > 0 else 0
-        if cell_scale[i] == 0:
-            row_scale[i] = 1
+            total += max(row[g], _ZERO)
+        cell_scale[i] = scale = np.float32(n / total if total > 0 else 0)
+        row_scale[i] = 1
+        if scale == 0:
             for g in range(len(row)):
                 row[g] = n * share[g]
             continue
         if height == 0:
-            row_scale[i] = 1
             for g in range(len(row)):
-                row[g] *= cell_scale[i]
+                row[g] = max(row[g], _ZERO) * scale
             continue
         raised = 0.0
         for g in range(len(row)):
-            m = n * share[g]
-            scaled, floor = row[g] * cell_scale[i], height * (m / (_ONE + m))
-            row[g] = scaled if scaled > floor else floor
+            row[g] = _raised(row[g] * scale, n * share[g], height)
             raised += row[g]
-        row_scale[i] = n / raised if raised > 0 else 0
+        row_scale[i] = n / raised
         for g in range(len(row)):
             row[g] *= row_scale[i]
 
@@ -184,24 +192,57 @@ def _apply(
 ) -> None:
     for i in range(len(rates)):
         row, factor, share, n = rates[i], factors[population[i]], shares[population[i]], size[i]
-        if cell_scale[i] == 0:
-            for g in range(len(row)):
-                row[g] = n * share[g]
-            continue
-        if height == 0:
-            for g in range(len(row)):
-                row[g] = row[g] * factor[g] * cell_scale[i]
-            continue
+        scale = cell_scale[i]
         for g in range(len(row)):
-            m = n * share[g]
-            scaled, floor = row[g] * factor[g] * cell_scale[i], height * (m / (_ONE + m))
-            row[g] = (scaled if scaled > floor else floor) * row_scale[i]
+            if scale == 0:
+                row[g] = n * share[g]
+            elif height == 0:
+                row[g] = max(row[g] * factor[g], _ZERO) * scale
+            else:
+                row[g] = _raised(row[g] * factor[g] * scale, n * share[g], height) * row_scale[i]
+
+
+@_in_any_order
+def _probabilities(
+    rates: np.ndarray,
+    population: np.ndarray,
+    factors: np.ndarray,
+    shares: np.ndarray,
+    heights: np.ndarray,
+    size: np.ndarray,
+    cells: np.ndarray,
+    indptr: np.ndarray,
+    genes: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """Set `out`, shape (heights, entries), to the probabilities of entries of these cells, as `_refine` has them."""
+    for i in cells:
+        row, factor, share, n = rates[i], factors[population[i]], shares[population[i]], size[i]
+        total = 0.0
+        for g in range(len(row)):
+            total += max(row[g] * factor[g], _ZERO)
+        scale = np.float32(n / total if total > 0 else 0)
+        for h in range(len(heights)):
+            height, raised = heights[h], np.float64(0)
+            if scale > 0 and height > 0:
+                for g in range(len(row)):
+                    raised += _raised(row[g] * factor[g] * scale, n * share[g], height)
+            for entry in range(indptr[i], indptr[i + 1]):
+                g = genes[entry]
+                if scale == 0:
+                    out[h, entry] = share[g] if n > 0 else 0
+                elif height == 0:
+                    out[h, entry] = max(row[g] * factor[g], _ZERO) / total
+                else:
+                    out[h, entry] = _raised(row[g] * factor[g] * scale, n * share[g], height) / raised
 
 
 def roots(expected: np.ndarray) -> np.ndarray:
     """Return square roots of the profiles of cells, whose distances are those of Hellinger; empty cells stay 0."""
-    total = expected.sum(axis=1, keepdims=True)
-    return np.sqrt(expected / np.where(total > 0, total, 1))
+    out = np.maximum(expected, 0)
+    total = out.sum(axis=1, keepdims=True)
+    out /= np.where(total > 0, total, 1)
+    return np.sqrt(out, out=out)
 
 
 def _nearest(points: np.ndarray, centers: np.ndarray) -> np.ndarray:
@@ -316,7 +357,7 @@ class CrossFit:
     fold: Fold
     labels: np.ndarray  # the population of each cell
     halves: Sequence[np.ndarray]  # of the cells, by position
-    populations: Sequence[Populations]  # of each half, the floor at full height
+    populations: Sequence[Populations]  # of each half
 
     @classmethod
     def learned(cls, expected: np.ndarray, fold: Fold, halves: Sequence[np.ndarray], labels: np.ndarray) -> CrossFit:
@@ -326,19 +367,21 @@ class CrossFit:
         for other in reversed(halves):
             own = labels[other]
             observed, given = (sums_of(values[other], own, n_populations) for values in (fold.seen, expected))
-            found.append(populations_of(observed, given, np.zeros(given.shape, np.float32), 1.0))
+            found.append(populations_of(observed, given, np.zeros(given.shape, np.float32), 0.0))
         return cls(fold, labels, halves, found)
 
-    def probabilities(self, expected: np.ndarray, height: float) -> np.ndarray:
-        """Return the probability of each held-out entry, from expected counts before they are refined."""
+    def probabilities(self, expected: np.ndarray, heights: Sequence[float]) -> np.ndarray:
+        """Return the probability of each held-out entry, shape (heights, entries), from counts before refinement."""
         size, held_out = row_sums(self.fold.seen).astype(np.float32), self.fold.held_out
-        out = np.empty(held_out.nnz)
-        for cells, populations in zip(self.halves, self.populations, strict=True):
-            raised, of_cells = expected[cells], held_out[cells]
-            replace(populations, height=height).refine(raised, self.labels[cells], size[cells])
-            rows = np.repeat(np.arange(len(cells)), np.diff(of_cells.indptr))
-            entries = np.repeat(np.isin(np.arange(len(size)), cells), np.diff(held_out.indptr))
-            out[entries] = raised[rows, of_cells.indices] / np.maximum(size[cells], 1)[rows].astype(np.float64)
+        out, levels = np.empty((len(heights), held_out.nnz)), np.array(heights, np.float32)
+
+        def of_part(part: tuple[np.ndarray, Populations]) -> None:
+            cells, own = part
+            of_populations = (self.labels, own.factors, own.shares)
+            _probabilities(expected, *of_populations, levels, size, cells, held_out.indptr, held_out.indices, out)
+
+        for _ in in_threads(of_part, list(zip(self.halves, self.populations, strict=True))):
+            pass
         return out
 
 
@@ -352,8 +395,7 @@ def best_refinement(expected: np.ndarray, fold: Fold, halves: Sequence[np.ndarra
     n_populations = 1
     while n_populations <= 4 * best.n_populations and n_populations * _LEAST_CELLS <= max(len(sketch), _LEAST_CELLS):
         fit = CrossFit.learned(expected, fold, halves, clusters_of(sketch, n_populations))
-        found = in_threads(partial(fit.probabilities, expected), HEIGHTS)
-        gains = [fold.gain_of(each).mean for each in found]
+        gains = [fold.gain_of(each).mean for each in fit.probabilities(expected, HEIGHTS)]
         if max(gains) > most:
             best, most = Refinement(n_populations, HEIGHTS[int(np.argmax(gains))]), max(gains)
         n_populations *= 2

@@ -75,6 +75,7 @@ class Profiles(ABC):
 class ScaledProfiles(Profiles):
     """Expected counts row_scale * max(cell_scale * factor * gene_scale * rates, floor), from rates of any kind.
 
+    The corner of the maximum is rounded.
     The factor of a gene, and the floor, are those of the cell's population (`sc_noise2self.methods._populations`).
     """
 
@@ -97,7 +98,10 @@ class ScaledProfiles(Profiles):
 
     @abstractmethod
     def _rates(self, cells: Index, genes: Index) -> np.ndarray:
-        """Return rates up to a factor per gene and per cell, dense float32, which the caller may change."""
+        """Return rates up to a factor per gene and per cell, dense float32, which the caller may change.
+
+        Those of linear models may be below 0, which counts as 0.
+        """
 
     def _rates_to_scale(self, rows: slice) -> np.ndarray:
         """Return the rates of cells whose scale is about to be set."""
@@ -180,13 +184,13 @@ class ScaledProfiles(Profiles):
         return self.of_populations(replace(self.populations, height=height))
 
     def refined(self, observed: sp.csr_matrix | Chunks, refinement: Refinement, n_rounds: int | None = None) -> Self:
-        """Return these profiles, scaled, by what their populations say; `observed` they were predicted from.
+        """Return these profiles, which are scaled, by what their populations say; `observed` they were predicted from.
 
         `n_rounds` is that of `scaled`.
         """
         if refinement == AS_IT_IS:
             return self
-        plain = replace(self, gene_scale=self.gene_scale.copy()).scaled(n_rounds)
+        plain = replace(self, gene_scale=self.gene_scale.copy())
         centers = _centers_of(plain, refinement.n_populations)
         n_populations, ones = len(centers), np.ones(centers.shape, np.float32)
         found = plain.of_populations(Populations(centers, ones, ones, 0.0)) if n_populations > 1 else plain
