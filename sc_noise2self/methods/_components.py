@@ -29,6 +29,7 @@ from ._profiles import Index, LowRankProfiles
 from ._svd import N_PASSES, components_of, start_block
 
 _LOG1P_DEPTH = 0.25  # log1p's target over the median depth; on six data sets 0.125 to 0.25 gained most, 1 the least
+_NOISE_POWER = -0.25  # of the noise variance, that genes are weighted by
 
 Parts = Callable[[Block], Sequence[sp.csr_matrix]]
 """The counts to learn from, each with the rows of the block."""
@@ -177,7 +178,7 @@ def _without_vectors(
     sums = chunks.run(of_genes).sums
     learned, mean_rows = [], []
     for own, total, size, noise, mean in zip(transforms, totals, sizes, sums[::2], sums[1::2], strict=True):
-        weights = np.where(noise > 0, np.where(noise > 0, noise / chunks.shape[0], 1) ** -0.25, 0)
+        weights = np.where(noise > 0, np.where(noise > 0, noise / chunks.shape[0], 1) ** _NOISE_POWER, 0)
         square = size.sum() / own.target
         genes = np.ones(len(total), bool) if used is None else used
         none, share = np.zeros((len(total), 0), np.float32), total / total.sum()

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numba
@@ -114,17 +114,27 @@ class Populations:
         """Whether there is one population, without a floor and with factors of 1."""
         return len(self.factors) == 1 and self.height == 0 and bool((self.factors == 1).all())
 
+    def times(self, gene_scale: np.ndarray) -> Populations:
+        """Return those whose factors are multiplied by a scale of genes too."""
+        return replace(self, factors=self.factors * gene_scale)
+
     def nearest(self, expected: np.ndarray) -> np.ndarray:
         """Return the population of each cell, shape (cells,), from rates of all genes."""
         if len(self.centers) == 1:
             return np.zeros(len(expected), np.intp)
-        return _nearest(roots(expected), self.centers)
+        points = np.maximum(expected, 0)
+        length = np.sqrt(points.sum(axis=1, keepdims=True))
+        np.sqrt(points, out=points)
+        return np.argmin(length * np.square(self.centers).sum(axis=1) - 2 * (points @ self.centers.T), axis=1)
 
-    def refine(self, rates: np.ndarray, population: np.ndarray, size: np.ndarray) -> Scales:
-        """Make refined expected counts of rates of all genes, in place, and return both scales of cells."""
-        scales = np.empty((2, len(rates)), np.float32)
-        _refine(rates, population, self.factors, self.shares, np.float32(self.height), size, *scales)
-        return scales[0], scales[1]
+    def refine(self, rates: np.ndarray, population: np.ndarray, size: np.ndarray) -> tuple[Scales, np.ndarray]:
+        """Make refined expected counts of rates of all genes, in place.
+
+        Returns both scales of cells, and what the genes of each population's cells add up to, (populations, genes).
+        """
+        scales, sums = np.empty((2, len(rates)), np.float32), np.zeros(self.factors.shape)
+        _refine(rates, population, self.factors, self.shares, np.float32(self.height), size, *scales, sums)
+        return (scales[0], scales[1]), sums
 
     def refine_scaled(
         self, rates: np.ndarray, population: np.ndarray, size: np.ndarray, scales: Scales, genes: Index
@@ -153,6 +163,7 @@ def _refine(
     size: np.ndarray,
     cell_scale: np.ndarray,
     row_scale: np.ndarray,
+    sums: np.ndarray,
 ) -> None:
     for i in range(len(rates)):
         row, factor, share, n = rates[i], factors[population[i]], shares[population[i]], size[i]
@@ -161,22 +172,23 @@ def _refine(
             row[g] *= factor[g]
             total += max(row[g], _ZERO)
         cell_scale[i] = scale = np.float32(n / total if total > 0 else 0)
-        row_scale[i] = 1
+        row_scale[i] = last = _ONE
         if scale == 0:
             for g in range(len(row)):
                 row[g] = n * share[g]
-            continue
-        if height == 0:
+        elif height == 0:
             for g in range(len(row)):
                 row[g] = max(row[g], _ZERO) * scale
-            continue
-        raised = 0.0
+        else:
+            raised = 0.0
+            for g in range(len(row)):
+                row[g] = _raised(row[g] * scale, n * share[g], height)
+                raised += row[g]
+            row_scale[i] = last = np.float32(n / raised)
+        own = sums[population[i]]
         for g in range(len(row)):
-            row[g] = _raised(row[g] * scale, n * share[g], height)
-            raised += row[g]
-        row_scale[i] = n / raised
-        for g in range(len(row)):
-            row[g] *= row_scale[i]
+            row[g] *= last
+            own[g] += row[g]
 
 
 @_compiled
@@ -239,14 +251,9 @@ def _probabilities(
 
 def roots(expected: np.ndarray) -> np.ndarray:
     """Return square roots of the profiles of cells, whose distances are those of Hellinger; empty cells stay 0."""
-    out = np.maximum(expected, 0)
-    total = out.sum(axis=1, keepdims=True)
-    out /= np.where(total > 0, total, 1)
+    total = expected.sum(axis=1, keepdims=True)
+    out = expected / np.where(total > 0, total, 1)
     return np.sqrt(out, out=out)
-
-
-def _nearest(points: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    return np.argmin(np.square(centers).sum(axis=1) - 2 * (points @ centers.T), axis=1)
 
 
 def sketch_of(points: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import scipy.sparse as sp
 
-from .._blocks import Block, Chunks, Partial, as_chunks
+from .._blocks import Block, Chunks, InMemory, Partial, as_chunks
 from .._threads import in_threads
 from .._transform import Link, rates
 from ..partitions import Rows
@@ -113,16 +113,15 @@ class ScaledProfiles(Profiles):
 
     def sums_of_populations(self) -> np.ndarray:
         """Do the same, and return what the genes of each population's cells add up to, shape (populations, genes)."""
-        own = self.populations
+        own = self.populations.times(self.gene_scale)
 
         def of_rows(rows: slice) -> np.ndarray:
             block = self._rates_to_scale(rows)
-            block *= self.gene_scale
             if self.population[rows.start] == _UNKNOWN:
-                self.population[rows] = own.nearest(block)
+                self.population[rows] = own.nearest(block * self.gene_scale)
             found = self.population[rows].astype(np.intp)
-            self.cell_scale[rows], self.row_scale[rows] = own.refine(block, found, self.size[rows])
-            return sums_of(block, found, len(own.factors))
+            (self.cell_scale[rows], self.row_scale[rows]), sums = own.refine(block, found, self.size[rows])
+            return sums
 
         totals = np.zeros(own.factors.shape)
         for of_block in in_threads(of_rows, self.rows()):
@@ -154,10 +153,10 @@ class ScaledProfiles(Profiles):
 
     def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
         out = self._rates(cells, genes)
-        out *= self.gene_scale[genes]
         scales = (np.asarray(self.cell_scale[cells]), np.asarray(self.row_scale[cells]))
         population = np.asarray(self.population[cells]).astype(np.intp)
-        self.populations.refine_scaled(out, population, self.size[cells], scales, genes)
+        own = self.populations.times(self.gene_scale)
+        own.refine_scaled(out, population, self.size[cells], scales, genes)
         return out
 
     def scales(self) -> np.ndarray:
@@ -341,6 +340,8 @@ def profiles_in_blocks(
     def of_totals(block: Block) -> Partial:
         return Partial([unscaled(block, gene_scale).of_populations(populations).scale_cells()])
 
+    if len(some.size) == chunks.shape[0] and isinstance(chunks, InMemory):
+        return some
     gene_scale, populations, target = some.gene_scale, some.populations, some.gene_share * size.sum()
     for _ in range(_MOST_ROUNDS):
         totals = chunks.run(of_totals).sums[0]
