@@ -8,16 +8,27 @@ seconds are those of the whole process, with imports, reading and writing, and m
 A finished run is kept under `--cache` as JSON, one file per data set and method, and is not repeated; delete a file to
 repeat its run.
 
-Data sets by name are split 90 to 10 by the evaluator's `load_split` and scored by its `score`. `--truth` adds two
-figures against something that is not these counts:
+Data sets by name are split 90 to 10 by the evaluator's `load_split` and scored by its `score`. `--truth` adds figures
+against something that is not these counts, all of them or those that are named after it:
 
-mixtures  RNA of three cell lines mixed in known proportions. A cell's true profile is its proportions times the three
-          lines' profiles, which are fitted to the full counts of all cells of its batch (Poisson likelihood, EM).
-          The denoisers see 20 % of the molecules. Score: mean over cells of KL(truth || P) in nats, P being the
-          denoised row scaled to 1 and blended with 0.5 % of the mean profile; lower is better. The spiked-in ERCC RNA
-          does not follow the proportions: `kl own` leaves it out of the score, not of the counts.
-proteins  CITE-seq of blood. Score: mean over protein and gene pairs of the Spearman correlation between the protein
-          (log1p of its counts, centred over the proteins of the cell) and the gene's share of the denoised row.
+mix_rnamix_celseq2_sortseq
+    RNA of three cell lines mixed in known proportions. A cell's true profile is its proportions times the three lines'
+    profiles, which are fitted to the full counts of all cells of its batch (Poisson likelihood, EM). The denoisers see
+    20 % of the molecules. Score: mean over cells of KL(truth || P) in nats, P being the denoised row scaled to 1 and
+    blended with 0.5 % of the mean profile; lower is better. The spiked-in ERCC RNA does not follow the proportions:
+    `kl own` leaves it out of the score, not of the counts.
+mix_cells_celseq2
+    Wells of up to nine cells of three lines in known numbers, without those of poor quality. The proportions are the
+    numbers over their sum, the rest is as above.
+cell_lines_5_celseq2
+    Single cells of five lines, known by genotype, without doublets. A cell's true profile is the sum of the full counts
+    of the other cells of its line, scaled to 1 and blended with 0.5 % of the mean profile. The rest is as above.
+citeseq_pbmc_bremsc_1372
+    Blood, with proteins. Score: mean over protein and gene pairs of the Spearman correlation between the protein (log1p
+    of its counts, centred over the proteins of the cell) and the gene's share of the denoised row. Ties among the cells
+    without the protein raise it, so two more: a mixture of two normal distributions divides the cells of each protein
+    into positive and negative; `auroc` is the mean area under the ROC curve of the gene's share for positive against
+    negative (ties count half), `spearman positive` the mean correlation among the positive.
 """
 
 from __future__ import annotations
@@ -36,10 +47,16 @@ import anndata as ad
 import numpy as np
 import scipy.sparse as sp
 from scipy.stats import spearmanr
+from sklearn.metrics import roc_auc_score
+from sklearn.mixture import GaussianMixture
 
 PEERS = Path(__file__).resolve().parent / "peers"
-MIXTURES = "mix_rnamix_celseq2_sortseq"
-PROPORTIONS = ["H2228_prop", "H1975_prop", "HCC827_prop"]
+BLEND = 0.005
+MIXTURES = {
+    "mix_rnamix_celseq2_sortseq": ["H2228_prop", "H1975_prop", "HCC827_prop"],
+    "mix_cells_celseq2": ["H1975", "H2228", "HCC827"],
+}
+LINES = "cell_lines_5_celseq2"
 PROTEINS = "citeseq_pbmc_bremsc_1372"
 GENE_OF = {
     "CD3": "CD3E",
@@ -52,11 +69,16 @@ GENE_OF = {
     "CD56": "NCAM1",
     "CD127": "IL7R",
 }
+FIGURES = ["gain", "elogmse", "kl", "kl own", "spearman", "auroc", "spearman positive"]
 # The peak of a process starts at that of the process it was forked from, so a small one stands in between.
 LAUNCHER = """
-import json, os, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 start = time.perf_counter()
-_, status, usage = os.wait4(subprocess.Popen(sys.argv[2:]).pid, 0)
+child = subprocess.Popen(sys.argv[3:], start_new_session=True)
+for each in signal.SIGALRM, signal.SIGINT, signal.SIGTERM:
+    signal.signal(each, lambda *_: os.killpg(child.pid, signal.SIGKILL))
+signal.setitimer(signal.ITIMER_REAL, float(sys.argv[2]))
+_, status, usage = os.wait4(child.pid, 0)
 result = {"code": os.waitstatus_to_exitcode(status), "seconds": time.perf_counter() - start}
 with open(sys.argv[1], "w") as file:
     json.dump(result | {"peak_gib": usage.ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)}, file)
@@ -80,28 +102,56 @@ def heldout(name: str, evaluator: Path, data: Path):
     return train, lambda denoised: module.score(denoised, train, test)
 
 
-def mixtures(data: Path):
-    """Return the thinned counts of the mixtures, and the score of a denoiser that saw them."""
-    adata = ad.read_h5ad(data / f"{MIXTURES}.h5ad")
+def against_truth(adata: ad.AnnData, true_profiles):
+    """Return a fifth of the molecules, and the score of a denoiser that saw them, by profiles from all of them."""
     counts = adata.X.tocsr()
     thinned = counts.copy()
     thinned.data = np.random.default_rng(0).binomial(counts.data.astype(np.int64), 0.2).astype(np.float32)
     thinned.eliminate_zeros()
     seen = np.asarray(thinned.sum(axis=0)).ravel() > 0
-    counts, thinned = counts[:, seen], thinned[:, seen]
-    proportions = shares(adata.obs[PROPORTIONS].to_numpy())
-    truth = np.empty(counts.shape)
-    for batch in adata.obs["batch"].unique():
-        cells = (adata.obs["batch"] == batch).to_numpy()
-        truth[cells] = proportions[cells] @ pure_profiles(counts[cells].toarray(), proportions[cells])
+    thinned, truth = thinned[:, seen], true_profiles(counts[:, seen].toarray())
     mean = shares(thinned.sum(axis=0))
     own = ~adata.var_names[seen].str.startswith("ERCC-")
 
     def score(denoised):
-        blended = 0.995 * shares(denoised) + 0.005 * mean
+        blended = (1 - BLEND) * shares(denoised) + BLEND * mean
         return {"kl": divergence(truth, blended), "kl own": divergence(shares(truth[:, own]), shares(blended[:, own]))}
 
     return thinned, score
+
+
+def mixtures(name: str, data: Path):
+    """Return the thinned counts of cell lines mixed in known proportions, and the score of a denoiser of them."""
+    adata = ad.read_h5ad(data / f"{name}.h5ad")
+    kept = adata.obs[MIXTURES[name]].sum(axis=1) > 0
+    if "poor_quality" in adata.obs:
+        kept &= adata.obs["poor_quality"] != "YES"
+    adata = adata[kept.to_numpy()].copy()
+    proportions = shares(adata.obs[MIXTURES[name]].to_numpy())
+    batches = adata.obs["batch"].to_numpy()
+
+    def true_profiles(counts):
+        truth = np.empty(counts.shape)
+        for batch in np.unique(batches):
+            cells = batches == batch
+            truth[cells] = proportions[cells] @ pure_profiles(counts[cells], proportions[cells])
+        return truth
+
+    return against_truth(adata, true_profiles)
+
+
+def cell_lines(data: Path):
+    """Return the thinned counts of single cells of known lines, and the score of a denoiser of them."""
+    adata = ad.read_h5ad(data / f"{LINES}.h5ad")
+    adata = adata[(adata.obs["demuxlet_cls"] == "SNG").to_numpy()].copy()
+    lines = adata.obs["cell_line_demuxlet"].to_numpy()
+
+    def true_profiles(counts):
+        same = (lines[:, np.newaxis] == lines).astype(np.float64)
+        np.fill_diagonal(same, 0)
+        return (1 - BLEND) * shares(same @ counts) + BLEND * shares(counts.sum(axis=0, keepdims=True))
+
+    return against_truth(adata, true_profiles)
 
 
 def divergence(truth: np.ndarray, profile: np.ndarray) -> float:
@@ -128,21 +178,44 @@ def proteins(data: Path):
     levels = logs - logs.mean(axis=1, keepdims=True)
     names = list(adata.uns["protein_names"])
     pairs = [(names.index(protein), adata.var_names.get_loc(gene)) for protein, gene in GENE_OF.items()]
+    positive = {i: high(levels[:, i]) for i, _ in pairs}
 
     def score(denoised):
         profile = shares(denoised)
-        each = [float(spearmanr(levels[:, i], profile[:, j])[0]) if np.ptp(profile[:, j]) else 0.0 for i, j in pairs]
-        return {"spearman": float(np.mean(each)), "pairs": dict(zip(GENE_OF, each, strict=True))}
+        each = [
+            (
+                correlation(levels[:, i], profile[:, j]),
+                float(roc_auc_score(positive[i], profile[:, j])),
+                correlation(levels[positive[i], i], profile[positive[i], j]),
+            )
+            for i, j in pairs
+        ]
+        means = zip(("spearman", "auroc", "spearman positive"), np.mean(each, axis=0).tolist(), strict=True)
+        return dict(means) | {"pairs": dict(zip(GENE_OF, each, strict=True))}
 
     return adata.X.tocsr(), score
 
 
-def measure(command: list[str], counts: sp.csr_matrix, score) -> dict:
-    """Run one denoiser in a process of its own and return what it took and its score."""
+def high(level: np.ndarray) -> np.ndarray:
+    """Return which values belong to the upper one of two normal distributions."""
+    mixture = GaussianMixture(2, random_state=0).fit(level[:, np.newaxis])
+    return mixture.predict_proba(level[:, np.newaxis])[:, mixture.means_.argmax()] > 0.5
+
+
+def correlation(level: np.ndarray, share: np.ndarray) -> float:
+    """Return the Spearman correlation, 0 for a constant."""
+    return float(spearmanr(level, share)[0]) if np.ptp(share) else 0.0
+
+
+TRUTHS = {name: functools.partial(mixtures, name) for name in MIXTURES} | {LINES: cell_lines, PROTEINS: proteins}
+
+
+def measure(command: list[str], counts: sp.csr_matrix, score, limit: float) -> dict:
+    """Run one denoiser in a process of its own, at most `limit` minutes, and return what it took and its score."""
     with tempfile.TemporaryDirectory() as folder:
         source, target, usage = (Path(folder) / name for name in ("in.h5ad", "out.npy", "usage.json"))
         ad.AnnData(counts.astype(np.float32)).write_h5ad(source)
-        launcher = [sys.executable, "-c", LAUNCHER, str(usage)]
+        launcher = [sys.executable, "-c", LAUNCHER, str(usage), str(60 * limit)]
         done = subprocess.run(
             [*launcher, *command[:2], str(source), str(target), *command[2:]],
             stdout=subprocess.PIPE,
@@ -151,6 +224,8 @@ def measure(command: list[str], counts: sp.csr_matrix, score) -> dict:
         )
         result = json.loads(usage.read_text())
         result["notes"] = [line[6:] for line in done.stdout.splitlines() if line.startswith("note: ")]
+        if limit and result["code"] != 0 and result["seconds"] >= 60 * limit:
+            result["notes"].append(f"stopped after {limit:g} minutes")
         if result["code"] != 0 or not target.exists():
             return result | {"failed": done.stdout[-2000:]}
         return result | score(np.load(target))
@@ -165,9 +240,7 @@ def baseline(label: str, counts: sp.csr_matrix, score) -> dict:
 
 def table(rows: dict[str, dict]) -> str:
     """Return the markdown table of one data set."""
-    figures = [
-        key for key in ("gain", "elogmse", "kl", "kl own", "spearman") if any(key in row for row in rows.values())
-    ]
+    figures = [key for key in FIGURES if any(key in row for row in rows.values())]
     lines = [
         "| | " + " | ".join([*figures, "seconds (whole process)", "peak GiB", "notes"]) + " |",
         "|---" * (len(figures) + 4) + "|",
@@ -194,9 +267,10 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="data sets to split and score")
     parser.add_argument("--evaluator", type=Path, help="the file that defines load_split and score")
     parser.add_argument("--data", type=Path, required=True, help="folder of the .h5ad files")
-    parser.add_argument("--truth", action="store_true", help="add the two figures against known truth")
+    parser.add_argument("--truth", nargs="*", choices=TRUTHS, help="add these data sets of known truth, or all")
     parser.add_argument("--python", type=pair, action="append", default=[], metavar="PEER=PYTHON")
     parser.add_argument("--ours", type=pair, nargs="*", default=[("ours", "{}")], metavar="LABEL=JSON")
+    parser.add_argument("--limit", type=float, default=0, metavar="MINUTES", help="stop a run after this time")
     parser.add_argument("--cache", type=Path, required=True, help="folder of finished runs")
     parser.add_argument("--out", type=Path, help="write the tables here too")
     args = parser.parse_args()
@@ -214,8 +288,8 @@ def main() -> None:
     commands |= {label: [sys.executable, str(ours), json.dumps(json.loads(text))] for label, text in args.ours}
 
     tasks = {name: lambda name=name: heldout(name, args.evaluator, args.data) for name in args.names}
-    if args.truth:
-        tasks |= {MIXTURES: lambda: mixtures(args.data), PROTEINS: lambda: proteins(args.data)}
+    if args.truth is not None:
+        tasks |= {name: functools.partial(TRUTHS[name], args.data) for name in args.truth or TRUTHS}
     report = []
     for name, load in tasks.items():
         load = functools.cache(load)
@@ -227,7 +301,7 @@ def main() -> None:
             if rows[label].get("arguments") == arguments:
                 continue
             counts, score = load()
-            found = measure(command, counts, score) if command else baseline(label, counts, score)
+            found = measure(command, counts, score, args.limit) if command else baseline(label, counts, score)
             rows[label] = found | {"arguments": arguments, "shape": counts.shape}
             print(f"{name} {label}: {json.dumps(rows[label])}", file=sys.stderr, flush=True)
             if "failed" not in found:

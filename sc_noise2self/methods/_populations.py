@@ -44,6 +44,7 @@ Scales = tuple[np.ndarray, np.ndarray]
 _ZERO, _QUARTER, _HALF, _ONE = (np.float32(x) for x in (0, 0.25, 0.5, 1))
 _ROUNDING = np.float32(0.01)  # of the corner: no gain tells 0, 0.01 and 0.1 apart
 _compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+_inlined = numba.njit(inline="always")
 _in_any_order = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nnan", "nsz"})
 
 PHI = np.concatenate([[0], np.geomspace(0.003, 1e4, 15)])
@@ -133,7 +134,7 @@ class Populations:
         Returns both scales of cells, and what the genes of each population's cells add up to, (populations, genes).
         """
         scales, sums = np.empty((2, len(rates)), np.float32), np.zeros(self.factors.shape)
-        _refine(rates, population, self.factors, self.shares, np.float32(self.height), size, *scales, sums)
+        _refine(rates, population, self.factors, self.shares, np.float32(self.height), size, scales, sums)
         return (scales[0], scales[1]), sums
 
     def refine_scaled(
@@ -144,7 +145,7 @@ class Populations:
         _apply(rates, population, factors, shares, np.float32(self.height), size, *scales)
 
 
-@numba.njit(inline="always")
+@_inlined
 def _raised(rate: np.float32, mean: np.float32, height: np.float32) -> np.float32:
     """Return the larger of a rate and the floor, the corner rounded; without a floor, of the rate and 0."""
     floor = height * (mean / (_ONE + mean))
@@ -161,8 +162,7 @@ def _refine(
     shares: np.ndarray,
     height: np.float32,
     size: np.ndarray,
-    cell_scale: np.ndarray,
-    row_scale: np.ndarray,
+    scales: np.ndarray,
     sums: np.ndarray,
 ) -> None:
     for i in range(len(rates)):
@@ -171,8 +171,8 @@ def _refine(
         for g in range(len(row)):
             row[g] *= factor[g]
             total += max(row[g], _ZERO)
-        cell_scale[i] = scale = np.float32(n / total if total > 0 else 0)
-        row_scale[i] = last = _ONE
+        scales[0, i] = scale = np.float32(n / total if total > 0 else 0)
+        scales[1, i] = last = _ONE
         if scale == 0:
             for g in range(len(row)):
                 row[g] = n * share[g]
@@ -184,7 +184,7 @@ def _refine(
             for g in range(len(row)):
                 row[g] = _raised(row[g] * scale, n * share[g], height)
                 raised += row[g]
-            row_scale[i] = last = np.float32(n / raised)
+            scales[1, i] = last = np.float32(n / raised)
         own = sums[population[i]]
         for g in range(len(row)):
             row[g] *= last
