@@ -1,6 +1,6 @@
 """How often intervals hold what they promise to hold, measured from outside.
 
-    python benchmarks/coverage.py --data DATA --out table.md paul15_myeloid:pca pbmc3k_10x:ensemble
+    python benchmarks/intervals.py --data DATA --out table.md paul15_myeloid:pca pbmc3k_10x:ensemble
 
 The molecules of a data set are split into even halves. One is denoised, and the other is held against the intervals
 that the dispersions `var["denoised_phi"]` give: 400 000 entries, as many in each tenth of the genes by expression, the
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="DATASET:METHOD")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("coverage.md"))
+    parser.add_argument("--out", type=Path, default=Path("intervals.md"))
     args = parser.parse_args()
     lines = [
         "| data | method | 50 % | 90 % | 90 %, tenths of genes | 90 %, tenths of cells |",
