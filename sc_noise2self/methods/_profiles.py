@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import scipy.sparse as sp
 
-from .._blocks import Block, Chunks, InMemory, Partial, as_chunks
+from .._blocks import Block, Chunks, Partial, as_chunks
 from .._threads import in_threads
 from .._transform import Link, rates
 from ..partitions import Rows
@@ -340,8 +340,6 @@ def profiles_in_blocks(
     def of_totals(block: Block) -> Partial:
         return Partial([unscaled(block, gene_scale).of_populations(populations).scale_cells()])
 
-    if len(some.size) == chunks.shape[0] and isinstance(chunks, InMemory):
-        return some
     gene_scale, populations, target = some.gene_scale, some.populations, some.gene_share * size.sum()
     for _ in range(_MOST_ROUNDS):
         totals = chunks.run(of_totals).sums[0]
