@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import anndata as ad
 import numpy as np
 import pytest
@@ -112,6 +114,9 @@ def test_refined_profiles_keep_sizes_and_gene_totals_and_stand_above_the_floor(k
     np.testing.assert_array_equal(found.counts(np.array([5, 0]), np.array([7, 3])), expected[[5, 0]][:, [7, 3]])
     np.testing.assert_array_equal(found.of_cells(np.array([9, 2])).counts(), expected[[9, 2]])
     assert plain.refined(counts, AS_IT_IS) is plain
+    # A network's rates come without the scale that gives genes their totals.
+    unscaled = replace(plain, gene_scale=plain.gene_scale * rng.gamma(2, 0.5, 60).astype(np.float32))
+    np.testing.assert_allclose(unscaled.refined(counts, refinement).counts(), expected, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("height", [0.0, 0.25, 1.0])

@@ -183,13 +183,13 @@ class ScaledProfiles(Profiles):
         return self.of_populations(replace(self.populations, height=height))
 
     def refined(self, observed: sp.csr_matrix | Chunks, refinement: Refinement, n_rounds: int | None = None) -> Self:
-        """Return these profiles, which are scaled, by what their populations say; `observed` they were predicted from.
+        """Return these profiles, scaled, by what their populations say; `observed` they were predicted from.
 
         `n_rounds` is that of `scaled`.
         """
         if refinement == AS_IT_IS:
             return self
-        plain = replace(self, gene_scale=self.gene_scale.copy())
+        plain = replace(self, gene_scale=self.gene_scale.copy()).scaled(n_rounds)
         centers = _centers_of(plain, refinement.n_populations)
         n_populations, ones = len(centers), np.ones(centers.shape, np.float32)
         found = plain.of_populations(Populations(centers, ones, ones, 0.0)) if n_populations > 1 else plain
