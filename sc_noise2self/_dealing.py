@@ -153,18 +153,28 @@ def _binomial(n: np.int64, p: float, state: np.uint64) -> tuple[np.int64, np.uin
 
 
 @_inlined
-def _category(shares: np.ndarray, state: np.uint64) -> tuple[int, np.uint64]:
-    """Return the category that one molecule falls into."""
+def _category(bounds: np.ndarray, state: np.uint64) -> tuple[int, np.uint64]:
+    """Return the category that one molecule falls into; `bounds` are the sums of the shares up to each.
+
+    Bounds are counted: leaving the loop at a random one would be mispredicted.
+    """
     u, state = _uniform(state)
     i = 0
-    while i < len(shares) - 1 and u >= shares[i]:
-        u -= shares[i]
-        i += 1
+    for k in range(len(bounds) - 1):
+        i += u >= bounds[k]
     return i, state
 
 
 @_inlined
-def _deal(n: np.int64, shares: np.ndarray, rest: np.ndarray, phi: float, state: np.uint64, dealt: np.ndarray) -> None:
+def _deal(
+    n: np.int64,
+    shares: np.ndarray,
+    rest: np.ndarray,
+    bounds: np.ndarray,
+    phi: float,
+    state: np.uint64,
+    dealt: np.ndarray,
+) -> None:
     """Write to `dealt` how many of n molecules fall into each of the parts.
 
     `rest` is what each share is a share of: itself and those after it.
@@ -173,7 +183,7 @@ def _deal(n: np.int64, shares: np.ndarray, rest: np.ndarray, phi: float, state: 
     dealt[:] = 0
     if n == 1 or (phi == 0 and n <= _ONE_BY_ONE):
         for _ in range(n):
-            i, state = _category(shares, state)
+            i, state = _category(bounds, state)
             dealt[i] += 1
         return
     for i in range(last):
@@ -208,6 +218,7 @@ def deal(
     values, minors, ends = out
     n_parts = len(values)
     even = n_parts == 2 and len(shares) == 2 and shares[0] == 0.5 and not phi.any()
+    bounds = np.cumsum(shares)
     dealt = np.zeros(len(shares), np.int64)
     stored = np.zeros(n_parts, np.int64)
     for row in range(len(indptr) - 1):
@@ -220,7 +231,12 @@ def deal(
                 dealt[0] = _ones(state if n == _BITS else state & ((_ONE << np.uint64(n)) - _ONE))
                 dealt[1] = n - dealt[0]
             else:
-                _deal(n, shares, rest, phi[gene], state, dealt)
+                if n == 1 and not overlap:  # goes to one part alone
+                    k, state = _category(bounds, state)
+                    values[k, stored[k]], minors[k, stored[k]] = 1, minor[j]
+                    stored[k] += 1
+                    continue
+                _deal(n, shares, rest, bounds, phi[gene], state, dealt)
             for k in range(n_parts):
                 value = dealt[0] + dealt[k + 1] if overlap else dealt[k]
                 # Written always, counted where it is not 0: a branch on a random number would be mispredicted.

@@ -19,6 +19,7 @@ import scipy.sparse as sp
 from ._counts import CountMatrix, check_counts
 from ._dealing import Entries, add_contents, deal, row_keys
 from ._random import RandomState, as_generator, as_key
+from ._threads import in_threads
 
 _BLOCK = 1 << 15  # entries dealt at a time: they and their parts stay in the cache
 
@@ -111,19 +112,29 @@ def _split_sparse(counts: Any, key: int, cells: np.ndarray, law: Law) -> tuple[A
     """Deal the stored entries, some rows (columns) at a time; only entries that are not zero are kept."""
     by_row, n_parts, n_major = counts.format == "csr", law.n_parts, len(counts.indptr) - 1
     rest = np.cumsum(law.shares[::-1])[::-1].copy()
+    of_molecules = law.shares, rest, law.phi, law.overlap
     contents = np.zeros(len(cells), np.uint64)
-    for first, last, entries in _in_blocks(counts):
+
+    def add(block: tuple[int, int, Entries]) -> None:
+        first, last, entries = block
         add_contents(entries, first, by_row, contents[first:last] if by_row else contents)
+
+    for _ in (in_threads if by_row else map)(add, _in_blocks(counts)):  # columns share the cells that they add to
+        pass
     keys = row_keys(key, cells, contents)
     # As long as the counts' own, then cut to what is stored: pages never written to take no memory.
     data = [np.empty_like(counts.data) for _ in range(n_parts)]
     indices = [np.empty_like(counts.indices) for _ in range(n_parts)]
     ends = np.zeros((n_parts, n_major + 1), np.int64)
-    for first, last, entries in _in_blocks(counts):
+
+    def dealt(block: tuple[int, int, Entries]) -> tuple[int, int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        first, last, entries = block
         values, minors = np.empty((2, n_parts, len(entries[0])), np.int64)
-        of_block = np.empty((n_parts, last - first), np.int64)
-        own_keys = keys[first:last] if by_row else keys
-        deal(entries, own_keys, first, by_row, (law.shares, rest, law.phi, law.overlap), (values, minors, of_block))
+        out = values, minors, np.empty((n_parts, last - first), np.int64)
+        deal(entries, keys[first:last] if by_row else keys, first, by_row, of_molecules, out)
+        return first, last, out
+
+    for first, last, (values, minors, of_block) in in_threads(dealt, _in_blocks(counts)):
         for i, end in enumerate(of_block):
             stored, n_new = ends[i, first], end[-1]
             data[i][stored : stored + n_new] = values[i, :n_new]

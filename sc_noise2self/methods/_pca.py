@@ -53,7 +53,7 @@ class PCA(Method):
     Notes
     -----
     Noise2Self (Batson & Royer 2019), section 3.2. A component is weighted by its worth, the regression of held-out
-    molecules on it, shrunk by one of five strengths or cut; see `docs/method.md`.
+    molecules on it, shrunk by one of six strengths or cut; see `docs/method.md`.
     """
 
     name: ClassVar[str] = "pca"
@@ -116,7 +116,7 @@ class PCALearner(Learner):
     """
 
     enough_cells: int | None = _COMPARED_CELLS
-    settings = tuple(Shrinkage(strength) for strength in (2.0, None, 1.0, 4.0, 8.0))
+    settings = tuple(Shrinkage(strength) for strength in (2.0, None, 1.0, 1.4, 2.8, 4.0, 8.0))
 
     def __init__(self, transform: TransformName, n_components: int, used: np.ndarray | None) -> None:
         super().__init__(f"pca {transform}")
