@@ -85,7 +85,7 @@ def test_report_of_nothing_gained(adata):
     with pytest.warns(UserWarning, match="no candidate"):
         n2s.denoise(null)
     text = n2s.report(null)
-    assert text.startswith("The mean profile of the counts in X, which none of 7 candidates beats")
+    assert text.startswith("The mean profile of the counts in X, which none of 9 candidates beats")
     assert "predicted no better than by one mean profile" in text
     assert "No gene is predicted better than its mean." in text
     with pytest.raises(KeyError, match="there is no result 'denoised'"):
