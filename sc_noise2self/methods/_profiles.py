@@ -75,7 +75,8 @@ class Profiles(ABC):
 class ScaledProfiles(Profiles):
     """Expected counts row_scale * max(cell_scale * factor * gene_scale * rates, floor), from rates of any kind.
 
-    The corner of the maximum is rounded. The factor of a gene, and the floor, are those of the cell's population (`sc_noise2self.methods._populations`).
+    The corner of the maximum is rounded. The factor of a gene, and the floor, are those of the cell's
+    population (`sc_noise2self.methods._populations`).
     """
 
     gene_scale: np.ndarray  # gives every gene its observed total
