@@ -150,7 +150,7 @@ def as_counts(
     chunks = chunks_of(matrix, name)
     _check_shape(chunks.shape)
     try:
-        (totals, histogram), (size,) = chunks.run(_counted, checked_block)
+        (totals, histogram, n_entries), (size,) = chunks.run(_counted, checked_block)
     except NotACount as error:
         raise error.named(name, adata.obs_names, adata.var_names) from None
     if not totals.any():
@@ -159,13 +159,14 @@ def as_counts(
     _warn_if_reads(histogram, name)
     _warn_if_empty(size)
     read = {each: _read_batches(adata, each) for each in columns}
-    return Counts(chunks, size, totals, adata.obs_names, adata.var_names, read_mask(adata, mask_var), read)
+    names = adata.obs_names, adata.var_names
+    return Counts(chunks, size, totals, int(n_entries[0]), *names, read_mask(adata, mask_var), read)
 
 
 def _counted(block: Block) -> Partial:
-    """Return totals of genes, a histogram of counts, and sizes of cells."""
+    """Return totals of genes, a histogram of counts, the number of entries, and sizes of cells."""
     counts = block.counts
-    return Partial((column_sums(counts), _histogram(counts.data)), (row_sums(counts),))
+    return Partial((column_sums(counts), _histogram(counts.data), np.array([counts.nnz])), (row_sums(counts),))
 
 
 def checked_block(start: int, rows: Any) -> Block:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _ENTRIES = 1 << 25  # at most, of a dense block: 13 MB of counts where a twentieth is not zero
 _STRETCH, _STRETCHES = 1000, 20  # cells read in a row, and how often, where cells are wanted in random order
 _FAN_IN = 8  # partial sums that a Dask task adds up
+
+Out = TypeVar("Out")
 
 
 def block_rows(n_genes: int) -> int:
@@ -117,6 +119,16 @@ class Chunks(ABC):
     def stored(self, start: int, stop: int) -> Any:
         """Return some rows, sparse or dense."""
 
+    def in_turn(self, work: Callable[[Block], Out], to_block: ToBlock = block_of) -> Iterator[Out]:
+        """Yield what is made of each block, in order, read by this process."""
+        starts = range(0, self.shape[0], self._rows)
+        stored = ((start, self.stored(start, min(start + self._rows, self.shape[0]))) for start in starts)
+        return in_threads(lambda item: work(to_block(*item)), stored)
+
+    def of_cells(self, cells: np.ndarray) -> Chunks:
+        """Return some of the cells, by number in rising order: all of these, or held in memory."""
+        return self if len(cells) == self.shape[0] else InMemory(self.take(cells))
+
     def of_genes(self, genes: np.ndarray) -> OfGenes:
         """Return some of the genes, boolean of shape (genes,)."""
         return OfGenes(self, genes)
@@ -130,13 +142,15 @@ class Chunks(ABC):
 class Counts:
     """Counts wherever they are, and what a method may know of their cells and genes.
 
-    `size` and `totals` are the molecules of each cell and gene; `used`, boolean of shape (genes,) or None for all, are
-    the genes that determine which cells are alike; `columns` are the columns of `obs` that a method asked for.
+    `size` and `totals` are the molecules of each cell and gene, `n_entries` the number of counts that are not zero;
+    `used`, boolean of shape (genes,) or None for all, are the genes that determine which cells are alike; `columns` are
+    the columns of `obs` that a method asked for.
     """
 
     chunks: Chunks
     size: np.ndarray
     totals: np.ndarray
+    n_entries: int
     cell_names: pd.Index
     gene_names: pd.Index
     used: np.ndarray | None = None
@@ -146,7 +160,7 @@ class Counts:
     def of(cls, counts: sp.csr_matrix, used: np.ndarray | None = None) -> Counts:
         """Return counts of cells and genes without names."""
         cells, genes = (pd.RangeIndex(n).astype(str) for n in counts.shape)
-        return cls(InMemory(counts), row_sums(counts), column_sums(counts), cells, genes, used)
+        return cls(InMemory(counts), row_sums(counts), column_sums(counts), counts.nnz, cells, genes, used)
 
     @property
     def n_used(self) -> int:
@@ -163,6 +177,7 @@ class Counts:
             chunks=InMemory(counts),
             size=row_sums(counts),
             totals=column_sums(counts),
+            n_entries=counts.nnz,
             cell_names=self.cell_names[cells],
             columns={name: column.iloc[cells] for name, column in self.columns.items()},
         )
@@ -172,10 +187,8 @@ class _Local(Chunks):
     """Counts that this process reads."""
 
     def run(self, work: Work, to_block: ToBlock = block_of) -> Partial:
-        starts = range(0, self.shape[0], self._rows)
-        stored = ((start, self.stored(start, min(start + self._rows, self.shape[0]))) for start in starts)
-        found = in_threads(lambda item: work(to_block(*item)), stored)
-        return _gathered(progress_bar("reading counts", len(starts), iterable=found))
+        n_blocks = -(-self.shape[0] // self._rows)
+        return _gathered(progress_bar("reading counts", n_blocks, iterable=self.in_turn(work, to_block)))
 
     def _of_blocks(self, work: Callable[[Block], Any], cells: np.ndarray) -> Iterable[Any]:
         bounds = np.searchsorted(cells, range(0, self.shape[0] + self._rows, self._rows))
@@ -192,13 +205,33 @@ class InMemory(_Local):
         self._counts = counts
 
     def stored(self, start: int, stop: int) -> Any:
-        return self._counts[start:stop]
+        x = self._counts
+        if not isinstance(x, sp.csr_matrix | sp.csr_array):
+            return x[start:stop]
+        # SciPy's own slice copies.
+        here = slice(x.indptr[start], x.indptr[stop])
+        arrays = x.data[here], x.indices[here], x.indptr[start : stop + 1] - x.indptr[start]
+        return sp.csr_matrix(arrays, shape=(stop - start, x.shape[1]), copy=False)
 
     def take(self, cells: np.ndarray) -> sp.csr_matrix:
         return _canonical(self._counts if len(cells) == self.shape[0] else self._counts[cells])
 
     def part(self, cells: slice | np.ndarray, genes: slice | np.ndarray = slice(None)) -> sp.csr_matrix:
         return _canonical(self._counts[cells][:, genes])
+
+    def of_cells(self, cells: np.ndarray) -> Chunks:
+        return self if len(cells) == self.shape[0] else _OfCells(self._counts, cells)
+
+
+class _OfCells(_Local):
+    """Some rows of a matrix, which are not copied."""
+
+    def __init__(self, counts: np.ndarray | sp.csr_matrix, cells: np.ndarray) -> None:
+        super().__init__((len(cells), counts.shape[1]))
+        self._counts, self._cells = counts, cells
+
+    def stored(self, start: int, stop: int) -> Any:
+        return self._counts[self._cells[start:stop]]
 
 
 def as_chunks(counts: Chunks | sp.csr_matrix) -> Chunks:

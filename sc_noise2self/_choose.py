@@ -108,7 +108,7 @@ def select(
         for learner in chosen:
             learner.learn_all(chunks, keys, rng)
     measured = np.arange(chunks.shape[0]) if all(learner.predicts_others for learner in chosen) else cells
-    sample = Sample(chunks, keys, measured[_some(rng, len(measured), _MEASURED // n_genes)])
+    sample = Sample.of(chunks, keys, measured[_some(rng, len(measured), _MEASURED // n_genes)])
     measure, predict = Measurement(sample), _Prediction(choices, sample)
     unmixed, gene_gains = measure(predict)
     beats_mean = unmixed.is_clear

@@ -55,6 +55,16 @@ def in_threads(work: Callable[[Item], Out], items: Iterable[Item]) -> Iterator[O
                 future.cancel()
 
 
+def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """Yield items, the next of which is made in a thread while one is worked on."""
+    end = object()
+    with ThreadPoolExecutor(1, initializer=_start) as pool:
+        waiting: Future[Any] = pool.submit(next, items, end)
+        while (item := waiting.result()) is not end:
+            waiting = pool.submit(next, items, end)
+            yield item
+
+
 def alone(work: Callable[[], Out]) -> Out:
     """Return what `work` returns, run in this thread only; for tasks of a scheduler that has threads of its own."""
     before, _thread.is_ours = getattr(_thread, "is_ours", False), True

@@ -99,7 +99,7 @@ def denoise_with(
         models = [model_of(_model.of_genes(state, order), device) for state in saved.states]
         predict = partial(_predicted, models, _codes_of_batches(counts, batch_key, saved.batches))
         start = logg.info(f"denoising {describe_counts(adata, layer)} with {os.fspath(model)}")
-        sample = Sample(counts.chunks, [as_key(rng)], np.arange(len(counts.size)))
+        sample = Sample.of(counts.chunks, [as_key(rng)], np.arange(len(counts.size)))
 
         def predict_half(_: int, seen: sp.csr_matrix, cells: np.ndarray) -> Profiles:
             return combine(predict(seen, cells), saved.weights)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import scipy.sparse as sp
 
 from ._counts import column_sums, row_sums
 from ._intervals import Belief, Coverage, sampled_genes
+from ._threads import in_threads
 from .methods._base import Sample
 from .methods._components import folds_of
 from .methods._mixing import dispersion_curves, dispersions
@@ -38,15 +40,17 @@ class Dispersions:
     def learned(cls, predict: Predict, sample: Sample) -> Dispersions:
         """Return what the molecules of each half say around what the other half predicts."""
         halves = sample.some(_DISPERSION)
+
+        def curves(about: tuple[int, int]) -> np.ndarray:
+            fold, i = about
+            seen, cells = halves[i]
+            own = np.flatnonzero(folds_of(cells) == fold)
+            profiles = predict(i, seen[own], cells[own])
+            return dispersion_curves(profiles, halves[i ^ 1][0][own], row_sums(seen[own]))
+
         # The mean over halves, not the sum: the two directions of a split say nearly the same.
-        by_fold = []
-        for fold in (0, 1):
-            curves = []
-            for i, (seen, cells) in enumerate(halves):
-                own = np.flatnonzero(folds_of(cells) == fold)
-                held_out = halves[i ^ 1][0][own]
-                curves.append(dispersion_curves(predict(i, seen[own], cells[own]), held_out, row_sums(seen[own])))
-            by_fold.append(np.mean(curves, axis=0))
+        found = list(in_threads(curves, product((0, 1), range(len(halves)))))
+        by_fold = np.mean(np.reshape(found, (2, len(halves), *found[0].shape)), axis=1)
         return cls(dispersions(by_fold[0] + by_fold[1]), (dispersions(by_fold[1]), dispersions(by_fold[0])))
 
     def mixed(self, predict: Predict) -> Predict:

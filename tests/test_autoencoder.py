@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -25,7 +29,16 @@ from sc_noise2self.methods import _training as training  # noqa: E402
 from sc_noise2self.methods._autoencoder import AutoencoderModel  # noqa: E402
 from sc_noise2self.methods._base import Learned, nine_tenths, set_aside  # noqa: E402
 from sc_noise2self.methods._components import learn_components  # noqa: E402
-from sc_noise2self.methods._network import Counts, Network, PrincipalScores, StreamedCounts  # noqa: E402
+from sc_noise2self.methods._device import DeviceProfiles, gram_product_on  # noqa: E402
+from sc_noise2self.methods._network import (  # noqa: E402
+    Aside,
+    Counts,
+    Network,
+    PrincipalScores,
+    Process,
+    StreamedCounts,
+)
+from sc_noise2self.methods._populations import Populations  # noqa: E402
 from sc_noise2self.methods._profiles import LowRankProfiles  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -84,7 +97,7 @@ def fitted(counts):
 
 def test_a_batch_holds_the_counts_of_its_cells(counts):
     cells = np.array([7, 3, 250])
-    entries = Counts(counts, None, CPU)[cells]
+    entries = Counts.of(counts, None, CPU)[cells]
     assert (entries.dense().numpy() == counts[cells].toarray()).all()
     assert (entries.sizes().numpy() == counts[cells].toarray().sum(axis=1)).all()
 
@@ -93,20 +106,20 @@ def test_indices_that_are_not_sorted_are_read_right(counts):
     shuffled = counts[:, np.random.default_rng(0).permutation(120)]
     assert not shuffled.has_sorted_indices
     expected = shuffled.toarray()
-    held = Counts(shuffled, None, CPU)
+    held = Counts.of(shuffled, None, CPU)
     shuffled.sum_duplicates()  # as SciPy does in place when it adds up rows
     assert (held[np.arange(300)].dense().numpy() == expected).all()
 
 
 def test_large_counts_keep_their_value():
     counts = sp.csr_matrix(np.array([[70_000, 1], [0, 3]], np.float32))
-    assert (Counts(counts, None, CPU)[np.arange(2)].dense().numpy() == counts.toarray()).all()
+    assert (Counts.of(counts, None, CPU)[np.arange(2)].dense().numpy() == counts.toarray()).all()
 
 
 def test_parts_add_up_and_are_binomial():
     counts = sp.csr_matrix(np.tile(np.array([0, 1, 2, 9, 40], np.float32), (4000, 1)))
     torch.manual_seed(0)
-    entries = Counts(counts, None, CPU)[np.arange(4000)]
+    entries = Counts.of(counts, None, CPU)[np.arange(4000)]
     first, second = entries.split(0.3, 0.3)
     assert ((first.values + second.values) == entries.values).all()
     assert (first.values >= 0).all()
@@ -119,10 +132,27 @@ def test_parts_add_up_and_are_binomial():
     assert np.allclose(drawn.var(axis=0), variance, rtol=4.5 * np.sqrt(3 / 4000))
 
 
+@pytest.mark.parametrize("share", [0.3, 0.55, 0.9])
+def test_parts_follow_the_binomial_distribution(share):
+    """Small counts are dealt in another way than large ones; each has the whole distribution, not its moments."""
+    n_cells = 20_000
+    counts = sp.csr_matrix(np.tile(np.array([1, 2, 3, 4, 5, 12], np.float32), (n_cells, 1)))
+    torch.manual_seed(1)
+    first, _ = Counts.of(counts, None, CPU)[np.arange(n_cells)].split(share, share)
+    for drawn, n in zip(first.dense().numpy().T, counts[0].toarray().ravel().astype(int), strict=True):
+        expected = n_cells * stats.binom(n, share).pmf(np.arange(n + 1))
+        found = np.bincount(drawn.astype(int), minlength=n + 1)
+        common = expected >= 5
+        rest = [found[~common].sum(), expected[~common].sum()] if expected[~common].sum() >= 5 else [0, 0]
+        statistic = (np.square(found - expected)[common] / expected[common]).sum()
+        statistic += (rest[0] - rest[1]) ** 2 / max(rest[1], 1)
+        assert stats.chi2(common.sum() - 1).sf(statistic) > 1e-4
+
+
 def test_every_cell_draws_its_own_share():
     counts = sp.csr_matrix(np.full((2000, 1), 1000, np.float32))
     torch.manual_seed(0)
-    first, _ = Counts(counts, None, CPU)[np.arange(2000)].split(0.3, 0.9)
+    first, _ = Counts.of(counts, None, CPU)[np.arange(2000)].split(0.3, 0.9)
     shares = first.values.numpy() / 1000
     assert stats.kstest(shares, stats.uniform(0.3, 0.6).cdf).pvalue > 1e-3
 
@@ -136,7 +166,7 @@ def principal_scores(counts, scale):
 
 def test_hidden_genes_are_hidden_and_the_rest_is_seen(counts):
     torch.manual_seed(0)
-    seen, held_out = Counts(counts, None, CPU)[np.arange(300)].hide(0.1, 0.7)
+    seen, held_out = Counts.of(counts, None, CPU)[np.arange(300)].hide(0.1, 0.7)
     hidden = seen.hidden.numpy()
     x = counts.toarray()
     np.testing.assert_array_equal(seen.dense().numpy(), np.where(hidden, 0, x))
@@ -150,11 +180,11 @@ def test_hidden_genes_are_hidden_and_the_rest_is_seen(counts):
 def test_scores_do_not_depend_on_what_is_hidden_and_are_those_of_the_mean_where_all_is(counts):
     _, layer = principal_scores(counts, scale=1.0)
     torch.manual_seed(0)
-    seen, _ = Counts(counts, None, CPU)[np.arange(300)].hide(0.1, 0.7)
+    seen, _ = Counts.of(counts, None, CPU)[np.arange(300)].hide(0.1, 0.7)
     other = counts.toarray()
     other[seen.hidden.numpy()] += 5
     hidden = seen.hidden
-    changed = Counts(sp.csr_matrix(other), None, CPU)[np.arange(300)]
+    changed = Counts.of(sp.csr_matrix(other), None, CPU)[np.arange(300)]
     values = changed.values.masked_fill(hidden[changed.rows, changed.genes], 0)
     assert torch.allclose(layer(seen), layer(replace(changed, values=values, hidden=hidden)), atol=1e-4)
     nothing = replace(seen, values=torch.zeros_like(seen.values), hidden=torch.ones_like(hidden))
@@ -163,8 +193,12 @@ def test_scores_do_not_depend_on_what_is_hidden_and_are_those_of_the_mean_where_
 
 def test_principal_scores_are_those_of_the_pca(counts):
     components, layer = principal_scores(counts, scale=2.0)
-    found = layer(Counts(counts, None, CPU)[np.arange(300)]).numpy()
+    found = layer(Counts.of(counts, None, CPU)[np.arange(300)]).numpy()
     assert np.allclose(found, components.coordinates(counts) / 2, atol=1e-4)
+
+
+def entries_of(x):
+    return Counts.of(sp.csr_matrix(x, dtype=np.float32), None, CPU)[np.arange(len(x))]
 
 
 def log_likelihood(name, output, x):
@@ -184,7 +218,7 @@ def test_likelihoods_are_those_of_scipy(name, counts):
     x[3] = 0  # a cell whose molecules all went to the other part
     output = np.random.default_rng(0).normal(-4, 1, x.shape)
     loss = network_losses.LOSSES[name](counts, 0.5).double()
-    found = loss.compare(torch.from_numpy(output), torch.from_numpy(x)).item()
+    found = loss.compare(torch.from_numpy(output), entries_of(x)).item()
     kept = x.sum(axis=1) > 0
     assert found == pytest.approx(-log_likelihood(name, output[kept], x[kept]) / x.sum(), rel=1e-5)
 
@@ -193,7 +227,7 @@ def test_squared_error_is_that_of_transformed_counts(counts):
     loss = network_losses.LOSSES["mse_sqrt"](counts, 0.5)
     x = counts[:20].toarray()
     y = np.sqrt(x / x.sum(axis=1, keepdims=True) * loss.transform.target)
-    found = loss.compare(torch.zeros(x.shape), torch.from_numpy(x)).item()
+    found = loss.compare(torch.zeros(x.shape), entries_of(x)).item()
     assert found == pytest.approx((y**2).mean(), rel=1e-5)
 
 
@@ -266,7 +300,7 @@ def test_learning_curves_are_kept_and_the_best_state_restored(fitted):
 
 def train(network, loss, counts, check, n_epochs):
     schedule = training.Schedule("autoencoder", n_epochs, batch_size=100, learning_rate=0.01, prior_scale=1)
-    return training.train(network, loss, Counts(counts, None, CPU), np.random.default_rng(0), check, schedule)
+    return training.train(network, loss, Counts.of(counts, None, CPU), np.random.default_rng(0), check, schedule)
 
 
 def test_training_stops_when_the_gain_falls_and_restores_the_best(counts):
@@ -291,9 +325,9 @@ class _Diverging(network_losses.Multinomial):
 
     steps_left = 0
 
-    def compare(self, output, counts):
+    def compare(self, output, held_out):
         self.steps_left -= 1
-        return super().compare(output, counts) * (float("nan") if self.steps_left < 0 else 1)
+        return super().compare(output, held_out) * (float("nan") if self.steps_left < 0 else 1)
 
 
 def _diverge_after(monkeypatch, n_steps):
@@ -319,13 +353,32 @@ def test_a_loss_that_is_nan_at_once_is_an_error(counts, monkeypatch):
         fit(counts)
 
 
-def test_out_of_memory_says_what_to_lower(counts, monkeypatch):
-    def fail(*_):
-        raise torch.OutOfMemoryError("no memory")
+def _out_of_memory(monkeypatch, batch_size):
+    """The device holds batches smaller than this."""
+    forward = Network.forward
 
-    monkeypatch.setattr(Network, "factors", fail)
-    with pytest.raises(MemoryError, match=r"smaller batch_size \(it was 32\)"):
-        fit(counts, batch_size=32)
+    def limited(self, entries):
+        if len(entries.starts) >= batch_size:
+            raise torch.OutOfMemoryError("no memory")
+        return forward(self, entries)
+
+    monkeypatch.setattr(Network, "forward", limited)
+
+
+def test_out_of_memory_halves_the_batch_once(counts, monkeypatch):
+    _out_of_memory(monkeypatch, 64)
+    with pytest.warns(UserWarning, match="too little memory for batch_size=64: 32 is taken"):
+        found = fit(counts, batch_size=64, n_epochs=10)
+    assert found.gain > 0
+
+
+def test_out_of_memory_says_what_to_lower(counts, monkeypatch):
+    _out_of_memory(monkeypatch, 32)
+    with (
+        pytest.warns(UserWarning, match="32 is taken"),
+        pytest.raises(MemoryError, match=r"smaller batch_size \(it was 32\)"),
+    ):
+        fit(counts, batch_size=64)
 
 
 def test_empty_cells_stay_empty(counts):
@@ -375,7 +428,7 @@ def test_a_batch_covariate_takes_the_batch_out_of_the_code(truth):
     def separation(found):
         codes = batch if found is known else None
         with torch.no_grad():
-            code = found.model.network.bottleneck(Counts(counts, codes, CPU)[np.arange(len(batch))]).numpy()
+            code = found.model.network.bottleneck(Counts.of(counts, codes, CPU)[np.arange(len(batch))]).numpy()
         design = np.column_stack([code, np.ones(len(code))])
         fitted = design @ np.linalg.lstsq(design, batch, rcond=None)[0]
         return 1 - (fitted - batch).var() / batch.var()
@@ -435,11 +488,91 @@ def test_cells_that_are_not_in_memory_train_it_too(counts, truth, loss, monkeypa
 
 def test_a_pool_has_each_cell_once_and_none_of_what_was_set_aside(counts):
     some = np.array([3, 70, 299])
-    less = counts[some].copy()
-    less.data = np.floor(less.data / 2)
-    less.eliminate_zeros()
-    streamed = StreamedCounts(AllCounts.of(counts), None, CPU, (some, less))
+    aside = counts[some].copy()
+    aside.data = np.ceil(aside.data / 2)
+    streamed = StreamedCounts(AllCounts.of(counts), None, CPU, Aside(some, aside))
     total = sum(entries.dense().sum(dim=0) for entries in streamed.batches(np.random.default_rng(0), 64))
-    expected = column_sums(counts) - column_sums(counts[some]) + column_sums(less)
+    expected = column_sums(counts) - column_sums(aside)
     np.testing.assert_allclose(total.numpy(), expected, rtol=1e-6)
     assert sum(1 for _ in streamed.batches(np.random.default_rng(0), 64)) == streamed.n_batches(64) == 5
+
+
+def test_counts_too_large_for_the_device_are_streamed(counts, truth, monkeypatch):
+    monkeypatch.setattr("sc_noise2self.methods._autoencoder._LEARNED_CELLS", 200)
+    monkeypatch.setattr("sc_noise2self._blocks._STRETCH", 30)
+    monkeypatch.setattr("sc_noise2self._blocks._STRETCHES", 3)
+    resident = fit(counts)
+    made = []
+    init = StreamedCounts.__init__
+    monkeypatch.setattr(StreamedCounts, "__init__", lambda *args: (made.append(1), init(*args))[1])
+    monkeypatch.setattr("sc_noise2self.methods._network.free_memory", lambda device: 1000)
+    streamed = fit(counts)
+    assert made
+    assert divergence(truth, streamed.profiles) < 1.3 * divergence(truth, resident.profiles)
+
+
+@pytest.mark.parametrize("n_populations", [1, 3])
+@pytest.mark.parametrize("height", [0.0, 0.25])
+def test_profiles_are_scaled_on_a_device_as_on_the_processor(n_populations, height):
+    def profiles():
+        rng = np.random.default_rng(1)
+        loadings = np.hstack([rng.normal(size=(80, 5)), np.ones((80, 1))]).astype(np.float32)
+        scores = np.hstack([rng.normal(size=(400, 5)), np.zeros((400, 1))]).astype(np.float32)
+        size, share = rng.integers(0, 500, 400).astype(float), rng.dirichlet(np.ones(80))
+        size[:3] = 0
+        found = LowRankProfiles.unscaled("exp", scores, loadings, size, share, rng.uniform(0.8, 1.2, 80))
+        factors = rng.uniform(0, 2, (n_populations, 80)).astype(np.float32)
+        factors[:, 5] = 0
+        factors[-1] = 0  # cells there have the profile of the population
+        own = [np.sqrt(rng.dirichlet(np.ones(80), n_populations)), factors, rng.dirichlet(np.ones(80), n_populations)]
+        return found.of_populations(Populations(*(each.astype(np.float32) for each in own), height))
+
+    here = profiles()
+    there = DeviceProfiles(**{each.name: getattr(profiles(), each.name) for each in fields(here)}, device=CPU)
+    for _ in range(2):  # populations are found, then known
+        np.testing.assert_allclose(there.sums_of_populations(), here.sums_of_populations(), rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(there.population, here.population)
+        np.testing.assert_allclose(there.scales(), here.scales(), rtol=1e-5)
+        np.testing.assert_allclose(there.counts(), here.counts(), rtol=1e-4, atol=1e-6)
+    assert len(np.unique(here.population)) == n_populations
+
+
+def test_gram_products_on_a_device_are_those_of_the_processor(counts):
+    vectors = np.random.default_rng(0).normal(size=(120, 7)).astype(np.float32)
+    expected = counts.T @ (counts @ vectors)
+    np.testing.assert_allclose(gram_product_on(CPU)(counts, vectors), expected, rtol=1e-5, atol=1e-2)
+
+
+PROCESS = """
+import sys
+import anndata as ad, numpy as np, torch
+sys.path.insert(0, {tests!r})
+from helpers import low_rank_profiles, poisson_counts
+import sc_noise2self as n2s
+torch.distributed.init_process_group("gloo")
+torch.set_num_threads(1)
+adata = ad.AnnData(poisson_counts(low_rank_profiles(300, 120, 5, seed=0), depth=600, seed=1))
+n2s.denoise(adata, n2s.Autoencoder(width=(16, 1), n_hidden=32, n_components=10, device="cpu", n_epochs=30))
+np.save({out!r} + f"/{{torch.distributed.get_rank()}}.npy", adata.layers["denoised"])
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_several_processes_train_one_network(tmp_path, truth, counts):
+    script = tmp_path / "script.py"
+    script.write_text(PROCESS.format(tests=str(Path(__file__).parent), out=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    subprocess.run(command, check=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = (np.load(tmp_path / f"{rank}.npy") for rank in (0, 1))
+    assert one.tobytes() == two.tobytes()
+    alone = [fit(counts, n_epochs=30, seed=seed).profiles for seed in range(3)]
+    errors = [divergence(truth, each) for each in alone]
+    assert divergence(truth, one) < max(errors) + 2 * (max(errors) - min(errors))
+
+
+def test_processes_share_the_cells_out():
+    cells = np.arange(3, 14)
+    shares = [Process(number, 3).own(cells) for number in range(3)]
+    assert [len(share) for share in shares] == [4, 4, 4]
+    assert set(np.concatenate(shares)) == set(cells)

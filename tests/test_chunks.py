@@ -275,9 +275,9 @@ def test_counts_are_read_as_often_as_is_documented(counts, few_cells, monkeypatc
 
     assert n_passes(n2s.select_rank, counts, max_rank=12) == 1 + 8
     # Checked; halves: sizes, genes, components (2), worth, noise edge (4);
-    # all molecules: sizes, genes, components (3), totals of genes, factors
+    # all molecules: sizes, genes, components (3), scores
     # the gain: scale of genes, totals of halves, gains; and populations in some cells, here all: of halves, of all
-    assert n_passes(n2s.denoise, counts, write_layer=False) == 1 + 9 + 7 + 3 + 3
+    assert n_passes(n2s.denoise, counts, write_layer=False) == 1 + 9 + 6 + 3 + 3
 
 
 class Bars:

@@ -21,22 +21,27 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import scipy.sparse as sp
 
-from .._blocks import Block, Counts, InMemory
+from .._blocks import Block, Counts, InMemory, Partial
 from .._checks import as_positive, check_name, check_number, check_one_of
 from .._compare import Comparison
 from .._counts import column_sums, row_sums
 from .._loss import Gain
 from .._model import LINKS, State
 from .._transform import Link
+from .._warnings import warn
 from ..partitions import Fold, fold_of
 from ._base import Learned, Learner, Method, as_several, bounded_values, set_aside, set_tuples
 from ._components import learn_components
 from ._pca import SCALED, n_components_of
 from ._populations import Populations, Refinement
 from ._profiles import LowRankProfiles, profiles_in_blocks
+from ._svd import gram_product
 
 if TYPE_CHECKING:
-    from ._network import Network, PrincipalScores
+    import torch
+
+    from ._network import AnyCounts, Network, PrincipalScores
+    from ._network_losses import Loss
     from ._training import History
 
 _LEARNED_CELLS = 50_000  # of a half that the autoencoder learns from: enough to choose by
@@ -45,6 +50,8 @@ _CHECKED_ENTRIES = 5_000_000  # and of those predicted while training goes on
 _COMPONENT_CELLS = 50_000  # principal components are learned from so many cells at most
 _CELLS_SHOWN = 60_000  # in training, over all epochs, as far as these bounds allow
 _LEAST_EPOCHS, _MOST_EPOCHS = 12, 100
+_STEPS = 800  # of training in all: PBMC 8k gains .1288 by 200, .1309 by 400, .1318 by 800 and 1 600, .1303 by 3 100
+_BATCHES = (128, 4096)  # cells a step, at least and at most
 _PREDICTED = 1024  # cells predicted at a time
 _SEEDS_DIFFER = 0.01  # of the gain: two runs that differ by their seed alone differ by as much
 _SCALED_CELLS = 20_000  # that the scales of genes are learned from, at most
@@ -90,7 +97,7 @@ class Autoencoder(Method):
     n_epochs
         Epochs at most. None takes as many as show 60 000 cells, at least 12 and at most 100.
     batch_size
-        Cells a step. None takes 128; on CUDA more for many cells, up to 4096.
+        Cells a step. None takes 128, or more for many cells, so that training has 800 steps; at most 4096.
 
     Raises
     ------
@@ -99,7 +106,9 @@ class Autoencoder(Method):
 
     Notes
     -----
-    The same seed gives the same bytes on the same machine with the same number of threads.
+    The same seed gives the same bytes on the same machine with the same number of threads. Of more than 50 000 cells, so
+    many, drawn at random, choose the width and give the principal components; training shows all. Where
+    `torch.distributed` was initialised, each process trains on its share of the cells, and all return the same.
     """
 
     name: ClassVar[str] = "autoencoder"
@@ -197,11 +206,9 @@ class _AutoencoderLearner(Learner):
 
     def refit(self, counts: Counts, setting: Any, rng: np.random.Generator) -> LowRankProfiles:
         n_cells = counts.chunks.shape[0]
-        if n_cells > _LEARNED_CELLS and isinstance(counts.chunks, InMemory):
-            self._fitted = self._fit(counts.in_memory(), np.arange(n_cells), (self.width,), rng)
-        elif n_cells > _LEARNED_CELLS:
+        if n_cells > _LEARNED_CELLS:
             cells = np.sort(rng.choice(n_cells, _LEARNED_CELLS, replace=False))
-            self._fitted = self._fit(counts.chunks.take(cells), cells, (self.width,), rng, streamed=counts)
+            self._fitted = self._fit(counts.chunks.take(cells), cells, (self.width,), rng, shown=counts)
         profiles = self._fitted.model.profiles(counts, self._codes, self.refinement)
         # gives these cells the same
         self.model = replace(self._fitted.model, gene_scale=profiles.gene_scale, populations=profiles.populations)
@@ -225,66 +232,91 @@ class _AutoencoderLearner(Learner):
         widths: Sequence[int],
         rng: np.random.Generator,
         *,
-        streamed: Counts | None = None,
+        shown: Counts | None = None,
     ) -> _Training:
         """Train networks from the widest to the first that is worse, and keep the narrowest that is not.
 
-        `streamed` are counts of all cells that are not in memory, to train on in pools of random stretches. Then all is
-        learned from `counts` that needs no more: the principal components, and when to stop.
+        `shown` are counts of all cells, where training shows more than these. What needs no more is learned from
+        these: the principal components, and when to stop.
         """
         import torch
 
+        from ._network import Aside, counts_of_all
         from ._network import Counts as DeviceCounts
-        from ._network import Network, StreamedCounts
         from ._network_losses import LOSSES
-        from ._training import Schedule, choose_device, train
+        from ._training import choose_device
 
         options, device = self._options, choose_device(self._options.device)
         n_cells, n_genes = counts.shape
         held = np.sort(rng.choice(n_cells, min(n_cells, max(2, _VALIDATION_ENTRIES // n_genes)), replace=False))
         seen, aside = set_aside(counts, held, rng)
         fold = fold_of(seen[held], aside, cells[held], share=column_sums(seen) / seen.sum())
-        few = fold.of_cells(np.arange(len(held))[: max(2, _CHECKED_ENTRIES // n_genes)])
-        scores, ones = self._principal_scores(seen, rng), np.ones(n_genes, np.float32)
-        loss = LOSSES[options.loss](seen, options.invariance)
-        n_trained = n_cells if streamed is None else streamed.chunks.shape[0]
-        n_epochs = options.n_epochs or int(np.clip(_CELLS_SHOWN // n_trained, _LEAST_EPOCHS, _MOST_EPOCHS))
-        usual = 128 if device.type == "cpu" else int(np.clip(n_trained // 200, 128, 4096))
-        batch_size = options.batch_size or usual
-        n_batches = 0 if self._codes is None else int(self._codes.max()) + 1
+        n_shown = n_cells if shown is None else shown.chunks.shape[0]
+        n_epochs = options.n_epochs or int(np.clip(_CELLS_SHOWN // n_shown, _LEAST_EPOCHS, _MOST_EPOCHS))
+        plan = _Plan(
+            fold,
+            self._principal_scores(seen, device, rng),
+            LOSSES[options.loss](seen, options.invariance),
+            n_epochs,
+            options.batch_size or int(np.clip(n_epochs * n_shown // _STEPS, *_BATCHES)),
+        )
+        if shown is None:
+            on_device: AnyCounts = DeviceCounts.of(seen, _of_cells(self._codes, cells), device)
+        else:
+            on_device = counts_of_all(shown, self._codes, device, Aside(cells[held], aside))
         comparison, models, histories = Comparison(), [], []
-        on_device: DeviceCounts | StreamedCounts
-        try:
-            if streamed is None:
-                on_device = DeviceCounts(seen, _of_cells(self._codes, cells), device)
-            else:
-                on_device = StreamedCounts(streamed, self._codes, device, (cells[held], seen[held]))
-            with _TRAINING, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                for width in sorted(set(widths), reverse=True):
-                    torch.manual_seed(int(rng.integers(2**63)))
-                    n_hidden = options.n_hidden or max(64, 2 * width)
-                    network = Network(scores, width, n_hidden, loss.start, n_batches, options.dropout).to(device)
-                    model = AutoencoderModel(
-                        network, options.loss, int(width), loss.depth, fold.share, ones, Populations.one(fold.share)
-                    )
-                    about = (n_epochs, batch_size, options.learning_rate, options.prior_scale)
-                    schedule = Schedule(f"autoencoder, width {width}", *about)
-                    check, own_loss = partial(self._gain, model, few), copy.deepcopy(loss).to(device)
-                    histories.append(train(network, own_loss, on_device, rng, check, schedule))
-                    models.append(model)
-                    comparison.add({"width": model.width}, -self._gain(model, fold))
-                    if narrowest_as_good(comparison) < len(models) - 1:
-                        break
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(
-                f"{device} has too little memory: pass a smaller batch_size (it was {batch_size}) or device='cpu'."
-            ) from error
+        with _TRAINING, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for width in sorted(set(widths), reverse=True):
+                model, history = self._of_width(int(width), plan, on_device, rng)
+                models.append(model)
+                histories.append(history)
+                comparison.add({"width": model.width}, -self._gain(model, fold))
+                if narrowest_as_good(comparison) < len(models) - 1:
+                    break
         best = narrowest_as_good(comparison)
-        totals = column_sums(counts) if streamed is None else streamed.totals
+        totals = column_sums(counts) if shown is None else shown.totals
         model = replace(models[best], gene_share=totals / totals.sum())
         if model.link != "exp":
             model = replace(model, gene_scale=self._learned_gene_scale(model, counts, cells, rng))
         return _Training(model, comparison, histories[best])
+
+    def _of_width(
+        self, width: int, plan: _Plan, counts: AnyCounts, rng: np.random.Generator
+    ) -> tuple[AutoencoderModel, History]:
+        """Train one network; where the device has too little memory, once more with half the batch."""
+        import torch
+
+        seed, batch_size = int(rng.integers(2**63)), plan.batch_size
+        while True:
+            torch.manual_seed(seed)
+            try:
+                return self._trained(width, plan, counts, batch_size, rng)
+            except torch.OutOfMemoryError as error:
+                if batch_size < plan.batch_size or batch_size == 1:
+                    raise MemoryError(
+                        f"{counts.device} has too little memory: pass a smaller batch_size (it was {batch_size}) or "
+                        "device='cpu'."
+                    ) from error
+            batch_size //= 2
+            warn(f"{counts.device} has too little memory for batch_size={plan.batch_size}: {batch_size} is taken.")
+
+    def _trained(
+        self, width: int, plan: _Plan, counts: AnyCounts, batch_size: int, rng: np.random.Generator
+    ) -> tuple[AutoencoderModel, History]:
+        """Train one network in these batches."""
+        from ._network import Network
+        from ._training import Schedule, train
+
+        options, fold = self._options, plan.fold
+        n_genes, n_batches = len(plan.loss.start), 0 if self._codes is None else int(self._codes.max()) + 1
+        n_hidden = options.n_hidden or max(64, 2 * width)
+        network = Network(plan.scores, width, n_hidden, plan.loss.start, n_batches, options.dropout)
+        of_genes = fold.share, np.ones(n_genes, np.float32), Populations.one(fold.share)
+        model = AutoencoderModel(network.to(counts.device), options.loss, width, plan.loss.depth, *of_genes)
+        few = fold.of_cells(np.arange(fold.seen.shape[0])[: max(2, _CHECKED_ENTRIES // n_genes)])
+        steps = plan.n_epochs, batch_size, options.learning_rate, options.prior_scale
+        loss, schedule = copy.deepcopy(plan.loss).to(counts.device), Schedule(f"autoencoder, width {width}", *steps)
+        return model, train(network, loss, counts, rng, partial(self._gain, model, few), schedule)
 
     def _gain(self, model: AutoencoderModel, fold: Fold) -> Gain:
         """Return what a model gains on molecules set aside."""
@@ -300,8 +332,11 @@ class _AutoencoderLearner(Learner):
         model = replace(model, gene_share=column_sums(some) / max(1, some.sum()))
         return model.unscaled(some, codes).scaled(n_rounds=2).gene_scale
 
-    def _principal_scores(self, counts: sp.csr_matrix, rng: np.random.Generator) -> PrincipalScores:
+    def _principal_scores(
+        self, counts: sp.csr_matrix, device: torch.device, rng: np.random.Generator
+    ) -> PrincipalScores:
         """Return the first layer of the network, which is learned beforehand."""
+        from ._device import gram_product_on
         from ._network import PrincipalScores
 
         cells = np.flatnonzero(row_sums(counts))
@@ -311,10 +346,13 @@ class _AutoencoderLearner(Learner):
         some.eliminate_zeros()
         assert self._options.n_components is not None  # checked: less than the genes used
         n_components = min(self._options.n_components, max(1, len(cells) - 1))
-        (found,) = learn_components(some, "log1p", n_components, rng, n_passes=3, used=self._used)
+        product = gram_product if device.type == "cpu" else gram_product_on(device)
+        (found,) = learn_components(some, "log1p", n_components, rng, n_passes=3, used=self._used, product=product)
         components = found.vectors * found.used[:, None]
         # Where cells do not differ, the components are rounding errors, and so would be what they are divided by.
-        scale = max(found.coordinates(some)[:, 0].std(), _LEAST_SPREAD * np.linalg.norm(found.mean))
+        first = replace(found, vectors=found.vectors[:, :1])
+        (along_it,) = InMemory(some).run(lambda block: Partial(rows=[first.coordinates(block.counts)])).rows
+        scale = max(along_it.std(), _LEAST_SPREAD * np.linalg.norm(found.mean))
         center, depth = found.mean @ components, found.transform.target
         return PrincipalScores(components, found.gene_weights, center, depth, found.mean, found.gene_share, scale)
 
@@ -371,25 +409,33 @@ class AutoencoderModel:
     def profiles(self, counts: Counts, codes: np.ndarray | None, refinement: Refinement) -> LowRankProfiles:
         """Return the denoised profiles of all cells, wherever their counts are, every gene with its total."""
 
-        def unscaled(block: Block, gene_scale: np.ndarray) -> LowRankProfiles:
-            return self.unscaled(block.counts, _of_cells(codes, block.cells), gene_scale)
+        def scores(block: Block) -> np.ndarray:
+            return self.scores(block.counts, _of_cells(codes, block.cells))
 
         n_cells, n_genes = counts.chunks.shape
         cells = np.arange(0, n_cells, max(1, n_cells * n_genes // SCALED))
         counts_of_some = counts.chunks.take(cells)
         some = self.predict(counts_of_some, _of_cells(codes, cells)).refined(counts_of_some, refinement)
-        return profiles_in_blocks(counts.chunks, counts.size, some, unscaled)
+        return profiles_in_blocks(counts.chunks, counts.size, some, scores)
 
     def unscaled(
         self, counts: sp.csr_matrix, codes: np.ndarray | None, gene_scale: np.ndarray | None = None
     ) -> LowRankProfiles:
         """Return the denoised profiles of cells, which have no scale yet."""
+        from ._device import on_device
+
+        about = self.network.loadings(), row_sums(counts), self.gene_share, gene_scale
+        found = LowRankProfiles.unscaled(self.link, self.scores(counts, codes), *about)
+        return on_device(found, self.network.scores.components.device)
+
+    def scores(self, counts: sp.csr_matrix, codes: np.ndarray | None) -> np.ndarray:
+        """Return the scores of cells, shape (cells, factors + 2): a constant and a level are among them."""
         import torch
 
         from ._network import Counts as DeviceCounts
 
-        network, size = self.network.eval(), row_sums(counts)
-        cells = DeviceCounts(counts, codes, network.scores.components.device)
+        network = self.network.eval()
+        cells = DeviceCounts.of(counts, codes, network.scores.components.device)
         factors = np.ones((len(cells), network.n_factors + 2), np.float32)
         factors[:, -1] = 0
         with torch.no_grad():
@@ -397,8 +443,19 @@ class AutoencoderModel:
                 some = np.arange(start, min(start + _PREDICTED, len(cells)))
                 factors[some, :-2] = network.factors(cells[some]).cpu().numpy()
         if self.link == "sqrt":
-            factors *= np.sqrt(size / self.depth).astype(np.float32)[:, None]
-        return LowRankProfiles.unscaled(self.link, factors, network.loadings(), size, self.gene_share, gene_scale)
+            factors *= np.sqrt(row_sums(counts) / self.depth).astype(np.float32)[:, None]
+        return factors
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What the trainings of all widths share: the molecules set aside, the first layer, the loss, epochs, batches."""
+
+    fold: Fold
+    scores: PrincipalScores
+    loss: Loss
+    n_epochs: int
+    batch_size: int
 
 
 @dataclass(frozen=True, eq=False)

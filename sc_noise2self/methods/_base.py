@@ -166,9 +166,14 @@ class Learner(ABC):
 class Sample:
     """The cells that a choice is measured on: their halves are made anew, a block at a time, and never held."""
 
-    chunks: Chunks
+    chunks: Chunks  # of these cells
     keys: Sequence[int]  # of the splits
-    cells: np.ndarray  # numbers among all cells, rising
+    cells: np.ndarray  # their numbers among all cells, rising
+
+    @classmethod
+    def of(cls, chunks: Chunks, keys: Sequence[int], cells: np.ndarray) -> Self:
+        """Return the sample of these of all cells."""
+        return cls(chunks.of_cells(cells), keys, cells)
 
     def run(self, work: Callable[[np.ndarray, list[sp.csr_matrix]], Partial]) -> Partial:
         """Return the sums over cells and their rows: one pass.
@@ -177,10 +182,8 @@ class Sample:
         """
 
         def of_block(block: Block) -> Partial:
-            first, last = np.searchsorted(self.cells, [block.start, block.start + block.counts.shape[0]])
-            own = self.cells[first:last]
-            counts = block.counts if len(own) == block.counts.shape[0] else block.counts[own - block.start]
-            return work(own, [half for key in self.keys for half in halves(counts, key, own)])
+            own = self.cells[block.cells]
+            return work(own, [half for key in self.keys for half in halves(block.counts, key, own)])
 
         return self.chunks.run(of_block)
 
@@ -188,7 +191,7 @@ class Sample:
         """Return the halves of so many dense entries of the cells, evenly drawn, and the numbers of these cells."""
         step = max(1, len(self.cells) * self.chunks.shape[1] // n_entries)
         cells = self.cells[::step]
-        counts = self.chunks.take(cells)
+        counts = self.chunks.take(np.arange(0, len(self.cells), step))
         return [(half, cells) for key in self.keys for half in halves(counts, key, cells)]
 
     def totals(self) -> list[np.ndarray]:

@@ -26,7 +26,7 @@ from .._dealing import row_keys
 from .._split import halves
 from .._transform import Transform, TransformName
 from ._profiles import Index, LowRankProfiles
-from ._svd import N_PASSES, components_of, start_block
+from ._svd import N_PASSES, GramProduct, components_of, gram_product, start_block
 
 _LOG1P_DEPTH = 0.25  # log1p's target over the median depth; on six data sets 0.125 to 0.25 gained most, 1 the least
 _NOISE_POWER = -0.25  # of the noise variance, that genes are weighted by
@@ -135,6 +135,7 @@ def learn_components(
     n_passes: int = N_PASSES,
     used: np.ndarray | None = None,
     starts: Sequence[np.ndarray] | None = None,
+    product: GramProduct = gram_product,
 ) -> list[Components]:
     """Return the components of each of the parts of counts, all learned in the same passes.
 
@@ -150,7 +151,7 @@ def learn_components(
     def matrices(block: Block) -> list[sp.csr_matrix]:
         return [each.of_used_genes(part) for each, part in zip(learned, parts(block), strict=True)]
 
-    found = components_of(chunks, matrices, starts, n_components, n_passes, mean_rows)
+    found = components_of(chunks, matrices, starts, n_components, n_passes, mean_rows, product)
     learned = [replace(each, singular_values=s, vectors=v) for each, (s, v) in zip(learned, found, strict=True)]
     return learned if used is None else _with_other_genes(learned, chunks, parts)
 

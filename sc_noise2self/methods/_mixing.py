@@ -49,12 +49,32 @@ def dispersion_curves(profiles: Profiles, held_out: sp.csr_matrix, size: np.ndar
     mean = total / np.where(number > 0, number, 1)
     zeros = [-total.sum(axis=1)]
     zeros += [-(number * np.log1p(phi * mean)).sum(axis=1) / phi for phi in PHI[1:]]
-    x, genes, m = held_out.data.astype(np.float64), held_out.indices, np.maximum(expected, 1e-12)
-    stored = [x * np.log(m)]
-    for phi in PHI[1:]:
-        shape = 1 / phi
-        stored.append(gammaln(x + shape) - gammaln(shape) + x * np.log(phi * m / (1 + phi * m)))
-    return np.array(zeros) + np.array([np.bincount(genes, weights=part, minlength=n_genes) for part in stored])
+    x = held_out.data.astype(np.int64)
+    distinct = np.flatnonzero(np.bincount(x))
+    numbers = np.zeros(distinct.max(initial=0) + 1, np.intp)
+    numbers[distinct] = np.arange(len(distinct))
+    gammas = gammaln(distinct[:, None] + 1 / PHI[1:]) - gammaln(1 / PHI[1:])
+    stored = np.zeros((n_genes, len(PHI)))
+    _add_stored(x, numbers, gammas, held_out.indices, np.maximum(expected, 1e-12), PHI, stored)
+    return np.array(zeros) + stored.T
+
+
+@numba.njit(nogil=True, cache=True)
+def _add_stored(
+    x: np.ndarray,
+    numbers: np.ndarray,
+    gammas: np.ndarray,
+    genes: np.ndarray,
+    expected: np.ndarray,
+    grid: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """Add to `out`, shape (genes, grid), what the log likelihood of counts has that of zeros has not."""
+    for i in range(len(x)):
+        own, of_count, m = out[genes[i]], gammas[numbers[x[i]]], expected[i]
+        own[0] += x[i] * np.log(m)
+        for j in range(1, len(grid)):
+            own[j] += of_count[j - 1] + x[i] * np.log(grid[j] * m / (1 + grid[j] * m))
 
 
 @numba.njit(nogil=True, cache=True)

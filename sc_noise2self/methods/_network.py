@@ -6,9 +6,10 @@ on genes has most of its parameters and little to learn from a few thousand cell
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -17,8 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._blocks import Counts as AllCounts
+from .._blocks import InMemory
+from .._memory import available_memory
+from .._threads import read_ahead
 
-_FEW = 4  # molecules dealt one by one, which is faster than binomial draws
+_BYTES = 6  # an entry, on the device
+_MOST_OF_DEVICE = 0.5  # of the memory that is free, for counts
+_FEW = 4  # molecules dealt by inverting their distribution, which is faster than binomial draws
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +35,15 @@ class Entries:
     genes: Tensor
     values: Tensor  # counts, float32; zeros may be stored
     starts: Tensor  # first entry of each cell, int64
+    lengths: Tensor  # entries of each cell, int64
     batch: Tensor | None  # code of each cell's batch, int64
     n_genes: int
     hidden: Tensor | None = None  # boolean of shape (cells, genes); counts of hidden genes are 0
 
     def sizes(self) -> Tensor:
         """Return the molecules of each cell, shape (cells,)."""
-        return torch.zeros(len(self.starts), device=self.values.device).index_add_(0, self.rows, self.values)
+        # `unsafe` leaves out checks that would wait for the device.
+        return torch.segment_reduce(self.values, "sum", lengths=self.lengths, unsafe=True)
 
     def dense(self) -> Tensor:
         """Return the counts, dense of shape (cells, genes)."""
@@ -46,13 +54,16 @@ class Entries:
     def split(self, low: float, high: float) -> tuple[Entries, Entries]:
         """Deal each molecule to the first of two parts with a probability that each cell draws between two bounds."""
         shares = torch.empty(len(self.starts), device=self.values.device).uniform_(low, high)[self.rows]
-        first = torch.where(torch.rand_like(self.values) < shares, self.values, 0)  # right for counts of 0 and 1
-        few = torch.nonzero((self.values > 1) & (self.values <= _FEW)).squeeze(1)
-        tosses = torch.rand(len(few), _FEW, device=self.values.device) < shares[few, None]
-        tosses &= torch.arange(_FEW, device=self.values.device) < self.values[few, None]
-        first[few] = tosses.sum(dim=1).float()
-        many = torch.nonzero(self.values > _FEW).squeeze(1)
-        first[many] = torch.binomial(self.values[many], shares[many])
+        few = torch.where(self.values <= _FEW, self.values, 0)
+        # How many of few: a uniform number less the probabilities of 0, of 1, and so on, until it is below zero.
+        odds = shares / (1 - shares)
+        left, mass, most = torch.rand_like(few), (1 - shares) ** few, odds * (few + 1)
+        first = torch.zeros_like(few)
+        for k in range(_FEW):
+            left.sub_(mass, alpha=1 / math.factorial(k))  # mass is the probability of k, times k!
+            first += left >= 0
+            mass.mul_(torch.sub(most, odds, alpha=k + 1))
+        first = torch.minimum(first, few) + torch.binomial(self.values - few, shares)
         return replace(self, values=first), replace(self, values=self.values - first)
 
     def hide(self, low: float, high: float) -> tuple[Entries, Entries]:
@@ -64,98 +75,153 @@ class Entries:
         return replace(self, values=seen, hidden=hidden), replace(self, values=held_out, hidden=hidden)
 
 
+class Process(NamedTuple):
+    """Which of several processes that train together this is: each has its share of the cells."""
+
+    number: int = 0
+    of: int = 1
+
+    def own(self, cells: np.ndarray) -> np.ndarray:
+        """Return this process's share of some cells, as many as every other's: one may come twice."""
+        return np.resize(cells, -(-len(cells) // self.of) * self.of)[self.number :: self.of]
+
+
+class Packed(NamedTuple):
+    """Counts of consecutive cells as they go to the device, 16-bit where that suffices."""
+
+    data: np.ndarray
+    genes: np.ndarray
+    lengths: np.ndarray
+    n_molecules: float
+
+    @classmethod
+    def of(cls, counts: sp.csr_matrix) -> Packed:
+        """Return what the device keeps of counts."""
+        data = counts.data.astype(np.int16 if counts.data.max(initial=0) < 2**15 else np.int32)
+        genes = np.require(counts.indices, np.int32, "W")  # PyTorch refuses arrays that are read-only
+        return cls(data, genes, np.diff(counts.indptr).astype(np.int64), float(data.sum(dtype=np.int64)))
+
+
 class Counts:
-    """A CSR count matrix as tensors, 16-bit where they suffice: on the device, or pinned on the host if too large.
+    """Counts of consecutive cells as tensors on the device: 6 bytes an entry, or 8.
 
-    `batch` has the code of each cell's batch, shape (cells,).
-    """
-
-    def __init__(self, counts: sp.csr_matrix, batch: np.ndarray | None, device: torch.device) -> None:
-        if not counts.has_sorted_indices:
-            counts = counts.sorted_indices()  # else SciPy may sort the indices that are shared here in place
-        largest = counts.data.max(initial=0)
-        self.data = torch.from_numpy(counts.data.astype(np.int16 if largest < 2**15 else np.int32))
-        self.genes = torch.from_numpy(np.require(counts.indices, np.int32, "W"))  # PyTorch refuses read-only arrays
-        self.batch = None if batch is None else torch.from_numpy(batch.astype(np.int64))
-        self.starts = counts.indptr[:-1].astype(np.int64)
-        self.lengths = np.diff(counts.indptr).astype(np.int64)
-        self.n_genes, self.n_molecules, self.device = int(counts.shape[1]), float(counts.sum()), device
-        if device.type == "cuda":
-            size = self.data.nbytes + self.genes.nbytes
-            fits = size < 0.5 * torch.cuda.mem_get_info(device)[0]
-            self.data, self.genes = (x.to(device) if fits else x.pin_memory() for x in (self.data, self.genes))
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    @property
-    def n_trained(self) -> int:
-        """Cells that hold a molecule."""
-        return int((self.lengths > 0).sum())
-
-    def n_batches(self, batch_size: int) -> int:
-        """Return how many batches an epoch has."""
-        return -(-self.n_trained // batch_size)
-
-    def batches(self, rng: np.random.Generator, batch_size: int) -> Iterator[Entries]:
-        """Yield the cells that hold a molecule, in random order."""
-        order = rng.permutation(np.flatnonzero(self.lengths > 0))
-        for start in range(0, len(order), batch_size):
-            yield self[order[start : start + batch_size]]
-
-    def __getitem__(self, cells: np.ndarray) -> Entries:
-        """Return the entries of these cells, gathered where the counts lie."""
-        stored, lengths = self.data.device, torch.from_numpy(self.lengths[cells])
-        ends = torch.cumsum(lengths, 0)
-        starts, total = ends - lengths, int(ends[-1])
-        shift = torch.from_numpy(self.starts[cells]) - starts
-        rows = torch.repeat_interleave(torch.arange(len(cells), device=stored), lengths.to(stored), output_size=total)
-        positions = torch.arange(total, device=stored) + shift.to(stored)[rows]
-
-        found = (rows, self.genes[positions], self.data[positions], starts)
-        rows, genes, data, starts = (x.to(self.device, non_blocking=True) for x in found)
-        batch = None
-        if self.batch is not None:
-            batch = self.batch[torch.from_numpy(cells)].to(self.device, non_blocking=True)
-        return Entries(rows, genes.long(), data.float(), starts, batch, self.n_genes)
-
-
-class StreamedCounts:
-    """Counts that are not in memory, trained on a pool of random stretches of cells at a time.
-
-    `instead` are numbers of some cells, rising, and the counts to train on in place of their own.
+    No more than `n_entries` are stored; `batch` has the code of each cell's batch, shape (cells,).
     """
 
     def __init__(
-        self, counts: AllCounts, batch: np.ndarray | None, device: torch.device, instead: tuple[np.ndarray, Any]
+        self, parts: Iterable[Packed], n_entries: int, n_genes: int, batch: np.ndarray | None, device: torch.device
     ) -> None:
-        self.device = device
-        self.n_trained = int((counts.size > 0).sum())
+        self.device, self.process, self.n_genes = device, Process(), n_genes
+        self.data = torch.empty(n_entries, dtype=torch.int16, device=device)
+        self.genes = torch.empty(n_entries, dtype=torch.int32, device=device)
+        lengths, n_stored, self.n_molecules = [], 0, 0.0
+        for part in parts:
+            here = slice(n_stored, n_stored + len(part.data))
+            if part.data.dtype != np.int16:
+                self.data = self.data.int()
+            self.data[here], self.genes[here] = torch.from_numpy(part.data), torch.from_numpy(part.genes)
+            lengths.append(part.lengths)
+            n_stored, self.n_molecules = here.stop, self.n_molecules + part.n_molecules
+        self.lengths = np.concatenate(lengths)
+        self._lengths = torch.from_numpy(self.lengths).to(device)
+        self._starts = self._lengths.cumsum(0) - self._lengths
+        self._batch = None if batch is None else torch.from_numpy(batch.astype(np.int64)).to(device)
+
+    @classmethod
+    def of(cls, counts: sp.csr_matrix, batch: np.ndarray | None, device: torch.device) -> Counts:
+        """Return the counts of one matrix."""
+        return cls([Packed.of(counts)], counts.nnz, counts.shape[1], batch, device)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def n_batches(self, batch_size: int) -> int:
+        """Return how many batches an epoch has."""
+        return -(-len(self._trained()) // batch_size)
+
+    def batches(self, rng: np.random.Generator, batch_size: int) -> Iterator[Entries]:
+        """Yield the cells that hold a molecule, in random order."""
+        order = rng.permutation(self._trained())
+        ends, cells = np.cumsum(self.lengths[order]), torch.from_numpy(order).to(self.device)
+        for start in range(0, len(order), batch_size):
+            stop = min(start + batch_size, len(order))
+            yield self._entries(cells[start:stop], int(ends[stop - 1] - (ends[start - 1] if start else 0)))
+
+    def __getitem__(self, cells: np.ndarray) -> Entries:
+        """Return the entries of these cells."""
+        return self._entries(torch.from_numpy(cells).to(self.device), int(self.lengths[cells].sum()))
+
+    def _trained(self) -> np.ndarray:
+        """Return this process's share of the cells that hold a molecule."""
+        return self.process.own(np.flatnonzero(self.lengths))
+
+    def _entries(self, cells: Tensor, n_entries: int) -> Entries:
+        """Return the entries of cells, as many as there are: their number is told so that nobody waits for it."""
+        lengths = self._lengths[cells]
+        starts = lengths.cumsum(0) - lengths
+        rows = torch.repeat_interleave(lengths, output_size=n_entries)
+        positions = torch.arange(n_entries, device=self.device) + (self._starts[cells] - starts)[rows]
+        genes, values = self.genes[positions].long(), self.data[positions].float()
+        batch = None if self._batch is None else self._batch[cells]
+        return Entries(rows, genes, values, starts, lengths, batch, self.n_genes)
+
+
+class Aside(NamedTuple):
+    """Molecules that are not trained on: numbers of cells, rising, and what they have less, CSR."""
+
+    cells: np.ndarray
+    counts: sp.csr_matrix
+
+    def taken_from(self, counts: sp.csr_matrix, cells: np.ndarray) -> sp.csr_matrix:
+        """Return the counts of cells without them."""
+        _, rows, found = np.intersect1d(cells, self.cells, assume_unique=True, return_indices=True)
+        if not len(rows):
+            return counts
+        at = sp.csr_matrix((np.ones(len(rows), np.float32), (rows, found)), (counts.shape[0], len(self.cells)))
+        return counts - at @ self.counts
+
+
+class StreamedCounts:
+    """Counts that are not on the device, trained on a pool of random stretches of cells at a time."""
+
+    def __init__(self, counts: AllCounts, batch: np.ndarray | None, device: torch.device, aside: Aside) -> None:
+        self.device, self.process = device, Process()
         self.n_molecules = float(counts.totals.sum())
-        self._chunks, self._batch, self._instead = counts.chunks, batch, instead
+        self._chunks, self._batch, self._aside = counts.chunks, batch, aside
 
     def n_batches(self, batch_size: int) -> int:
         """Return how many batches an epoch has, nearly: cells without molecules are not known by pool."""
-        return sum(-(-n_cells // batch_size) for n_cells in self._chunks.pools())
+        return sum(-(-len(self.process.own(np.arange(n))) // batch_size) for n in self._chunks.pools())
 
     def batches(self, rng: np.random.Generator, batch_size: int) -> Iterator[Entries]:
-        """Yield the cells that hold a molecule, in random order within a pool."""
-        for own_cells, own_counts in self._chunks.shuffled(rng):
-            cells, counts = self._trained(own_cells, own_counts)
+        """Yield the cells that hold a molecule, in random order within a pool; the next pool is read meanwhile."""
+        for cells, pool in read_ahead(self._chunks.shuffled(rng)):
             batch = None if self._batch is None else self._batch[cells]
-            yield from Counts(counts, batch, self.device).batches(rng, batch_size)
-
-    def _trained(self, cells: np.ndarray, counts: sp.csr_matrix) -> tuple[np.ndarray, sp.csr_matrix]:
-        """Return a pool, the counts to train on in place of some cells' own."""
-        replaced, instead = self._instead
-        both, rows, found = np.intersect1d(cells, replaced, assume_unique=True, return_indices=True)
-        if not len(both):
-            return cells, counts
-        others = np.delete(np.arange(len(cells)), rows)
-        return np.concatenate([cells[others], both]), sp.vstack([counts[others], instead[found]], format="csr")
+            counts = Counts.of(self._aside.taken_from(pool, cells), batch, self.device)
+            counts.process = self.process
+            yield from counts.batches(rng, batch_size)
 
 
 AnyCounts = Counts | StreamedCounts
+
+
+def counts_of_all(counts: AllCounts, batch: np.ndarray | None, device: torch.device, aside: Aside) -> AnyCounts:
+    """Return counts of all cells to train on: on the device where they fit, else streamed.
+
+    Of a processor the memory is that which counts are read in pieces to save.
+    """
+    chunks = counts.chunks
+    if device.type == "cpu" and not isinstance(chunks, InMemory):
+        return StreamedCounts(counts, batch, device, aside)
+    if _BYTES * counts.n_entries > _MOST_OF_DEVICE * free_memory(device):
+        return StreamedCounts(counts, batch, device, aside)
+    parts = chunks.in_turn(lambda block: Packed.of(aside.taken_from(block.counts, block.cells)))
+    return Counts(parts, counts.n_entries, chunks.shape[1], batch, device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of memory that are free on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 class PrincipalScores(nn.Module):
@@ -199,6 +265,8 @@ class Network(nn.Module):
     factors of the result, sees the batch, and each batch has an offset for every gene. Dropout is the encoder's alone.
     """
 
+    in_bfloat16 = False  # whether the layer of genes, which nearly all operations are of, is computed in bfloat16
+
     def __init__(
         self, scores: PrincipalScores, width: int, n_hidden: int, start: np.ndarray, n_batches: int, dropout: float
     ) -> None:
@@ -211,7 +279,7 @@ class Network(nn.Module):
         self.decoder = nn.Linear(width + n_batches, n_hidden)
         self.decoder_linear = nn.Linear(width, n_hidden, bias=False)
         self.genes = nn.Linear(n_hidden, len(start))
-        self.batch_offsets = nn.Parameter(torch.zeros(n_batches, len(start)))
+        self.batch_offsets = nn.Parameter(torch.zeros(n_batches, len(start)), requires_grad=n_batches > 0)
         with torch.no_grad():
             self.genes.bias.copy_(torch.from_numpy(start.astype(np.float32)))
 
@@ -251,7 +319,8 @@ class Network(nn.Module):
     def forward(self, entries: Entries) -> Tensor:
         """Return the outputs, shape (cells, genes)."""
         factors = self.factors(entries)
-        out = self.genes(factors[:, : self.genes.in_features])
+        with torch.autocast(factors.device.type, torch.bfloat16, self.in_bfloat16):
+            out = self.genes(factors[:, : self.genes.in_features])
         return out if entries.batch is None else out + self.batch_offsets[entries.batch]
 
     def loadings(self) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -47,18 +48,41 @@ class Loss(nn.Module):
     def forward(self, network: Network, entries: Entries) -> Tensor:
         """Return the loss of a batch."""
         seen, held_out = entries.split(*self.shares)
-        return self.compare(network(seen).float(), held_out.dense())
+        return self.compare(network(seen), held_out)
 
-    def compare(self, output: Tensor, counts: Tensor) -> Tensor:
-        """Return the loss of outputs against counts, both of shape (cells, genes)."""
+    def compare(self, output: Tensor, held_out: Entries) -> Tensor:
+        """Return the loss of outputs, shape (cells, genes), against counts."""
         raise NotImplementedError
+
+
+class _NatsPerMolecule(torch.autograd.Function):
+    """-sum x log softmax(output) / sum x, whose gradient, (softmax(output) n - x) / sum x, is made on the way there.
+
+    What autograd does instead reads and writes the outputs three times as often.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, held_out: Entries) -> Tensor:
+        at, total = (held_out.rows, held_out.genes), held_out.values.sum().clamp_min(1)
+        precise = torch.promote_types(output.dtype, torch.float32)
+        log_p = F.log_softmax(output, dim=1, dtype=precise)
+        loss = -(log_p[at] * held_out.values).sum() / total
+        gradient = log_p.exp_().mul_((held_out.sizes() / total)[:, None])
+        gradient[at] -= held_out.values / total
+        ctx.save_for_backward(gradient.to(output.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream, None
 
 
 class Multinomial(Loss):
     """Nats per molecule: -sum x2 log softmax(output) / sum x2. Depth never enters."""
 
-    def compare(self, output: Tensor, counts: Tensor) -> Tensor:
-        return -(F.log_softmax(output, dim=1) * counts).sum() / counts.sum().clamp_min(1)
+    def compare(self, output: Tensor, held_out: Entries) -> Tensor:
+        return _NatsPerMolecule.apply(output, held_out)
 
 
 class MaskedMultinomial(Multinomial):
@@ -74,15 +98,16 @@ class MaskedMultinomial(Multinomial):
     def forward(self, network: Network, entries: Entries) -> Tensor:
         seen, held_out = entries.hide(*self.shares)
         assert seen.hidden is not None
-        return self.compare(network(seen).float().masked_fill(~seen.hidden, _NEVER), held_out.dense())
+        return self.compare(network(seen).float().masked_fill(~seen.hidden, _NEVER), held_out)
 
 
 class Poisson(Loss):
     """Counts are Poisson with mean n2 exp(output), n2 the cell's held-out molecules; nats per molecule."""
 
-    def compare(self, output: Tensor, counts: Tensor) -> Tensor:
-        means = counts.sum(dim=1, keepdim=True) * torch.exp(output)
-        return (means - counts * output).sum() / counts.sum().clamp_min(1)
+    def compare(self, output: Tensor, held_out: Entries) -> Tensor:
+        output, counts = output.float(), held_out.dense()
+        means = held_out.sizes()[:, None] * torch.exp(output)
+        return (means - counts * output).sum() / held_out.values.sum().clamp_min(1)
 
 
 class NegativeBinomial(Loss):
@@ -92,17 +117,17 @@ class NegativeBinomial(Loss):
         super().__init__(counts, invariance)
         self.log_r = nn.Parameter(torch.full((counts.shape[1],), 1.0))
 
-    def compare(self, output: Tensor, counts: Tensor) -> Tensor:
-        sizes = counts.sum(dim=1, keepdim=True)
+    def compare(self, output: Tensor, held_out: Entries) -> Tensor:
+        output, counts, sizes = output.float(), held_out.dense(), held_out.sizes()[:, None]
         r = torch.exp(self.log_r.clamp(-7, 12))
         log_means = output + torch.log(sizes.clamp_min(1))
         # log(r + m) without overflow; the terms with lgamma are zero where the count is.
         log_sum = torch.logaddexp(log_means, torch.log(r).expand_as(log_means))
         likelihood = (r * torch.log(r)).expand_as(output) - (r + counts) * log_sum + counts * log_means
-        rows, genes = torch.nonzero(counts, as_tuple=True)
-        gammas = torch.lgamma(counts[rows, genes] + r[genes]) - torch.lgamma(r[genes])
+        of_genes = r[held_out.genes]
+        gammas = torch.lgamma(held_out.values + of_genes) - torch.lgamma(of_genes)
         likelihood = likelihood * (sizes > 0)
-        return -(likelihood.sum() + gammas.sum()) / counts.sum().clamp_min(1)
+        return -(likelihood.sum() + gammas.sum()) / held_out.values.sum().clamp_min(1)
 
 
 class SquaredError(Loss):
@@ -120,8 +145,9 @@ class SquaredError(Loss):
     def mean_output(self, counts: sp.csr_matrix) -> np.ndarray:
         return column_sums(self.transform.apply(counts, row_sums(counts))) / counts.shape[0]
 
-    def compare(self, output: Tensor, counts: Tensor) -> Tensor:
-        scaled = counts * (self.transform.target / counts.sum(dim=1, keepdim=True).clamp_min(1))
+    def compare(self, output: Tensor, held_out: Entries) -> Tensor:
+        output, to_depth = output.float(), self.transform.target / held_out.sizes().clamp_min(1)
+        scaled = held_out.dense() * to_depth[:, None]
         return F.mse_loss(output, torch.log1p(scaled) if self.transform.name == "log1p" else torch.sqrt(scaled))
 
 
@@ -143,7 +169,7 @@ class Noise2Same(SquaredError):
         part, _ = entries.split(*self.shares)
         full = network(entries).float()
         change = F.mse_loss(full, network(part).float())
-        return self.compare(full, entries.dense()) + self.invariance * self.sigma * torch.sqrt(change + 1e-12)
+        return self.compare(full, entries) + self.invariance * self.sigma * torch.sqrt(change + 1e-12)
 
 
 LOSSES: dict[str, Callable[[sp.csr_matrix, float], Loss]] = {

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, Self, get_args
 import numpy as np
 import scipy.sparse as sp
 
-from .._blocks import Chunks, Counts, InMemory, Partial
+from .._blocks import Block, Chunks, Counts, InMemory, Partial
 from .._checks import bounded, check_one_of
 from .._model import State
 from .._transform import Transform, TransformName
@@ -170,9 +170,10 @@ class PCALearner(Learner):
         counts_of_some = chunks.take(np.arange(0, chunks.shape[0], step))
         some = components.weighted_profiles(counts_of_some, weights).scaled().refined(counts_of_some, self.refinement)
 
-        profiles = profiles_in_blocks(
-            chunks, counts.size, some, lambda block, scale: components.weighted_profiles(block.counts, weights, scale)
-        )
+        def scores(block: Block) -> np.ndarray:
+            return components.weighted_profiles(block.counts, weights).scores
+
+        profiles = profiles_in_blocks(chunks, counts.size, some, scores)
         self.model = PCAModel(components, weights, profiles.gene_scale, profiles.populations)
         return profiles
 

@@ -42,7 +42,7 @@ Scales = tuple[np.ndarray, np.ndarray]
 """Both scales of cells, before the floor and after it, float32 of shape (cells,) each."""
 
 _ZERO, _QUARTER, _HALF, _ONE = (np.float32(x) for x in (0, 0.25, 0.5, 1))
-_ROUNDING = np.float32(0.01)  # of the corner: 0, 0.01 and 0.1 gain the same on paul15 and PBMC 3k, to 0.0002
+ROUNDING = np.float32(0.01)  # of the corner: 0, 0.01 and 0.1 gain the same on paul15 and PBMC 3k, to 0.0002
 _compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 _inlined = numba.njit(inline="always")
 _in_any_order = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nnan", "nsz"})
@@ -149,7 +149,7 @@ class Populations:
 def _raised(rate: np.float32, mean: np.float32, height: np.float32) -> np.float32:
     """Return the larger of a rate and the floor, the corner rounded; without a floor, of the rate and 0."""
     floor = height * (mean / (_ONE + mean))
-    above, corner = rate - floor, _ROUNDING * floor * floor
+    above, corner = rate - floor, ROUNDING * floor * floor
     half = _HALF * (abs(above) + np.sqrt(above * above + corner))  # (above + sqrt(...)) / 2, without cancellation
     return floor + (half if above >= 0 else _QUARTER * corner / half)
 

@@ -11,6 +11,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from .._blocks import Block, Chunks, Partial, as_chunks
+from .._counts import row_sums
 from .._threads import in_threads
 from .._transform import Link, rates
 from ..partitions import Rows
@@ -33,7 +34,7 @@ _CLUSTERED = 20_000_000  # dense entries of the cells that populations are found
 _LARGEST_OUTPUT: dict[Link, float] = {"exp": 1e4, "log1p": 60.0, "sqrt": 1e12, "none": 1e12}
 _CHECKED = 5_000_000  # dense entries checked at a time
 
-_UNKNOWN = -1  # population of a cell that is to be found when it is scaled
+UNKNOWN = -1  # population of a cell that is to be found when it is scaled
 _TOTALS_OFF = 1e-3  # how far genes may be from their totals, on average, where these count as right
 _MOST_ROUNDS = 100
 
@@ -117,7 +118,7 @@ class ScaledProfiles(Profiles):
 
         def of_rows(rows: slice) -> np.ndarray:
             block = self._rates_to_scale(rows)
-            if self.population[rows.start] == _UNKNOWN:
+            if self.population[rows.start] == UNKNOWN:
                 self.population[rows] = own.nearest(block * self.gene_scale)
             found = self.population[rows].astype(np.intp)
             (self.cell_scale[rows], self.row_scale[rows]), sums = own.refine(block, found, self.size[rows])
@@ -175,7 +176,7 @@ class ScaledProfiles(Profiles):
         if populations.changes_nothing:
             return self
         population, cell_scale, row_scale = np.zeros((3, len(self.size)), np.float32)
-        population += _UNKNOWN if len(populations.factors) > 1 else 0
+        population += UNKNOWN if len(populations.factors) > 1 else 0
         return replace(self, populations=populations, population=population, cell_scale=cell_scale, row_scale=row_scale)
 
     def raised(self, height: float) -> Self:
@@ -328,36 +329,50 @@ def profiles_in_blocks(
     chunks: Chunks,
     size: np.ndarray,
     some: LowRankProfiles,
-    unscaled: Callable[[Block, np.ndarray], LowRankProfiles],
+    scores_of: Callable[[Block], np.ndarray],
 ) -> LowRankProfiles:
-    """Return the profiles of all cells, every gene with its share of all molecules, in passes over the counts.
+    """Return the profiles of all cells, every gene with its share of all molecules.
 
-    There are two where gene totals are right to 0.3 % on average by the scale that genes have in the profiles of some
-    cells, else one or two more. Of a Dask array, the last is made where scores and scales of cells are read. `unscaled`
-    returns the profiles of a block with a scale of genes, cells without a scale.
+    Scores are made in one pass over the counts; of a Dask array they are not kept, but made where they are read. Then
+    there are two passes over the profiles where gene totals are right to 0.3 % on average by the scale that genes have
+    in the profiles of `some` cells, else one or two more. `scores_of` returns the scores of a block.
     """
-
-    def of_totals(block: Block) -> Partial:
-        return Partial([unscaled(block, gene_scale).of_populations(populations).scale_cells()])
-
+    (all_scores,) = chunks.rows(lambda block: Partial(rows=(scores_of(block),)), (some.scores.shape[1],))
     gene_scale, populations, target = some.gene_scale, some.populations, some.gene_share * size.sum()
+
+    def unscaled(scores: np.ndarray, size: np.ndarray) -> LowRankProfiles:
+        """Return the profiles of cells, which have no scale yet."""
+        scales: dict[str, Any] = {name: np.zeros(len(size), np.float32) for name in _SCALES}
+        found = replace(some, scores=scores, size=size.astype(np.float32), gene_scale=gene_scale, **scales)
+        return found.of_populations(populations)
+
+    def of_block(block: Block) -> LowRankProfiles:
+        return unscaled(scores_of(block), row_sums(block.counts))
+
     for _ in range(_MOST_ROUNDS):
-        totals = chunks.run(of_totals).sums[0]
+        if isinstance(all_scores, np.ndarray):
+            totals = unscaled(all_scores, size).scale_cells()
+        else:
+            totals = chunks.run(lambda block: Partial([of_block(block).scale_cells()])).sums[0]
         if len(populations.factors) == 1:
             gene_scale = gene_scale * ratio(target, totals)
         else:
             populations = replace(populations, factors=populations.factors * ratio(target, totals))
         if _mean_deviation(totals, target) <= 3 * _TOTALS_OFF:
             break
+    if isinstance(all_scores, np.ndarray):
+        found = unscaled(all_scores, size)
+        found.scale_cells()
+        return found
 
     def of_cells(block: Block) -> Partial:
-        found = unscaled(block, gene_scale).of_populations(populations)
+        found = of_block(block)
         found.scale_cells()
         return Partial(rows=(found.scores, found.scales()))
 
-    found: Sequence[Any] = chunks.rows(of_cells, (some.scores.shape[1], N_SCALES))
-    of_all = scales_from(found[1]) | {"scores": found[0], "size": size.astype(np.float32)}
-    return replace(some, gene_scale=gene_scale, populations=populations, **of_all)
+    scores, scales = chunks.rows(of_cells, (some.scores.shape[1], N_SCALES))
+    lazy: dict[str, Any] = scales_from(scales) | {"scores": scores, "size": size.astype(np.float32)}
+    return replace(some, gene_scale=gene_scale, populations=populations, **lazy)
 
 
 def _mean_deviation(totals: np.ndarray, target: np.ndarray) -> float:

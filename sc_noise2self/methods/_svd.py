@@ -26,6 +26,14 @@ _ROUNDING = 1e-12  # of squared lengths, in single precision
 Matrices = Callable[[Block], Sequence[sp.csr_matrix]]
 """The rows that several matrices have in a block of cells."""
 
+GramProduct = Callable[[sp.csr_matrix, np.ndarray], np.ndarray]
+"""Z'(Z W) of some rows Z and vectors W."""
+
+
+def gram_product(rows: sp.csr_matrix, vectors: np.ndarray) -> np.ndarray:
+    """Return Z'(Z W)."""
+    return rows.T @ (rows @ vectors)
+
 
 def start_block(n_genes: int, n_components: int, rng: np.random.Generator) -> np.ndarray:
     """Return random vectors to start from, float32 of shape (genes, a few more than the components)."""
@@ -40,6 +48,7 @@ def components_of(
     n_components: int,
     n_passes: int = N_PASSES,
     mean_rows: Sequence[np.ndarray | None] | None = None,
+    product: GramProduct = gram_product,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return S and V of matrices that are made of the counts a block at a time, all learned in the same passes.
 
@@ -52,18 +61,18 @@ def components_of(
     products: list[list[np.ndarray]] = [[] for _ in starts]
 
     def times_vectors(block: Block) -> Partial:
-        return Partial([z.T @ (z @ vectors) for z, vectors in zip(matrices(block), blocks, strict=True)])
+        return Partial([product(z, vectors) for z, vectors in zip(matrices(block), blocks, strict=True)])
 
     rows = [None] * len(starts) if mean_rows is None else mean_rows
     for i in range(n_passes):
         sums = chunks.run(times_vectors).sums
-        for basis, product, block, found, row in zip(bases, products, blocks, sums, rows, strict=True):
+        for basis, of_basis, block, found, row in zip(bases, products, blocks, sums, rows, strict=True):
             basis.append(block)
-            product.append((found if row is None else found - np.outer(row, row @ block)).astype(block.dtype))
+            of_basis.append((found if row is None else found - np.outer(row, row @ block)).astype(block.dtype))
         if i < n_passes - 1:
-            blocks = [_beyond(basis, product[-1]) for basis, product in zip(bases, products, strict=True)]
+            blocks = [_beyond(basis, of_basis[-1]) for basis, of_basis in zip(bases, products, strict=True)]
     both = zip(bases, products, strict=True)
-    return [_ritz(np.hstack(basis), np.hstack(product), n_components) for basis, product in both]
+    return [_ritz(np.hstack(basis), np.hstack(of_basis), n_components) for basis, of_basis in both]
 
 
 def _ritz(basis: np.ndarray, product: np.ndarray, n_components: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,25 +1,27 @@
 """One training run of the autoencoder: the loop, when it stops, and what it does when something goes wrong.
 
-It needs PyTorch. Random numbers are PyTorch's own; the caller sets and restores their state.
+It needs PyTorch. Random numbers are PyTorch's own; the caller sets and restores their state. Where processes were
+started to train together (`torch.distributed`), each shows its share of the cells, and all end with the same network.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .._loss import Gain
 from .._progress import progress_bar
 from .._warnings import warn
-from ._network import AnyCounts, Network
+from ._network import AnyCounts, Entries, Network, Process
 from ._network_losses import Loss
 
 _CHECKS = 10  # of the validation molecules, in a run
@@ -51,6 +53,19 @@ class Schedule:
     prior_scale: float
 
 
+class Compared(nn.Module):
+    """A network and its loss: what is trained."""
+
+    def __init__(self, network: Network, loss: Loss, device: torch.device) -> None:
+        super().__init__()
+        self.network, self.loss = network, loss
+        network.in_bfloat16 = _computes_in_bfloat16(device)
+
+    def forward(self, batch: Entries) -> Tensor:
+        """Return the loss of a batch."""
+        return self.loss(self.network, batch)
+
+
 def train(
     network: Network,
     loss: Loss,
@@ -64,20 +79,26 @@ def train(
     Cells without molecules are left out; `rng` orders the others. A loss that is not finite before the first check is
     an error.
     """
-    parts = nn.ModuleList([network, loss])
+    parts = Compared(network, loss, counts.device)
+    counts.process = Process(distributed.get_rank(), distributed.get_world_size()) if _is_shared() else Process()
+    stepped: nn.Module = parts
+    if counts.process.of > 1:
+        torch.manual_seed(torch.initial_seed() + counts.process.number)
+        stepped = DistributedDataParallel(parts, broadcast_buffers=False)
     # The loss is in nats per molecule, so the prior's share is that of all molecules: |W|^2 / (2 scale^2 molecules).
     # Adam takes its gradient as `weight_decay` (not AdamW, which would shrink rare and abundant genes alike).
     of_genes = [network.genes.weight, network.batch_offsets]
     others = [p for p in parts.parameters() if not any(p is each for each in of_genes)]
     prior: dict[str, Any] = {"params": of_genes, "weight_decay": 1 / (schedule.prior_scale**2 * counts.n_molecules)}
     optimizer = torch.optim.Adam([{"params": others}, prior], lr=schedule.learning_rate, fused=True)
-    n_steps = schedule.n_epochs * counts.n_batches(schedule.batch_size)
-    cosine = CosineAnnealingLR(optimizer, n_steps)
+    batch_size = -(-schedule.batch_size // counts.process.of)
+    n_steps = schedule.n_epochs * counts.n_batches(batch_size)
+    cosine = (schedule.learning_rate * (1 + math.cos(math.pi * step / n_steps)) / 2 for step in count())
     history = History()
     best: dict[str, Tensor] = {}
     with progress_bar(schedule.name, schedule.n_epochs) as bar:
         for epoch in range(1, schedule.n_epochs + 1):
-            mean = _epoch(parts, counts, rng, schedule.batch_size, cosine)
+            mean = _epoch(stepped, counts, rng, batch_size, optimizer, cosine)
             bar.update()
             if not math.isfinite(mean):
                 message = (
@@ -92,7 +113,7 @@ def train(
             if epoch % max(1, schedule.n_epochs // _CHECKS) and epoch != schedule.n_epochs:
                 continue
             parts.eval()
-            gain = check().mean
+            gain = float(_of_first(torch.tensor(check().mean, dtype=torch.float64), counts.device))
             if not history.gains or gain > max(history.gains):
                 best = copy.deepcopy(parts.state_dict())
             history.checked.append(epoch)
@@ -100,28 +121,49 @@ def train(
             bar.set_postfix_str(f"gain {gain:.4f}")
             if history.best < len(history.gains) - _PATIENCE:
                 break
-    parts.load_state_dict(best)
+    parts.load_state_dict({name: _of_first(value, counts.device) for name, value in best.items()})
     parts.eval()
     return history
 
 
 def _epoch(
-    parts: nn.ModuleList, counts: AnyCounts, rng: np.random.Generator, batch_size: int, cosine: CosineAnnealingLR
+    parts: nn.Module,
+    counts: AnyCounts,
+    rng: np.random.Generator,
+    batch_size: int,
+    optimizer: torch.optim.Optimizer,
+    learning_rates: Iterator[float],
 ) -> float:
     """Show every cell once, and return the mean loss."""
-    network, loss = parts
     parts.train()
-    bfloat16 = _computes_in_bfloat16(counts.device)
-    total = torch.zeros((), device=counts.device)
+    total, n_shown = torch.zeros((), device=counts.device), 0
     for batch in counts.batches(rng, batch_size):
-        with torch.autocast(counts.device.type, dtype=torch.bfloat16, enabled=bfloat16):
-            batch_loss = loss(network, batch)
-        cosine.optimizer.zero_grad()
+        learning_rate = next(learning_rates)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        batch_loss, n_cells = parts(batch), len(batch.starts)
+        optimizer.zero_grad()
         batch_loss.backward()
-        cosine.optimizer.step()
-        cosine.step()
-        total += batch_loss.detach() * len(batch.starts)
-    return float(total) / counts.n_trained
+        optimizer.step()
+        total += batch_loss.detach() * n_cells
+        n_shown += n_cells
+    if _is_shared():  # each shows as many cells
+        distributed.all_reduce(total)
+        n_shown *= distributed.get_world_size()
+    return float(total) / n_shown
+
+
+def _is_shared() -> bool:
+    """Whether several processes train together."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _of_first(value: Tensor, device: torch.device) -> Tensor:
+    """Return the value that the first of the processes has."""
+    if _is_shared():
+        value = value.to(device)
+        distributed.broadcast(value, 0)
+    return value
 
 
 def choose_device(name: str) -> torch.device:
