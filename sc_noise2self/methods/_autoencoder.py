@@ -106,8 +106,8 @@ class Autoencoder(Method):
 
     Notes
     -----
-    The same seed gives the same bytes on the same machine with the same number of threads. Of more than 50 000 cells, so
-    many, drawn at random, choose the width and give the principal components; training shows all. Where
+    The same seed gives the same bytes on the same machine with the same number of threads. Of more than 50 000 cells,
+    so many, drawn at random, choose the width and give the principal components; training shows all. Where
     `torch.distributed` was initialised, each process trains on its share of the cells, and all return the same.
     """
 
