@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from ._loss import Gain, GeneGains
 from ._progress import progress_bar
 from ._random import as_key
 from ._split import halves as even_split
-from ._threads import one_blas_thread
+from ._threads import in_threads, one_blas_thread
 from ._uncertainty import Dispersions
 from .methods._base import Learner, MeanLearner, Method, Sample
 from .methods._components import folds_of
@@ -166,22 +168,27 @@ def _compared(
         for learner in learners:
             learner.prepare(counts, cells, rng)
             bar.update()
-        for half in halves:
-            for learner in learners:
-                learner.learn(half, rng)
-                bar.update()
+        # Random numbers are drawn in order, whichever thread is first.
+        tasks = [(learner, [np.random.default_rng(rng.integers(2**63)) for _ in halves]) for learner in learners]
+        together = [task for task in tasks if not task[0].learns_alone]
+        alone = (task for task in tasks if task[0].learns_alone)
+        for _ in chain(in_threads(partial(_learn, halves), together), map(partial(_learn, halves), alone)):
+            bar.update(len(halves))
         scores = _Scores(halves, scored)
-        best = {learner.name: scores.refined(Choice(learner, learner.settings[0])) for learner in learners}
-        for choice in best.values():
-            scores.add(choice)
-        winner = max(best.values(), key=scores.mean)
-        for learner in learners if average else [winner.learner]:
-            candidates = [replace(best[learner.name], setting=setting) for setting in learner.settings]
-            for candidate in candidates[1:]:
-                scores.add(candidate)
-            best[learner.name] = max(candidates, key=scores.mean)
-            bar.update()
-    return scores, scores.weighted(list(best.values())) if average else (best[winner.learner.name],)
+        best = list(in_threads(scores.refined, [Choice(learner, learner.settings[0]) for learner in learners]))
+        scores.add(best)
+        tuned = best if average else [max(best, key=scores.mean)]
+        candidates = [[replace(choice, setting=each) for each in choice.learner.settings] for choice in tuned]
+        scores.add([candidate for of_one in candidates for candidate in of_one[1:]])
+        bar.update(len(tuned))
+        best = [max(of_one, key=scores.mean) for of_one in candidates]
+    return scores, scores.weighted(best) if average else tuple(best)
+
+
+def _learn(halves: Sequence[Fold], about: tuple[Learner, Sequence[np.random.Generator]]) -> None:
+    learner, rngs = about
+    for half, rng in zip(halves, rngs, strict=True):
+        learner.learn(half, rng)
 
 
 def _some(rng: np.random.Generator, n_cells: int, n_wanted: int) -> np.ndarray:
@@ -231,12 +238,16 @@ class _Scores:
         self._parts = parts if all(len(part) for part in parts) else [np.arange(len(cells))]
         self.comparison = Comparison()
 
-    def add(self, choice: Choice) -> None:
-        """Predict and score a candidate."""
+    def add(self, choices: Sequence[Choice]) -> None:
+        """Predict and score candidates."""
+        for choice, (found, gain) in zip(choices, in_threads(self._scored, choices), strict=True):
+            self._probabilities[choice.label], self._gains[choice.label] = found, gain
+            self.comparison.add({"label": choice.label}, -gain)
+
+    def _scored(self, choice: Choice) -> tuple[list[np.ndarray], Gain]:
         found = [self._probabilities_of(choice, i) for i in range(len(self._folds))]
         first, *others = (fold.gain_of(each) for fold, each in zip(self._folds, found, strict=True))
-        self._probabilities[choice.label], self._gains[choice.label] = found, sum(others, first)
-        self.comparison.add({"label": choice.label}, -self._gains[choice.label])
+        return found, sum(others, first)
 
     def refined(self, choice: Choice) -> Choice:
         """Return the choice with the refinement that gains most."""
@@ -286,7 +297,7 @@ class _Prediction:
         refined_on = sample.some(_REFINED)
         for choice in choices:
             choice.learner.settle(choice.setting, sample)
-            self._populations.append([_learned_populations(choice, i, *half) for i, half in enumerate(refined_on)])
+            self._populations.append(list(in_threads(partial(_learned_populations, choice), enumerate(refined_on))))
 
     def __call__(self, i: int, seen: sp.csr_matrix, cells: np.ndarray) -> Profiles:
         """Return the profiles of cells predicted from their part of a half."""
@@ -299,8 +310,12 @@ class _Prediction:
         return combine(found, [choice.weight for choice in self._choices])
 
 
-def _learned_populations(choice: Choice, half: int, seen: sp.csr_matrix, cells: np.ndarray) -> Populations | None:
-    """Return what a choice learns of populations from cells of a half, every gene with its total; None for nothing."""
+def _learned_populations(choice: Choice, about: tuple[int, tuple[sp.csr_matrix, np.ndarray]]) -> Populations | None:
+    """Return what a choice learns of populations from cells of a half, every gene with its total; None for nothing.
+
+    It takes the number of the half, what it shows of these cells, and their numbers.
+    """
+    half, (seen, cells) = about
     profiles = choice.learner.predict(half, choice.setting, seen, cells)
     if choice.refinement == AS_IT_IS or not isinstance(profiles, ScaledProfiles):
         return None

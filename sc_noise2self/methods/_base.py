@@ -117,6 +117,7 @@ class Learner(ABC):
     model: Any  # what `refit` fitted, where the method can transfer
     enough_cells: int | None = None  # to choose by; None where more always tell more
     predicts_others: bool = True  # whether what was learned from some cells predicts others
+    learns_alone: bool = True  # else it learns in a thread beside others
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -116,6 +116,7 @@ class PCALearner(Learner):
     """
 
     enough_cells: int | None = _COMPARED_CELLS
+    learns_alone = False
     settings = tuple(Shrinkage(strength) for strength in (2.0, None, 1.0, 1.4, 2.8, 4.0, 8.0))
 
     def __init__(self, transform: TransformName, n_components: int, used: np.ndarray | None) -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numba
@@ -57,6 +58,7 @@ _LARGEST = np.float32(1e6)  # factor
 _LEAST = 1e-9  # molecules expected
 _SKETCH = 100  # random projections that profiles are clustered by
 _LEAST_CELLS = 10  # of a population, on average
+_CLUSTERING = Lock()  # filters of warnings are those of the process
 
 
 class Refinement(NamedTuple):
@@ -266,7 +268,7 @@ def clusters_of(sketch: np.ndarray, n_clusters: int) -> np.ndarray:
     """Return the cluster of each point by k-means, numbered from 0 without gaps, shape (points,)."""
     if n_clusters == 1:
         return np.zeros(len(sketch), np.intp)
-    with warnings.catch_warnings():
+    with _CLUSTERING, warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # there may be fewer distinct points
         labels = KMeans(n_clusters, n_init=1, random_state=0).fit_predict(sketch)
     return np.unique(labels, return_inverse=True)[1]
