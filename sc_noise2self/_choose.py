@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+from tqdm.auto import tqdm
 
 from ._blocks import Counts, Partial
 from ._compare import Comparison
@@ -164,10 +165,12 @@ def _compared(
     rng: np.random.Generator,
 ) -> tuple[_Scores, tuple[Choice, ...]]:
     """Return the scores of candidates and what they choose: the best, or all with their weights."""
-    with progress_bar("comparing denoisers", (len(halves) + 2) * len(learners)) as bar:
+    with progress_bar("comparing denoisers", (len(halves) + 3) * len(learners)) as bar:
         for learner in learners:
             learner.prepare(counts, cells, rng)
             bar.update()
+        further = [len(learner.settings) - 1 for learner in learners]
+        bar.total += sum(further) if average else max(further)
         # Random numbers are drawn in order, whichever thread is first.
         tasks = [(learner, [np.random.default_rng(rng.integers(2**63)) for _ in halves]) for learner in learners]
         together = [task for task in tasks if not task[0].learns_alone]
@@ -175,12 +178,14 @@ def _compared(
         for _ in chain(in_threads(partial(_learn, halves), together), map(partial(_learn, halves), alone)):
             bar.update(len(halves))
         scores = _Scores(halves, scored)
-        best = list(in_threads(scores.refined, [Choice(learner, learner.settings[0]) for learner in learners]))
-        scores.add(best)
+        best = []
+        for choice in in_threads(scores.refined, [Choice(learner, learner.settings[0]) for learner in learners]):
+            best.append(choice)
+            bar.update()
+        scores.add(best, bar)
         tuned = best if average else [max(best, key=scores.mean)]
         candidates = [[replace(choice, setting=each) for each in choice.learner.settings] for choice in tuned]
-        scores.add([candidate for of_one in candidates for candidate in of_one[1:]])
-        bar.update(len(tuned))
+        scores.add([candidate for of_one in candidates for candidate in of_one[1:]], bar)
         best = [max(of_one, key=scores.mean) for of_one in candidates]
     return scores, scores.weighted(best) if average else tuple(best)
 
@@ -238,11 +243,12 @@ class _Scores:
         self._parts = parts if all(len(part) for part in parts) else [np.arange(len(cells))]
         self.comparison = Comparison()
 
-    def add(self, choices: Sequence[Choice]) -> None:
+    def add(self, choices: Sequence[Choice], bar: tqdm) -> None:
         """Predict and score candidates."""
         for choice, (found, gain) in zip(choices, in_threads(self._scored, choices), strict=True):
             self._probabilities[choice.label], self._gains[choice.label] = found, gain
             self.comparison.add({"label": choice.label}, -gain)
+            bar.update()
 
     def _scored(self, choice: Choice) -> tuple[list[np.ndarray], Gain]:
         found = [self._probabilities_of(choice, i) for i in range(len(self._folds))]

@@ -284,18 +284,21 @@ class Bars:
     """Stands in for tqdm: no bar waits for two seconds before it shows."""
 
     def __init__(self, monkeypatch):
-        self.shown, tqdm = [], _progress.tqdm
+        self.shown, self.delays, self.made, tqdm = [], [], [], _progress.tqdm
 
         def at_once(*args, **options):
+            bar = tqdm(*args, **{**options, "delay": 0})
             if not options["disable"]:
                 self.shown.append(options["desc"])
-            return tqdm(*args, **{**options, "delay": 0})
+                self.delays.append(options["delay"])
+                self.made.append(bar)
+            return bar
 
         monkeypatch.setattr(_progress, "tqdm", at_once)
 
 
-@pytest.mark.parametrize("verbosity", [1, 2])
-def test_bars_are_silent_below_verbosity_2(counts, verbosity, few_cells, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("verbosity", [0, 1, 2])
+def test_bars_say_what_is_being_done(counts, verbosity, few_cells, monkeypatch, capsys, tmp_path):
     import scanpy as sc
 
     bars = Bars(monkeypatch)
@@ -304,11 +307,14 @@ def test_bars_are_silent_below_verbosity_2(counts, verbosity, few_cells, monkeyp
     adata = on_disk(counts, tmp_path, ".h5ad")
     n2s.denoise(adata, ["pca", n2s.KNN(n_pcs=5, n_neighbors=8)], write_layer=False)
     said = capsys.readouterr()
-    if verbosity < 2:
+    if verbosity < 1:
         assert (said.out, said.err, bars.shown) == ("", "", [])
     else:
         assert {"reading counts", "comparing denoisers"} <= set(bars.shown)
         assert "reading counts" in said.err
+        assert set(bars.delays) == {5 if verbosity == 1 else 2}
+        ends = {bar.desc.removesuffix(": "): (bar.n, bar.total) for bar in bars.made}
+        assert ends["comparing denoisers"][0] == ends["comparing denoisers"][1]  # the time left ends at 0
 
 
 def test_a_layer_that_does_not_fit_is_refused_with_its_gigabytes(counts, monkeypatch):
