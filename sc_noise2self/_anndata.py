@@ -189,7 +189,8 @@ def _matrix(adata: AnnData, layer: str | None) -> tuple[Any, str]:
         raise TypeError(f"layer is {layer!r}: pass the name of the layer that holds raw counts, or None for X.")
     if layer is not None and layer not in adata.layers:
         names = [name for name in adata.layers if name is not None]  # None is X since anndata 0.13
-        raise ValueError(f"layer {layer!r} is missing: adata.layers has {names}.")
+        hint = "" if names else " If X holds the raw counts, leave layer out."
+        raise ValueError(f"layer {layer!r} is missing: adata.layers has {names}.{hint}")
     matrix = adata.X if layer is None else adata.layers[layer]
     if matrix is None:
         raise ValueError('adata.X is empty: pass the layer that holds raw counts, e.g. layer="counts".')
@@ -205,6 +206,11 @@ def chunks_of(matrix: Any, name: str) -> Chunks:
     if sp.issparse(matrix) or isinstance(matrix, np.ndarray):
         matrix = check_format(matrix, name)
         return InMemory(matrix.tocsr() if sp.issparse(matrix) else matrix)
+    if hasattr(matrix, "device"):
+        raise TypeError(
+            f"{name} is of type {type(matrix).__name__}, on a device: bring it to the host, e.g. "
+            "rapids_singlecell.get.anndata_to_CPU(adata). The autoencoder takes counts to its device itself."
+        )
     if getattr(matrix, "format", "csr") != "csr":
         raise ValueError(
             f"{name} is stored as {matrix.format.upper()}, by gene: reading cells of it would read all of it every "

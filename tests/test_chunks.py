@@ -14,6 +14,7 @@ from helpers import dense, low_rank_profiles, poisson_counts
 
 import sc_noise2self as n2s
 from sc_noise2self import _progress
+from sc_noise2self._anndata import chunks_of
 from sc_noise2self._blocks import InMemory, OnDask, OnDisk, Partial, block_rows
 from sc_noise2self._counts import column_sums, row_sums
 from sc_noise2self._split import halves, split_matrix
@@ -370,3 +371,11 @@ def test_on_a_cluster_of_processes(tmp_path):
     np.testing.assert_allclose(found["scores"], adata.obsm["denoised"], rtol=1e-4, atol=1e-5)
     assert found["gain"] == pytest.approx(adata.uns["denoised"]["gain"], rel=1e-4)
     assert found["rank"] == n2s.select_rank(adata, max_rank=10)
+
+
+@pytest.mark.parametrize("name", ["csr_matrix", "Tensor"])
+def test_counts_on_a_device_are_refused_in_one_sentence(name):
+    """CuPy's matrices and PyTorch's tensors look like datasets: they have a shape, and rows."""
+    on_device = type(name, (), {"device": "cuda:0", "shape": (5, 4), "format": "csr", "__getitem__": lambda *_: None})
+    with pytest.raises(TypeError, match=f"X is of type {name}, on a device: bring it to the host"):
+        chunks_of(on_device(), "X")

@@ -342,7 +342,11 @@ def test_refuses_what_is_not_counts_and_writes_nothing(adata, call, change, erro
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"layer": "counts"}, ValueError, r"layer 'counts' is missing: adata.layers has \[\]"),
+        (
+            {"layer": "counts"},
+            ValueError,
+            r"layer 'counts' is missing: adata.layers has \[\]. If X holds the raw counts, leave",
+        ),
         ({"random_state": "seed"}, TypeError, "random_state is 'seed': pass a whole number"),
         ({"n_splits": 0}, ValueError, "n_splits is 0: pass a whole number, 1 or more"),
         ({"mask_var": "hvg"}, ValueError, "mask_var 'hvg' is missing: adata.var has"),
