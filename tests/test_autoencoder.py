@@ -576,3 +576,18 @@ def test_processes_share_the_cells_out():
     shares = [Process(number, 3).own(cells) for number in range(3)]
     assert [len(share) for share in shares] == [4, 4, 4]
     assert set(np.concatenate(shares)) == set(cells)
+
+
+def test_steps_and_epochs_of_many_cells_are_bounded(counts, monkeypatch):
+    """300 cells count as very many: three epochs of the largest batches make the steps, and no more are shown."""
+    monkeypatch.setattr("sc_noise2self.methods._autoencoder._CELLS_SHOWN", 0)
+    monkeypatch.setattr("sc_noise2self.methods._autoencoder._STEPS", 13)
+    monkeypatch.setattr("sc_noise2self.methods._autoencoder._BATCHES", (16, 64))
+    schedules, made = [], training.Schedule
+    monkeypatch.setattr(training, "Schedule", lambda *args: schedules.append(made(*args)) or schedules[-1])
+    fit(counts, n_epochs=None)
+    assert [(each.n_epochs, each.batch_size) for each in schedules] == [(3, 64)]
+    fit(counts, n_epochs=20)
+    assert (schedules[-1].n_epochs, schedules[-1].batch_size) == (20, 64)
+    fit(counts, n_epochs=1)
+    assert (schedules[-1].n_epochs, schedules[-1].batch_size) == (1, 23)  # as many as make 13 steps

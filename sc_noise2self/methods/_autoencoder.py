@@ -95,7 +95,8 @@ class Autoencoder(Method):
         Standard deviation of the Gaussian prior on the weights of each gene. Against the likelihood of the gene's own
         molecules it keeps a rare gene near its mean and lets an abundant one go where its molecules say.
     n_epochs
-        Epochs at most. None takes as many as show 60 000 cells, at least 12 and at most 100.
+        Epochs at most. None takes as many as show 60 000 cells, at least 12 and at most 100; of more than 270 000 cells
+        fewer, as many as make 800 steps of the largest batches.
     batch_size
         Cells a step. None takes 128, or more for many cells, so that training has 800 steps; at most 4096.
 
@@ -252,7 +253,8 @@ class _AutoencoderLearner(Learner):
         seen, aside = set_aside(counts, held, rng)
         fold = fold_of(seen[held], aside, cells[held], share=column_sums(seen) / seen.sum())
         n_shown = n_cells if shown is None else shown.chunks.shape[0]
-        n_epochs = options.n_epochs or int(np.clip(_CELLS_SHOWN // n_shown, _LEAST_EPOCHS, _MOST_EPOCHS))
+        least = min(_LEAST_EPOCHS, -(-_STEPS * _BATCHES[1] // n_shown))
+        n_epochs = options.n_epochs or int(np.clip(_CELLS_SHOWN // n_shown, least, _MOST_EPOCHS))
         plan = _Plan(
             fold,
             self._principal_scores(seen, device, rng),
