@@ -127,20 +127,19 @@ def _split_sparse(counts: Any, key: int, cells: np.ndarray, law: Law) -> tuple[A
     indices = [np.empty_like(counts.indices) for _ in range(n_parts)]
     ends = np.zeros((n_parts, n_major + 1), np.int64)
 
-    def dealt(block: tuple[int, int, Entries]) -> tuple[int, int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    def dealt(block: tuple[int, int, Entries]) -> tuple[int, int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
         first, last, entries = block
         values, minors = np.empty((2, n_parts, len(entries[0])), np.int64)
-        ends = np.empty((n_parts, last - first), np.int64)
-        deal(entries, keys[first:last] if by_row else keys, first, by_row, of_molecules, (values, minors, ends))
-        own = zip(values, minors, ends, strict=True)
-        as_stored = counts.data.dtype, counts.indices.dtype
-        return first, last, [(v[: e[-1]].astype(as_stored[0]), m[: e[-1]].astype(as_stored[1]), e) for v, m, e in own]
+        out = values, minors, np.empty((n_parts, last - first), np.int64)
+        deal(entries, keys[first:last] if by_row else keys, first, by_row, of_molecules, out)
+        return first, last, out
 
-    for first, last, of_block in in_threads(dealt, _in_blocks(counts)):
-        for i, (values, minors, end) in enumerate(of_block):
-            here = slice(ends[i, first], ends[i, first] + len(values))
-            data[i][here], indices[i][here] = values, minors
-            ends[i, first + 1 : last + 1] = here.start + end
+    for first, last, (values, minors, of_block) in in_threads(dealt, _in_blocks(counts)):
+        for i, end in enumerate(of_block):
+            stored, n_new = ends[i, first], end[-1]
+            data[i][stored : stored + n_new] = values[i, :n_new]
+            indices[i][stored : stored + n_new] = minors[i, :n_new]
+            ends[i, first + 1 : last + 1] = stored + end
     parts = []
     for own_data, own_indices, end in zip(data, indices, ends, strict=True):
         own_data.resize(end[-1], refcheck=False)
