@@ -381,6 +381,19 @@ def test_out_of_memory_says_what_to_lower(counts, monkeypatch):
         fit(counts, batch_size=64)
 
 
+@pytest.mark.parametrize("where", ["Counts.__init__", "Network.factors"])
+def test_counts_that_the_device_cannot_hold_are_refused(counts, fitted, monkeypatch, where):
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(f"sc_noise2self.methods._network.{where}", fail)
+    with pytest.raises(MemoryError, match="too little memory for these counts: pass device='cpu'"):
+        fitted.model.predict(counts)
+    if where == "Counts.__init__":
+        with pytest.raises(MemoryError, match="too little memory for these counts: pass device='cpu'"):
+            fit(counts)
+
+
 def test_empty_cells_stay_empty(counts):
     dense = counts.toarray()
     dense[:150] = 0

@@ -11,12 +11,12 @@ PyTorch is imported when it is used, not before.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from importlib.util import find_spec
 from threading import Lock
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import scipy.sparse as sp
@@ -56,6 +56,7 @@ _PREDICTED = 1024  # cells predicted at a time
 _SEEDS_DIFFER = 0.01  # of the gain: two runs that differ by their seed alone differ by as much
 _SCALED_CELLS = 20_000  # that the scales of genes are learned from, at most
 _LEAST_SPREAD = 0.01  # of the first score, in lengths of the mean cell
+Out = TypeVar("Out")
 _TRAINING = Lock()  # its random numbers are those of the process
 
 
@@ -167,6 +168,21 @@ class Autoencoder(Method):
         return [first, *(_AutoencoderLearner(self, counts, first) for _ in range(1, self.n_seeds))]
 
 
+def _in_device_memory(work: Callable[..., Out]) -> Callable[..., Out]:
+    """Say in one sentence that the device has too little memory, wherever it is found out."""
+
+    @wraps(work)
+    def checked(*args: Any, **kwargs: Any) -> Out:
+        import torch
+
+        try:
+            return work(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError("the device has too little memory for these counts: pass device='cpu'.") from error
+
+    return checked
+
+
 class _AutoencoderLearner(Learner):
     """An autoencoder; its width is chosen on all molecules but those that it sets aside.
 
@@ -226,6 +242,7 @@ class _AutoencoderLearner(Learner):
         }
         return Learned(self._options.title, self._options.described(setting), self.width, values)
 
+    @_in_device_memory
     def _fit(
         self,
         counts: sp.csr_matrix,
@@ -403,11 +420,13 @@ class AutoencoderModel:
         network = Network.from_arrays(arrays).to(choose_device(device))
         return cls(network, values["loss"], values["width"], values["depth"], share, scale, populations)
 
+    @_in_device_memory
     def predict(self, counts: sp.csr_matrix, codes: np.ndarray | None = None) -> LowRankProfiles:
         """Return the denoised profiles of cells with codes of batches; genes keep the scale of the fit."""
         found = self.unscaled(counts, codes, self.gene_scale)
         return found.checked("the autoencoder's output").of_populations(self.populations).scaled(n_rounds=0)
 
+    @_in_device_memory
     def profiles(self, counts: Counts, codes: np.ndarray | None, refinement: Refinement) -> LowRankProfiles:
         """Return the denoised profiles of all cells, wherever their counts are, every gene with its total."""
 
