@@ -10,6 +10,7 @@ import numpy as np
 from anndata import AnnData
 
 from ._random import RandomState
+from ._warnings import warn
 
 
 def read_mask(adata: AnnData, mask_var: str | np.ndarray | Sequence[bool] | None) -> np.ndarray | None:
@@ -29,6 +30,16 @@ def read_mask(adata: AnnData, mask_var: str | np.ndarray | Sequence[bool] | None
     if mask.sum() < 2:
         raise ValueError(f"mask_var keeps {mask.sum()} gene(s): keep at least 2.")
     return mask
+
+
+def warn_of_unused_genes(adata: AnnData, mask_var: object) -> None:
+    """Say when components of all genes are asked about, and `sc.pp.pca` would take those of some."""
+    marked = adata.var.get("highly_variable")
+    if mask_var is None and marked is not None and not np.all(marked):
+        warn(
+            'adata.var["highly_variable"] was not used, and sc.pp.pca would use it: pass mask_var="highly_variable" '
+            "for the components that it will find, or call sc.pp.pca with mask_var=None."
+        )
 
 
 def bounded(name: str, value: int | None, default: int, n_cells: int, n_genes: int) -> int:

@@ -10,12 +10,21 @@ from anndata import AnnData
 from scanpy import logging as logg
 
 from ._anndata import as_counts
-from ._checks import as_positive, bounded, check_flag, check_one_of, describe_counts, describe_mask, seed_of
+from ._checks import (
+    as_positive,
+    bounded,
+    check_flag,
+    check_one_of,
+    describe_counts,
+    describe_mask,
+    seed_of,
+    warn_of_unused_genes,
+)
 from ._random import RandomState, as_generator
-from ._rank_curve import Protocol, learned_shape, rank_curve
 from ._slots import check_key, committed, marked
 from ._transform import TransformName
 from ._warnings import warn
+from .methods._rank_curve import Protocol, learned_shape, rank_curve
 
 _MAX_RANK = 50
 
@@ -72,11 +81,12 @@ def select_rank(
     Warns
     -----
     UserWarning
-        If the loss still falls at `max_rank`, or if no rank beats rank 0 by more than the error.
+        If the loss still falls at `max_rank`, if no rank beats rank 0 by more than the error, or if
+        `var["highly_variable"]` is there, which `sc.pp.pca` would use, and no `mask_var` is given.
 
     Notes
     -----
-    See `sc_noise2self._rank_curve` for the formulas.
+    See `sc_noise2self.methods._rank_curve` for the formulas.
 
     Examples
     --------
@@ -93,6 +103,7 @@ def select_rank(
         check_flag("center", center)
     counts = as_counts(adata, layer, mask_var)
     check_key(adata, key_added, layer, "select_rank")
+    warn_of_unused_genes(adata, mask_var)
     chunks = counts.chunks if counts.used is None else counts.chunks.of_genes(counts.used)
     max_rank = bounded("max_rank", max_rank, _MAX_RANK, *learned_shape(protocol, *chunks.shape))
     start = logg.info(f"selecting the rank of {describe_counts(adata, layer)}")

@@ -1,8 +1,9 @@
 """The names under which results stand in AnnData: which are whose, set whole or not at all, and removed.
 
-`denoise` writes a layer, factors, and a record of what was compared and chosen; `calibrate` and `select_rank` a record
-(and `calibrate` a layer). Subsets, concatenations and files carry cells, genes and the record along each on its own, so
-the scales in `.obsm` and `.varm` carry a fingerprint of the result in their last column, the record the same.
+`denoise` writes a layer, factors, and a record of what was compared and chosen; every other function a record, and
+`calibrate` a layer, `cluster_support` labels. Subsets, concatenations and files carry cells, genes and the record along
+each on its own, so the scales in `.obsm` and `.varm` carry a fingerprint of the result in their last column, the record
+the same.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData, ImplicitModificationWarning
 
-Kind = Literal["denoise", "calibrate", "select_rank"]
+Kind = Literal["denoise", "calibrate", "select_rank", "select_resolution", "cluster_support"]
+_IN_WORDS = {"denoise": "result", "calibrate": "calibration", "select_rank": "rank"}
+_IN_WORDS |= {"select_resolution": "resolution", "cluster_support": "support of clusters"}
 Changes = Mapping[str, Mapping[str, Any]]
 """By slot and name, what to set there; None for what to remove."""
 
@@ -94,7 +97,8 @@ def _has_stamps(scales: Any) -> bool:
 def slots_of(key: str, kind: Kind = "denoise", with_layer: bool = False) -> dict[str, list[str]]:
     """Return the names that a result under `key` may take, by slot; `with_layer` is of `calibrate`."""
     if kind != "denoise":
-        return {"uns": [key], **({"layers": [key]} if with_layer else {})}
+        labels = {"obs": [key]} if kind == "cluster_support" else {}
+        return {"uns": [key], **({"layers": [key]} if with_layer else {}), **labels}
     return {
         "layers": [key],
         "obsm": [key, f"{key}_scale"],
@@ -162,7 +166,7 @@ def _there(adata: AnnData, slots: Mapping[str, Sequence[str]]) -> list[tuple[str
 
 
 def remove(adata: AnnData, key: str = "denoised") -> None:
-    """Remove a result of `denoise`, `denoise_with`, `calibrate` or `select_rank`, and nothing else.
+    """Remove a result of this package that stands under a key, and nothing else.
 
     Parameters
     ----------
@@ -199,9 +203,9 @@ def remove(adata: AnnData, key: str = "denoised") -> None:
 
 def without_results(adata: AnnData) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return copies of `obs` and `var` without the columns of results, which would not hold for other counts."""
-    keys = [key for key in adata.uns if kind_of(adata, key) == "denoise"]
+    results = [slots_of(key, kind) for key in adata.uns if (kind := kind_of(adata, key)) is not None]
     obs, var = (
-        in_memory(frame).drop(columns=[name for key in keys for name in slots_of(key)[slot]], errors="ignore")
+        in_memory(frame).drop(columns=[name for own in results for name in own.get(slot, [])], errors="ignore")
         for slot, frame in (("obs", adata.obs), ("var", adata.var))
     )
     return obs, var
@@ -223,10 +227,9 @@ def check_key(adata: AnnData, key: str, layer: str | None, kind: Kind = "denoise
         raise ValueError("adata is a part of a backed object, which cannot be written to: pass its to_memory().")
     taken, ours, same = _there(adata, slots_of(key, kind, with_layer)), owned(adata, key), kind_of(adata, key) == kind
     if strange := [] if same and kind == "denoise" else [each for each in taken if each not in ours]:
-        what = {"denoise": "result", "calibrate": "calibration", "select_rank": "rank"}[kind]
         raise ValueError(
-            f"{named(strange, 'exists and is', 'exist and are')} not an earlier {what}: choose another key_added than "
-            f"{key!r}."
+            f"{named(strange, 'exists and is', 'exist and are')} not an earlier {_IN_WORDS[kind]}: choose another "
+            f"key_added than {key!r}."
         )
     if taken and not same:
         raise ValueError(
@@ -234,6 +237,16 @@ def check_key(adata: AnnData, key: str, layer: str | None, kind: Kind = "denoise
             f"gone, as after anndata.concat: call sc_noise2self.remove(adata, {key!r}) first, or choose another "
             "key_added."
         )
+
+
+def check_column(adata: AnnData, name: str, argument: str) -> None:
+    """Refuse a name of a column of `obs` that belongs to a result, or that is no name."""
+    if not isinstance(name, str) or not name or not name.isprintable() or "/" in name:
+        raise ValueError(f"{argument} is {name!r}: pass the name of a column, which files keep, without '/'.")
+    for key in adata.uns:
+        kind = kind_of(adata, key)
+        if kind is not None and name in slots_of(key, kind).get("obs", []):
+            raise ValueError(f"{argument} is {name!r}, which belongs to the result {key!r}: choose another name.")
 
 
 def check_key_name(key: str) -> None:

@@ -20,4 +20,4 @@ def _executed() -> dict[str, Any]:
     return names
 
 
-Clusters = _executed()["Clusters"]
+Centroids = _executed()["Centroids"]

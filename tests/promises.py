@@ -30,6 +30,8 @@ WARNINGS = (
     ".* looks like reads, not molecules",
     "adata looks transposed",
     "the loss still falls at the largest rank tried",
+    "no clustering predicts held-out molecules better than one cluster",
+    "the gain still rises at the largest resolution tried",
     "the loss is least at the largest value tried",
     r"\d+ of \d+ candidates failed and were left out",
     ".* predicts even the molecules that it was given worse than one mean profile",

@@ -8,7 +8,7 @@ import scipy.sparse as sp
 from scipy import stats
 
 from sc_noise2self._loss import Gain, GeneGains, held_out_gain, held_out_probabilities
-from sc_noise2self._rank_curve import cumulative_residuals, paired_errors, row_square_sums
+from sc_noise2self.methods._rank_curve import cumulative_residuals, paired_errors, row_square_sums
 
 
 def test_cumulative_residuals_are_those_of_the_predictions(simulated):

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from contributed import Clusters
+from contributed import Centroids
 from hypothesis import assume
 from hypothesis import strategies as st
 from promises import (
@@ -72,7 +72,7 @@ METHODS = {
     "all": [one for several in registered().values() if not isinstance(several, list) for one in [several]],
     "function": n2s.Function(truncated, transform="sqrt", parameters={"rank": 2}),
     "pca and function": [n2s.PCA(transform="log1p"), n2s.Function(truncated, transform="sqrt")],
-    "contributed": Clusters(),
+    "contributed": Centroids(),
 }
 if not HAS_TORCH:
     METHODS = {

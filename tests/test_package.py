@@ -29,8 +29,9 @@ def test_import_is_light():
 def test_every_public_name_loads_and_torch_is_not_needed():
     code = """
 import sys, sc_noise2self as n2s
-names = "Autoencoder Diffusion Function KNN PCA calibrate datasets denoise denoise_file denoise_with get methods"
-names += " null_counts partitions pl remove report scales select_rank split_molecules"
+names = "Autoencoder Clusters Diffusion Function KNN PCA calibrate cluster_support datasets denoise denoise_file"
+names += " denoise_with get methods null_counts overdispersion partitions pl rank_genes_groups remove report scales"
+names += " select_rank select_resolution split_molecules"
 assert sorted({*n2s.__all__} - {"__version__"}) == names.split()
 for name in n2s.__all__: getattr(n2s, name)
 assert callable(n2s.denoise) and "torch" not in sys.modules
@@ -40,7 +41,10 @@ assert callable(n2s.denoise) and "torch" not in sys.modules
 
 @pytest.mark.parametrize(
     "module",
-    ["_anndata", "_calibrate", "_denoise", "_files", "_null", "_rank", "_report", "_slots", "_transfer", "get"],
+    [
+        *("_anndata", "_calibrate", "_denoise", "_files", "_groups", "_null", "_overdispersion", "_rank", "_report"),
+        *("_resolution", "_slots", "_support", "_transfer", "get"),
+    ],
 )
 def test_examples_in_docstrings_are_true(module):
     tested = doctest.testmod(importlib.import_module(f"sc_noise2self.{module}"))

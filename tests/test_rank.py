@@ -10,10 +10,10 @@ from helpers import low_rank_profiles, poisson_counts
 
 import sc_noise2self as n2s
 from sc_noise2self._blocks import InMemory, Partial
-from sc_noise2self._rank_curve import Piece, _HiddenGenes, fit
-from sc_noise2self._rank_curve import rank_curve as curve_of
 from sc_noise2self._split import split_matrix
 from sc_noise2self._transform import Transform
+from sc_noise2self.methods._rank_curve import Piece, _HiddenGenes, fit
+from sc_noise2self.methods._rank_curve import rank_curve as curve_of
 from sc_noise2self.methods._svd import components_of, start_block
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from .._model import State
 from ._autoencoder import Autoencoder, AutoencoderModel
 from ._base import MeanModel, Method, bounded_values
+from ._clusters import Clusters
 from ._function import Function
 from ._neighbors import KNN, Diffusion
 from ._pca import PCA, PCAModel
@@ -22,6 +23,7 @@ REGISTRY: dict[str, Sequence[type[Method]]] = {
     "autoencoder": [Autoencoder],
     "diffusion": [Diffusion],
     "knn": [KNN],
+    "clusters": [Clusters],
     "ensemble": [PCA, Autoencoder, Diffusion],
 }
 """What a name stands for: a method at its defaults, or several, of which the mean is taken."""
@@ -64,5 +66,5 @@ def model_of(state: State, device: str = "auto") -> Any:
     return _MODELS[state.method].from_state(state, device)
 
 
-__all__ = ["KNN", "PCA", "Autoencoder", "Diffusion", "Function", "LowRankProfiles", "Method", "TableProfiles"]
-__all__ += ["bounded_values"]
+__all__ = ["KNN", "PCA", "Autoencoder", "Clusters", "Diffusion", "Function", "LowRankProfiles", "Method"]
+__all__ += ["TableProfiles", "bounded_values"]

@@ -385,7 +385,7 @@ def bounded_values(name: str, value: Any, usual: Any, bound: int, why: str) -> A
     if not (values := as_several(value)):
         raise ValueError(f"{name} is empty: pass a whole number, or several.")
     values = tuple(as_positive(name, each) for each in values)
-    if values == usual:
+    if values == as_several(usual):
         values = tuple(sorted({min(each, bound) for each in values}))
     elif max(values) > bound:
         raise ValueError(f"{name} is {max(values)}: {bound} is the most that {why} allow.")

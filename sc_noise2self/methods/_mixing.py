@@ -30,8 +30,10 @@ _FIRST = (127 - 20) << 2  # bin of 2^-20, where the logarithm is a straight line
 _BINS = 35 * 4  # up to 2^15
 
 
-def dispersion_curves(profiles: Profiles, held_out: sp.csr_matrix, size: np.ndarray) -> np.ndarray:
-    """Return the log likelihood of each phi of the grid for each gene, shape (grid, genes).
+def dispersion_curves(
+    profiles: Profiles, held_out: sp.csr_matrix, size: np.ndarray, grid: np.ndarray = PHI
+) -> np.ndarray:
+    """Return the log likelihood of each phi of the grid, which starts with 0, for each gene, shape (grid, genes).
 
     `profiles` were predicted from a part with `size` molecules in each cell, and are brought to the depth of the other.
     What every entry adds, zero or not, is summed over expected counts in bins that are a quarter wide at most.
@@ -48,14 +50,14 @@ def dispersion_curves(profiles: Profiles, held_out: sp.csr_matrix, size: np.ndar
         _add_to_bins(block, block.view(np.int32), number, total)
     mean = total / np.where(number > 0, number, 1)
     zeros = [-total.sum(axis=1)]
-    zeros += [-(number * np.log1p(phi * mean)).sum(axis=1) / phi for phi in PHI[1:]]
+    zeros += [-(number * np.log1p(phi * mean)).sum(axis=1) / phi for phi in grid[1:]]
     x = held_out.data.astype(np.int64)
     distinct = np.flatnonzero(np.bincount(x))
     numbers = np.zeros(distinct.max(initial=0) + 1, np.intp)
     numbers[distinct] = np.arange(len(distinct))
-    gammas = gammaln(distinct[:, None] + 1 / PHI[1:]) - gammaln(1 / PHI[1:])
-    stored = np.zeros((n_genes, len(PHI)))
-    _add_stored(x, numbers, gammas, held_out.indices, np.maximum(expected, 1e-12), PHI, stored)
+    gammas = gammaln(distinct[:, None] + 1 / grid[1:]) - gammaln(1 / grid[1:])
+    stored = np.zeros((n_genes, len(grid)))
+    _add_stored(x, numbers, gammas, held_out.indices, np.maximum(expected, 1e-12), grid, stored)
     return np.array(zeros) + stored.T
 
 
@@ -87,18 +89,18 @@ def _add_to_bins(values: np.ndarray, bits: np.ndarray, number: np.ndarray, total
             total[g, bin] += values[i, g]
 
 
-def dispersions(curves: np.ndarray) -> np.ndarray:
+def dispersions(curves: np.ndarray, grid: np.ndarray = PHI) -> np.ndarray:
     """Return the posterior mean of phi for each gene, under the prior over the grid that makes all genes likeliest.
 
     The log likelihoods are those of `dispersion_curves`. The prior is a concave problem for expectation maximisation.
     """
     likelihood = np.exp(curves - curves.max(axis=0))
-    prior = np.full(len(PHI), 1 / len(PHI))
+    prior = np.full(len(grid), 1 / len(grid))
     for _ in range(_STEPS):
         posterior = prior[:, None] * likelihood
         posterior /= posterior.sum(axis=0)
         prior = posterior.mean(axis=1)
-    return PHI @ posterior
+    return grid @ posterior
 
 
 def scales_of_cells(chunks: Chunks, profiles: Profiles, phi: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

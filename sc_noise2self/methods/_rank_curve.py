@@ -28,12 +28,12 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from ._blocks import Block, Chunks, Partial
-from ._counts import column_sums, row_sums
-from ._random import as_key, random_groups
-from ._split import halves
-from ._transform import Transform, TransformName
-from .methods._svd import components_of, start_block
+from .._blocks import Block, Chunks, Partial
+from .._counts import column_sums, row_sums
+from .._random import as_key, random_groups
+from .._split import halves
+from .._transform import Transform, TransformName
+from ._svd import components_of, start_block
 
 Protocol = Literal["loo", "noise2self", "mcv", "bcv"]
 _CELL_GROUPS = 4  # of "bcv"

@@ -1,0 +1,192 @@
+"""Are two clusters two: what keeping them apart gains on molecules that they were not found by (`cluster_support`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata import AnnData
+from scanpy import logging as logg
+
+from ._anndata import as_counts
+from ._checks import check_number, describe_counts, describe_mask, seed_of, warn_of_unused_genes
+from ._counts import column_sums, row_sums
+from ._loss import Gain
+from ._random import RandomState, as_generator
+from ._slots import check_key, committed, marked
+from .methods._clusters import Clusters, as_groups, clustered_by_half, likeliest_strength, molecules_of
+
+
+def cluster_support(
+    adata: AnnData,
+    resolution: float = 1.0,
+    *,
+    n_pcs: int | None = None,
+    n_neighbors: int = 15,
+    overdispersion: float | np.ndarray | None = None,
+    layer: str | None = None,
+    key_added: str = "cluster_support",
+    mask_var: str | np.ndarray | Sequence[bool] | None = None,
+    random_state: RandomState = 0,
+) -> pd.DataFrame:
+    """Return what keeping clusters apart gains on molecules that they were not found by: which merges cost nothing.
+
+    Cells are clustered by half of their molecules. The clusters are joined one pair after another, the two that are
+    most alike in that half first, until one is left. At each join the other half says what the two profiles predict
+    better than the one of both together.
+
+    Parameters
+    ----------
+    adata, layer, random_state
+        As in `denoise`; counts that are not in memory are read into it.
+    resolution
+        Of Leiden clustering, e.g. from `select_resolution`. Labels that were found with all molecules have seen the
+        half that would judge them, so cells are clustered anew.
+    n_pcs, n_neighbors, overdispersion, mask_var
+        As in `select_resolution`.
+    key_added
+        Name in `uns` and `obs`.
+
+    Returns
+    -------
+    A table with a row for each join, in their order: `cluster` and `other` (names of clusters, joined by `+`),
+    `n_cells` and `n_cells_other`, `distance` (nats per molecule of the half that was seen, the mean of the two
+    clusters'), `gain` (nats per held-out molecule of their cells) with its standard error over cells, `error`, and
+    `supported`: whether the gain is above two errors. It is `.uns[key_added]["table"]` too, beside `linkage`, of shape
+    (joins, 4) as SciPy has it, and `params`. `.obs[key_added]` has the clusters, categorical.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `denoise`, and if there is only one cluster.
+
+    Warns
+    -----
+    UserWarning
+        If `var["highly_variable"]` is there, which `sc.pp.pca` would use, and no `mask_var` is given.
+
+    Examples
+    --------
+    >>> import sc_noise2self as n2s
+    >>> adata = n2s.datasets.pbmc68k_reduced()
+    >>> support = n2s.cluster_support(adata, resolution=0.5)
+    """
+    rng = as_generator(random_state)
+    check_number("resolution", resolution, 0, np.inf)
+    counts = as_counts(adata, layer, mask_var)
+    check_key(adata, key_added, layer, "cluster_support")
+    warn_of_unused_genes(adata, mask_var)
+    method = Clusters(resolution=resolution, n_pcs=n_pcs, n_neighbors=n_neighbors).checked(counts)
+    start = logg.info(f"clustering {describe_counts(adata, layer)}")
+    method = method.with_rank(counts, rng)
+    labels, seen, held_out = clustered_by_half(method, counts, overdispersion, rng)
+    table, linkage = joins(labels, seen, held_out)
+    record = {
+        "table": table,
+        "linkage": linkage,
+        "params": {
+            **({} if layer is None else {"layer": layer}),
+            "resolution": float(resolution),
+            "n_pcs": method.n_pcs,
+            "n_neighbors": n_neighbors,
+            "overdispersion": overdispersion is not None,
+            "mask_var": describe_mask(mask_var),
+            "random_state": seed_of(random_state),
+        },
+    }
+    groups, written = as_groups(labels), marked("cluster_support", record)
+    with committed(adata, {"obs": {key_added: groups}, "uns": {key_added: written}}):
+        pass
+    logg.info(
+        f"    {labels.max() + 1} clusters; {int((~table['supported']).sum())} joins cost nothing",
+        time=start,
+        deep=f"added\n    {key_added!r}, the clusters (adata.obs) and the gain of every join (adata.uns)",
+    )
+    return table
+
+
+@dataclass(frozen=True, eq=False)
+class _Node:
+    """Clusters that were joined: their numbers, their molecules of each gene, and their number in the linkage."""
+
+    clusters: tuple[int, ...]
+    molecules: np.ndarray
+    number: int
+
+    @property
+    def name(self) -> str:
+        return "+".join(map(str, self.clusters))
+
+    def joined(self, other: _Node, number: int) -> _Node:
+        both = tuple(sorted((*self.clusters, *other.clusters)))
+        return _Node(both, self.molecules + other.molecules, number)
+
+
+@dataclass(frozen=True, eq=False)
+class _Profiles:
+    """Logarithms of shrunk profiles, all with one strength."""
+
+    share: np.ndarray
+    strength: float
+
+    def log(self, molecules: np.ndarray) -> np.ndarray:
+        """Return the logarithm of profiles, 0 for genes that were not seen; `molecules` may have several rows."""
+        if np.isinf(self.strength):
+            return np.zeros(molecules.shape)
+        size = molecules.sum(axis=-1, keepdims=True)
+        known = self.share > 0
+        shrunk = (molecules + self.strength * self.share) / (size + self.strength)
+        return np.log(np.where(known, shrunk, 1))
+
+    def distances(self, node: _Node, others: Sequence[_Node]) -> np.ndarray:
+        """Return how far others are from a node: nats per molecule, the mean of the two, that their own profiles gain.
+
+        What the profile of both together predicts is subtracted.
+        """
+        own, out = self.log(node.molecules), np.empty(len(others))
+        for i, other in enumerate(others):
+            both = self.log(node.molecules + other.molecules)
+            gains = [(node.molecules, own - both), (other.molecules, self.log(other.molecules) - both)]
+            out[i] = np.mean([(x @ gained) / max(x.sum(), 1) for x, gained in gains])
+        return out
+
+
+def joins(labels: np.ndarray, seen: sp.csr_matrix, held_out: sp.csr_matrix) -> tuple[pd.DataFrame, np.ndarray]:
+    """Return the table of `cluster_support` and the linkage, from clusters of what was seen, whole numbers from 0."""
+    molecules, totals = molecules_of(labels, seen), column_sums(seen)
+    share, size = totals / totals.sum(), row_sums(held_out)
+    profiles = _Profiles(share, likeliest_strength(molecules, share))
+    nodes = [_Node((i,), row, i) for i, row in enumerate(molecules)]
+    distances = {
+        (one.number, other.number): distance
+        for i, one in enumerate(nodes)
+        for other, distance in zip(nodes[i + 1 :], profiles.distances(one, nodes[i + 1 :]), strict=True)
+    }
+    rows: list[tuple] = []
+    linkage, height = [], 0.0
+    while len(nodes) > 1:
+        nearest = min(distances, key=lambda pair: distances[pair])
+        distance = distances[nearest]
+        one, other = (node for node in nodes if node.number in nearest)
+        both = one.joined(other, len(molecules) + len(rows))
+        joint, sums, weights = profiles.log(both.molecules), np.zeros(len(labels)), np.zeros(len(labels))
+        n_cells = []
+        for node in (one, other):
+            cells = np.flatnonzero(np.isin(labels, node.clusters))
+            sums[cells] = held_out[cells] @ (profiles.log(node.molecules) - joint)
+            weights[cells] = size[cells]
+            n_cells.append(len(cells))
+        gain = Gain(sums, weights)
+        rows.append((one.name, other.name, *n_cells, distance, gain.mean, gain.error, gain.is_clear))
+        height = max(height, distance, 0.0)  # of a dendrogram, which does not fall
+        linkage.append((one.number, other.number, height, len(both.clusters)))
+        nodes = [node for node in nodes if node not in (one, other)]
+        distances = {pair: d for pair, d in distances.items() if not {one.number, other.number} & set(pair)}
+        for node, found in zip(nodes, profiles.distances(both, nodes), strict=True):
+            distances[node.number, both.number] = found
+        nodes.append(both)
+    columns = ["cluster", "other", "n_cells", "n_cells_other", "distance", "gain", "error", "supported"]
+    return pd.DataFrame(rows, columns=columns), np.array(linkage, np.float64)

@@ -1,0 +1,269 @@
+"""Denoise a cell by the cluster that it is in: clusters by scanpy's recipe, profiles shrunk to the mean profile.
+
+The recipe is `sc.pp.normalize_total` (to the median), `sc.pp.log1p`, `sc.pp.pca`, `sc.pp.neighbors` and `sc.tl.leiden`
+with igraph. The components are learned in passes over blocks of cells; the graph and its clusters are scanpy's own.
+
+The profile of a cluster is the mean of a Dirichlet posterior, (n + s g) / (N + s), with n the molecules of each gene in
+its cells, N their sum and g the mean profile. The strength s is the one under which every molecule is likeliest given
+all the others. Where clusters differ by no more than chance it is infinite, and every cluster has the mean profile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import pandas as pd
+import scanpy as sc
+import scipy.optimize
+import scipy.sparse as sp
+from anndata import AnnData
+
+from .._blocks import Block, Chunks, Counts, Partial
+from .._checks import check_number
+from .._counts import column_sums, row_sums
+from .._loss import Gain
+from .._split import split_matrix
+from .._transform import Transform
+from ..partitions import Fold
+from ._base import Learner, Method, TrialLearner, as_several, bounded_values, set_tuples
+from ._profiles import LowRankProfiles
+from ._rank_curve import rank_curve
+from ._svd import components_of, start_block
+
+RESOLUTIONS = (0.0, 0.03, 0.04, 0.06, 0.09, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.7, 8.0)
+"""One cluster, then steps of the square root of 2."""
+_MOST_PCS = 50  # that a rank is looked for among
+_STRENGTHS = (1e-6, 1e4)  # between which the strength is looked for, the last times all molecules
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clusters(Method):
+    """Every cell as the mean of its cluster, by scanpy's recipe. Of several values the loss chooses one.
+
+    Parameters
+    ----------
+    resolution
+        Resolution of Leiden clustering, or several to compare; with 0 all cells are one cluster.
+    n_pcs
+        Principal components in which cells are near each other. None takes what `sc_noise2self.select_rank` finds.
+    n_neighbors
+        Neighbours of a cell in the graph, as `sc.pp.neighbors` counts them, or several numbers to compare.
+    """
+
+    name: ClassVar[str] = "clusters"
+    title: ClassVar[str] = "the mean of a cell's cluster"
+    needs_memory: ClassVar[bool] = False
+
+    resolution: float | Sequence[float] = RESOLUTIONS
+    n_pcs: int | None = None
+    n_neighbors: int | Sequence[int] = 15
+
+    def __post_init__(self) -> None:
+        set_tuples(self, "resolution", "n_neighbors")
+        if not (values := as_several(self.resolution)):
+            raise ValueError("resolution is empty: pass a number, or several.")
+        for each in values:
+            check_number("resolution", each, 0, np.inf)
+
+    def checked(self, counts: Counts) -> Self:
+        n_cells, usual = counts.chunks.shape[0], type(self)
+        near = bounded_values("n_neighbors", self.n_neighbors, usual.n_neighbors, n_cells, f"{n_cells} cells")
+        if self.n_pcs is None:
+            return replace(self, n_neighbors=near)
+        n_most = most_components(counts)
+        n_pcs = bounded_values("n_pcs", self.n_pcs, None, n_most, f"{n_cells} cells x {counts.n_used} genes")
+        return replace(self, n_pcs=n_pcs, n_neighbors=near)
+
+    def learners(self, counts: Counts) -> Sequence[Learner]:
+        return [_ClustersLearner(self, counts)]
+
+    def denoise_counts(self, counts: Counts, rng: np.random.Generator) -> LowRankProfiles:
+        """Return expected counts: the profile of each cell's cluster, at the cell's depth."""
+        method = self.with_rank(counts, rng)
+        labels = method.graph(counts, rng).labels(method.resolution)  # type: ignore[arg-type]
+        return profiles_of_clusters(labels, counts).scaled()
+
+    def with_rank(self, counts: Counts, rng: np.random.Generator) -> Self:
+        """Return the method with a number of components: the rank of these counts, where none was given."""
+        if self.n_pcs is not None:
+            return self
+        return replace(self, n_pcs=rank_of(counts, rng))
+
+    def graph(self, counts: Counts, rng: np.random.Generator) -> Graph:
+        """Return the graph of the cells, where every option has one value."""
+        assert self.n_pcs is not None
+        return Graph.of(counts, self.n_pcs, self.n_neighbors, rng)  # type: ignore[arg-type]
+
+
+class _ClustersLearner(TrialLearner):
+    """Clusters: one graph serves every resolution."""
+
+    method: Clusters
+
+    @property
+    def settings(self) -> Sequence[Any]:
+        """The one that was chosen, e.g. ``"resolution 0.5, 15 neighbors"``."""
+        return (f"resolution {self.method.resolution}, {self.method.n_neighbors} neighbors",)
+
+    def prepare(self, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> None:
+        self.method = self.method.with_rank(self._counts.part(counts, cells), rng)
+        super().prepare(counts, cells, rng)
+
+    def compare(self, fold: Fold, rng: np.random.Generator) -> None:
+        seen = self._counts.part(fold.seen, fold.cells)
+        method = self.method
+        for n_neighbors in as_several(method.n_neighbors):
+            graph = replace(method, n_neighbors=n_neighbors).graph(seen, rng)
+            for resolution in as_several(method.resolution):
+                gain = gain_of_clusters(graph.labels(resolution), fold)
+                self._comparison.add({"resolution": resolution, "n_neighbors": n_neighbors}, -gain)
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """The neighbours that cells have by scanpy's recipe, from which clusters of any resolution come."""
+
+    neighbors: AnnData  # without counts; `obsp` holds the graph
+    seed: int
+
+    @classmethod
+    def of(cls, counts: Counts, n_pcs: int, n_neighbors: int, rng: np.random.Generator) -> Self:
+        """Return the graph of cells by their counts; of few cells it has fewer neighbours."""
+        seed = int(rng.integers(2**31))
+        cells = AnnData(obsm={"X_pca": principal_coordinates(counts, n_pcs, rng).astype(np.float32)})
+        if cells.n_obs > 2:
+            n_neighbors = max(2, min(n_neighbors, cells.n_obs - 1))
+            sc.pp.neighbors(cells, n_neighbors=n_neighbors, use_rep="X_pca", random_state=seed)
+        return cls(cells, seed)
+
+    def labels(self, resolution: float) -> np.ndarray:
+        """Return the cluster of each cell, whole numbers from 0, the largest cluster first."""
+        if resolution == 0 or self.neighbors.n_obs <= 2:
+            return np.zeros(self.neighbors.n_obs, np.intp)
+        options: dict[str, Any] = {"flavor": "igraph", "n_iterations": 2, "directed": False}
+        sc.tl.leiden(self.neighbors, resolution=resolution, random_state=self.seed, **options)
+        return self.neighbors.obs["leiden"].astype(int).to_numpy().astype(np.intp)
+
+
+def principal_coordinates(counts: Counts, n_pcs: int, rng: np.random.Generator) -> np.ndarray:
+    """Return what `sc.pp.pca` gives of log-normalised counts, shape (cells, components), but for signs.
+
+    Cells are brought to their median depth by all of their genes; the components are those of the genes that are used.
+    """
+    transform = Transform("log1p", float(np.median(counts.size[counts.size > 0])))
+    n_cells = counts.chunks.shape[0]
+
+    def logged(block: Block) -> sp.csr_matrix:
+        z = transform.apply(block.counts, row_sums(block.counts))
+        return z if counts.used is None else z[:, counts.used]
+
+    mean = counts.chunks.run(lambda block: Partial([column_sums(logged(block))])).sums[0] / n_cells
+    start = start_block(len(mean), n_pcs, rng)
+    ((_, v),) = components_of(
+        counts.chunks, lambda block: [logged(block)], [start], n_pcs, mean_rows=[mean * n_cells**0.5]
+    )
+    rows = counts.chunks.run(lambda block: Partial(rows=(np.asarray(logged(block) @ v),))).rows
+    return rows[0] - mean @ v
+
+
+def rank_of(counts: Counts, rng: np.random.Generator) -> int:
+    """Return the rank that `sc_noise2self.select_rank` finds, 1 at least."""
+    chunks = counts.chunks if counts.used is None else counts.chunks.of_genes(counts.used)
+    return max(1, rank_curve(chunks, min(_MOST_PCS, most_components(counts)), rng).rank)
+
+
+def most_components(counts: Counts) -> int:
+    """Return how many components beyond the mean the genes used have."""
+    return max(1, min(counts.chunks.shape[0], counts.n_used) - 1)
+
+
+def clustered_by_half(
+    method: Clusters, counts: Counts, overdispersion: float | np.ndarray | None, rng: np.random.Generator
+) -> tuple[np.ndarray, sp.csr_matrix, sp.csr_matrix]:
+    """Return clusters of cells by half of their molecules, that half, and the other; raise where there is one cluster.
+
+    Every option of the method has one value.
+    """
+    parts: Any = split_matrix(counts.in_memory(), overdispersion=overdispersion, random_state=rng)
+    seen, held_out = parts
+    if not seen.nnz or not held_out.nnz:
+        raise ValueError(f"the counts hold {int(counts.size.sum())} molecule(s): too few to split into halves.")
+    graph = method.graph(counts.part(seen, np.arange(len(counts.size))), rng)
+    labels = graph.labels(method.resolution)  # type: ignore[arg-type]
+    if labels.max() == 0:
+        raise ValueError(f"all cells are one cluster at resolution {method.resolution:g}: pass a larger one.")
+    return labels, seen, held_out
+
+
+def as_groups(labels: np.ndarray) -> pd.Categorical:
+    """Return clusters as `sc.tl.leiden` writes them, categories "0", "1", ..."""
+    return pd.Categorical.from_codes(labels, [str(i) for i in range(labels.max() + 1)])
+
+
+def profiles_of_clusters(labels: np.ndarray, counts: Counts) -> LowRankProfiles:
+    """Return for every cell the profile of its cluster; cells have no scale yet."""
+    shares = shrunk_shares(molecules_of(labels, counts.chunks), counts.totals)
+    belongs = np.eye(len(shares), dtype=np.float32)[labels]
+    share = counts.totals / counts.totals.sum()
+    return LowRankProfiles.unscaled("none", belongs, shares.T.astype(np.float32), counts.size, share)
+
+
+def gain_of_clusters(labels: np.ndarray, fold: Fold) -> Gain:
+    """Return the gain on what is held out where every cell has the profile that its cluster has in what is seen."""
+    held_out = fold.held_out
+    shares = shrunk_shares(molecules_of(labels, fold.seen), column_sums(fold.seen))
+    cluster = np.repeat(labels, np.diff(held_out.indptr))
+    return fold.gain_of(shares[cluster, held_out.indices])
+
+
+def molecules_of(labels: np.ndarray, counts: sp.csr_matrix | Chunks) -> np.ndarray:
+    """Return the molecules of each gene in each cluster, float64 of shape (clusters, genes)."""
+    n_clusters = int(labels.max()) + 1
+
+    def summed(part: sp.csr_matrix, own: np.ndarray) -> np.ndarray:
+        belongs = sp.csr_matrix((np.ones(len(own)), (own, np.arange(len(own)))), shape=(n_clusters, len(own)))
+        return (belongs @ part).toarray()
+
+    if not isinstance(counts, Chunks):
+        return summed(counts, labels)
+    return counts.run(lambda block: Partial([summed(block.counts, labels[block.cells])])).sums[0]
+
+
+def shrunk_shares(molecules: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """Return the profile of each cluster, shape (clusters, genes), each summing to 1, shrunk to the mean profile.
+
+    `molecules` has shape (clusters, genes), `totals` that of the mean profile, (genes,).
+    """
+    share = totals / totals.sum()
+    strength = likeliest_strength(molecules, share)
+    if np.isinf(strength):
+        return np.broadcast_to(share, molecules.shape)
+    return (molecules + strength * share) / (molecules.sum(axis=1, keepdims=True) + strength)
+
+
+def likeliest_strength(molecules: np.ndarray, share: np.ndarray) -> float:
+    """Return the strength s that makes every molecule likeliest given all others; infinite where none does.
+
+    The leave-one-out log likelihood is the sum of n log((n - 1 + s g) / (N - 1 + s)). Its derivative falls through 0
+    where clusters differ by more than chance: where the sum of n (n - 1) / g exceeds that of N (N - 1).
+    """
+    cluster, gene = np.nonzero(molecules)
+    n, g, size = molecules[cluster, gene], share[gene], molecules.sum(axis=1)
+    size = size[size > 0]
+    if (n * (n - 1) / g).sum() <= (size * (size - 1)).sum():
+        return float("inf")
+
+    def slope(log_strength: float) -> float:
+        """Return the derivative by the logarithm of the strength."""
+        s = np.exp(log_strength)
+        return float(s * ((n * g / (n - 1 + s * g)).sum() - (size / (size - 1 + s)).sum()))
+
+    low, high = np.log(_STRENGTHS[0]), np.log(_STRENGTHS[1] * size.sum())
+    if slope(low) <= 0:
+        return _STRENGTHS[0]
+    if slope(high) >= 0:
+        return float("inf")
+    return float(np.exp(scipy.optimize.brentq(slope, low, high, xtol=1e-3)))
