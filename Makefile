@@ -7,7 +7,7 @@ WORKERS = --numprocesses logical --dist loadfile
 
 .PHONY: demo test test-slow docs notebooks clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed-demo
 	$(BIN)/python notebooks/run.py quickstart --into results
 
 test: $(VENV)/.installed
@@ -29,9 +29,12 @@ docs: $(VENV)/.installed
 notebooks: $(VENV)/.installed
 	$(BIN)/python notebooks/run.py
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# The demo installs what its notebook needs; the rest needs everything, PyTorch too.
+$(VENV)/.installed-demo: EXTRA = demo
+$(VENV)/.installed: EXTRA = dev
+$(VENV)/.installed-demo $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRA)]'
 	touch $@
 
 clean:

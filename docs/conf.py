@@ -11,12 +11,39 @@ import re
 import shutil
 from importlib.metadata import version as version_of
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from docutils import nodes
+from latex2mathml.converter import convert
 
 HERE = Path(__file__).parent
 NOTEBOOKS = HERE.parent / "notebooks"
-FIRST = ["quickstart", "choosing_rank", "markers_after_denoising", "autoencoder", "calibrate_your_own"]
+FIRST = ["quickstart", "gallery", "choosing_rank", "markers_after_denoising", "autoencoder", "calibrate_your_own"]
 LAST = ["noise2self_paper"]  # any other notebook stands between the two
 NEED_REAL_COUNTS = ["choosing_rank", "markers_after_denoising", "noise2self_paper"]  # else they download some
+
+# Their names in signatures become links where these sites are reached.
+OTHERS = {
+    "python": "https://docs.python.org/3/",
+    "numpy": "https://numpy.org/doc/stable/",
+    "scipy": "https://docs.scipy.org/doc/scipy/",
+    "pandas": "https://pandas.pydata.org/docs/",
+    "matplotlib": "https://matplotlib.org/stable/",
+    "anndata": "https://anndata.readthedocs.io/en/stable/",
+    "scanpy": "https://scanpy.readthedocs.io/en/stable/",
+    "dask": "https://docs.dask.org/en/stable/",
+}
+
+
+def reached(site):
+    """Return whether a site gives its list of names; without a network the pages are built without links to it."""
+    try:
+        with urlopen(f"{site}objects.inv", timeout=5) as answer:
+            return answer.status == 200
+    except (URLError, TimeoutError):
+        return False
+
 
 project = "sc_noise2self"
 author = "the sc_noise2self developers"
@@ -27,7 +54,7 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
@@ -36,7 +63,8 @@ exclude_patterns = ["_build"]
 # A notebook may skip a level of headings, and keep a progress bar in its output.
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
 
-myst_enable_extensions = ["amsmath", "dollarmath"]
+intersphinx_mapping = {name: (site, None) for name, site in OTHERS.items() if reached(site)}
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 nb_execution_raise_on_error = True
@@ -58,14 +86,30 @@ napoleon_custom_sections = ["Returns", "Raises", "Warns"]  # prose and definitio
 html_theme = "sphinx_book_theme"
 html_title = f"sc_noise2self {version}"
 html_show_sourcelink = False
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+html_math_renderer = "mathml"  # which browsers draw by themselves, without a script from elsewhere
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
 
 def setup(app):
-    """Connect the two functions below."""
+    """Connect the functions below."""
     app.connect("config-inited", copy_notebooks)
     app.connect("autodoc-process-docstring", as_restructured_text, priority=400)  # napoleon is at 500
+    app.add_html_math_renderer("mathml", (inline_formula, None), (formula, None))
+
+
+def inline_formula(translator, node):
+    """Write a formula within a line as MathML."""
+    translator.body.append(convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def formula(translator, node):
+    """Write a formula on a line of its own as MathML."""
+    translator.body.append(f'<div class="math">{convert(node.astext(), display="block")}</div>')
+    raise nodes.SkipNode
 
 
 def copy_notebooks(*_):

@@ -1,4 +1,4 @@
-"""Plots show what was written, on Axes of their own or those given; the main ones are compared with pictures.
+"""Plots show what was written, on Axes of their own or those given; all are compared with pictures, in three styles.
 
 A picture that is missing in `images/` is made and the test fails: look at it, and run again. Delete one to replace it.
 """
@@ -81,8 +81,12 @@ PICTURES = {
     "loss_walk": lambda adata: n2s.pl.loss(adata, key="walk"),
     "loss_calibrate": lambda adata: n2s.pl.loss(adata, key="calibrate"),
     "markers": lambda adata: n2s.pl.markers(adata, TRIPLE, panels=("raw", "under", "denoised", "over")),
+    "markers_plain": lambda adata: n2s.pl.markers(adata, TRIPLE[:2], panels=("raw", "denoised", 1), ncols=2),
     "markers_groups": lambda adata: n2s.pl.markers(adata, TRIPLE[:2], color="group"),
+    "markers_numbers": lambda adata: n2s.pl.markers(adata, TRIPLE[:2], color="denoised_size", size=20),
+    "markers_long_names": lambda adata: n2s.pl.markers(*with_long_names(adata), color="group"),
     "embedding": lambda adata: n2s.pl.embedding(adata, TRIPLE[:2]),
+    "embedding_long_names": lambda adata: n2s.pl.embedding(*with_long_names(adata), ncols=4),
     "gain_per_gene": lambda adata: n2s.pl.gain_per_gene(adata),
     "gain_of_some": lambda adata: n2s.pl.gain_per_gene(adata, genes=TRIPLE),
     "spectrum": lambda adata: n2s.pl.spectrum(adata),
@@ -91,10 +95,102 @@ PICTURES = {
 }
 
 
+STYLES = {
+    "default": lambda: None,
+    "scanpy": sc.set_figure_params,
+    "dark": lambda: plt.style.use("dark_background"),
+}
+
+
+@pytest.fixture(params=STYLES)
+def style(request):
+    before = sc.settings._vector_friendly
+    with mpl.rc_context():
+        STYLES[request.param]()
+        yield request.param
+    sc.settings._vector_friendly = before
+
+
 @pytest.mark.parametrize("name", PICTURES)
-def test_picture(written, name, tmp_path):
+def test_picture(written, name, style, tmp_path):
     axes = PICTURES[name](written)
-    same_picture(np.ravel(axes)[0].figure, name, tmp_path)
+    same_picture(np.ravel(axes)[0].figure, f"{name}_{style}", tmp_path)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_text_and_lines_are_seen_on_any_background(written, name, style):
+    figure = np.ravel(PICTURES[name](written))[0].figure
+    drawn = [*figure.findobj(mpl.text.Text), *figure.findobj(mpl.lines.Line2D)]
+    for artist in drawn:
+        distance = np.abs(np.subtract(mpl.colors.to_rgb(artist.get_color()), mpl.colors.to_rgb(figure.get_facecolor())))
+        assert distance.max() > 0.15, artist
+
+
+def with_long_names(adata):
+    """Return an object whose genes and groups have long names, and two of the genes."""
+    out = adata.copy()
+    out.var_names = [f"ENSG00000000000_a_gene_of_a_long_name_{i}" for i in range(out.n_vars)]
+    out.obs["group"] = out.obs["group"].cat.rename_categories(
+        lambda name: f"{name} cell, as an ontology names it at length"
+    )
+    return out, list(out.var_names[:2])
+
+
+def test_long_names_narrow_no_panel(written):
+    def widths(adata, genes):
+        axes = n2s.pl.markers(adata, genes, color="group")
+        axes[0].figure.canvas.draw()
+        return [ax.get_window_extent().width for ax in axes]
+
+    np.testing.assert_allclose(widths(*with_long_names(written)), widths(written, TRIPLE[:2]), rtol=0.1)
+
+
+def test_panels_in_rows(written):
+    def n_rows_and_columns(axes):
+        return axes.flat[0].get_subplotspec().get_gridspec().get_geometry()
+
+    assert n_rows_and_columns(n2s.pl.markers(written, TRIPLE, panels=("raw", "denoised", 1, 2), ncols=2)) == (2, 2)
+    assert n_rows_and_columns(n2s.pl.markers(written, TRIPLE, panels=("raw", "denoised", 1, 2))) == (1, 4)
+    three = n2s.pl.markers(written, TRIPLE, panels=("raw", "denoised", 1), ncols=2)
+    assert len([ax for ax in three[0].figure.axes if ax.get_label() != "<colorbar>"]) == 3
+    assert all(ax.get_xlabel() and ax.xaxis.get_tick_params()["labelbottom"] for ax in three[1:])
+    axes = n2s.pl.embedding(written, TRIPLE, ncols=4)
+    assert axes.shape == (3, 2)
+    assert n_rows_and_columns(axes) == (2, 4)
+
+
+def test_size_of_points(written):
+    from sc_noise2self.pl._style import point_size
+
+    for axes in (n2s.pl.markers(written, TRIPLE, size=3), n2s.pl.embedding(written, "gene-0", size=3)):
+        assert all(ax.collections[0].get_sizes() == 3 for ax in axes.flat)
+    assert n2s.pl.markers(written, TRIPLE)[0].collections[0].get_sizes() == 9
+    assert point_size(120_000, None, 9) == 1
+
+
+def test_many_points_are_an_image(written, monkeypatch):
+    def rasterized():
+        axes = [
+            *n2s.pl.markers(written, TRIPLE),
+            *n2s.pl.embedding(written, "gene-0")[0],
+            n2s.pl.gain_per_gene(written),
+        ]
+        return {bool(points.get_rasterized()) for ax in axes for points in ax.collections}
+
+    assert rasterized() == {False}
+    for module in ("_markers", "_gain"):
+        monkeypatch.setattr(f"sc_noise2self.pl.{module}.MANY", 60)
+    assert rasterized() == {True}
+
+
+def test_labels_of_genes_do_not_collide(written):
+    ax = n2s.pl.gain_per_gene(written, genes=list(written.var_names[:20]))
+    boxes = [text.get_window_extent() for text in ax.texts if text.get_text()]
+    assert len(boxes) == 20
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
+    assert len(n2s.pl.gain_per_gene(written).texts) == 15
+    assert not n2s.pl.gain_per_gene(written, genes=[]).texts
 
 
 def test_a_picture_without_its_title_is_another(written, tmp_path):
@@ -102,7 +198,12 @@ def test_a_picture_without_its_title_is_another(written, tmp_path):
     ax = n2s.pl.spectrum(written)
     ax.set_title("")
     with pytest.raises(AssertionError):
-        same_picture(ax.figure, "spectrum", tmp_path)
+        same_picture(ax.figure, "spectrum_default", tmp_path)
+
+
+def _without_numbers(adata):
+    adata.obs["none"] = np.nan
+    return adata
 
 
 def _without_gains(adata):
@@ -246,7 +347,16 @@ def test_markers_take_the_colours_of_groups_from_uns(written):
         (lambda a: n2s.pl.markers(a, TRIPLE, color="group"), "color was given with three genes"),
         (lambda a: n2s.pl.markers(a, TRIPLE, panels=()), "panels is empty: pass some of raw"),
         (lambda a: n2s.pl.markers(a, TRIPLE, ax=plt.figure().subplots(1, 3)), "ax holds 3 Axes: pass 2"),
-        (lambda a: n2s.pl.markers(a, TRIPLE[:2], color="denoised_size"), "holds numbers: color takes a categorical"),
+        (
+            lambda a: n2s.pl.markers(_without_numbers(a), TRIPLE[:2], color="none"),
+            "adata.obs\\['none'\\] holds no number",
+        ),
+        (lambda a: n2s.pl.markers(a, TRIPLE, ncols=0), "ncols is 0: pass a whole number, 1 or more"),
+        (lambda a: n2s.pl.markers(a, TRIPLE, size=0), "size is 0: pass a number above 0"),
+        (
+            lambda a: n2s.pl.embedding(a, TRIPLE, ncols=3),
+            "ncols is 3: pass an even number, for a gene takes two panels",
+        ),
         (lambda a: n2s.pl.embedding(a, []), "genes is empty"),
         (lambda a: n2s.pl.embedding(a, TRIPLE, scale="log"), "scale is 'log': pass one of counts"),
     ],
@@ -259,7 +369,10 @@ def test_what_does_not_fit_is_refused(written, call, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda a: n2s.pl.markers(a, TRIPLE[:2], color="louvain"), "there is no column 'louvain' in adata.obs"),
+        (
+            lambda a: n2s.pl.markers(a, TRIPLE[:2], color="louvain"),
+            "there is no column or gene 'louvain': adata.obs has",
+        ),
         (lambda a: n2s.pl.markers(a, ["gene-0", "Mpo"]), r"gene\(s\) not in adata: 'Mpo'"),
         (lambda a: n2s.pl.embedding(a, "gene-0", "tsne"), "there is no embedding 'tsne': .* Run sc.tl.tsne first"),
         (lambda a: n2s.pl.gain_per_gene(_without_gains(a)), "gains of genes of 'denoised' are gone from adata.var"),
@@ -282,6 +395,27 @@ def test_markers_need_the_counts_for_raw(written):
     with pytest.raises(KeyError, match="layer 'counts' with the counts that were denoised to 'denoised' is gone"):
         n2s.pl.markers(written, TRIPLE)
     assert len(n2s.pl.markers(written, TRIPLE, panels=("denoised",))) == 1
+
+
+def test_markers_coloured_by_a_column_of_numbers(written):
+    written.obs["age"] = size = written.obs["denoised_size"].where(np.arange(300) >= 5)
+    for ax in n2s.pl.markers(written, TRIPLE[:2], color="age"):
+        without, points = ax.collections
+        assert len(without.get_offsets()) == 5
+        np.testing.assert_allclose(points.get_array(), np.sort(size.dropna()))
+        assert points.get_clim() == (size.min(), size.max())
+
+
+def test_markers_coloured_by_a_gene(written):
+    by_color, third = n2s.pl.markers(written, TRIPLE[:2], color="gene-2"), n2s.pl.markers(written, TRIPLE)
+    for one, other in zip(by_color, third, strict=True):
+        np.testing.assert_array_equal(one.collections[0].get_array(), other.collections[0].get_array())
+
+
+def test_embedding_refuses_to_save_an_empty_picture(written):
+    with pytest.raises(TypeError, match="embedding takes no save: .* To save, call savefig of the figure"):
+        n2s.pl.embedding(written, "gene-0", save="x.png")
+    assert not plt.get_fignums()
 
 
 @pytest.mark.parametrize("scale", ["counts", "rates", "log1p_cp10k", "expected_log1p_cp10k"])

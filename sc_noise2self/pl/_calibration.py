@@ -7,7 +7,7 @@ from anndata import AnnData
 from matplotlib.axes import Axes
 
 from .._read import record
-from ._style import BLUE, GREY, ORANGE, finish, new_axes
+from ._style import ORANGE, blue, finish, ink, new_axes
 
 
 def calibration(
@@ -42,16 +42,16 @@ def calibration(
         raise ValueError(f"by is {by!r}: pass 'expression' or 'depth'.")
     table = pd.DataFrame(record(adata, key)["coverage"])
     own = new_axes(ax)
-    own.plot([0, 1], [0, 1], color=GREY, linewidth=1, zorder=0)
+    own.plot([0, 1], [0, 1], color=ink(0.3), linewidth=1, zorder=0)
     tenths = table[table["by"] == by]
-    colors = {int(tenths["decile"].min()): ORANGE, int(tenths["decile"].max()): BLUE}
+    colors = {int(tenths["decile"].min()): ORANGE, int(tenths["decile"].max()): blue()}
     ends = dict(zip(colors, ("lowest tenth", "highest tenth"), strict=False))
     for decile, lines in tenths.groupby("decile"):
         own.plot(
-            lines["level"], lines["covered"], color=colors.get(decile, "0.55"), linewidth=1, label=ends.get(decile)
+            lines["level"], lines["covered"], color=colors.get(decile, ink(0.5)), linewidth=1, label=ends.get(decile)
         )
     overall = table[table["by"] == "all"]
-    own.plot(overall["level"], overall["covered"], "o", color="0.1", markersize=5, label="all")
+    own.plot(overall["level"], overall["covered"], "o", color=ink(), markersize=5, label="all")
     least = min(0.45, float(table["covered"].min()))
     own.set(xlim=(0.45, 1), ylim=(least, 1), xlabel="nominal level", ylabel="held-out counts inside")
     own.set_title(f"Coverage of intervals, by {by}")

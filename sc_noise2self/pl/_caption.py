@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 
+import matplotlib as mpl
 import numpy as np
 from anndata import AnnData
 from matplotlib.axes import Axes
@@ -13,10 +14,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine, TightLayoutEngine
 
 from .._report import report
 
-_FONT_SIZE = 8.0  # points
 _LEAST_WIDTH = 5.0  # inches
-_LINE = 1.3 * _FONT_SIZE / 72  # inches
-_CHARACTER = 0.54 * _FONT_SIZE / 72  # inches, a generous mean
+_LINE = 1.3  # heights of the text
+_CHARACTER = 0.54  # the same, a generous mean
 
 
 def caption(adata: AnnData, figure: Figure | Axes | Iterable[Axes], *, key: str = "denoised") -> Figure:
@@ -52,10 +52,12 @@ def caption(adata: AnnData, figure: Figure | Axes | Iterable[Axes], *, key: str 
     """
     fig = _figure(figure)
     old_width, height = fig.get_size_inches()
-    width = max(old_width, _LEAST_WIDTH)
-    lines = textwrap.wrap(report(adata, key=key), max(20, int((width - 0.3) / _CHARACTER)), break_long_words=False)
+    width, size = max(old_width, _LEAST_WIDTH), 0.8 * mpl.rcParams["font.size"]  # inches, points
+    lines = textwrap.wrap(
+        report(adata, key=key), max(20, int((width - 0.3) / (_CHARACTER * size / 72))), break_long_words=False
+    )
     sticks_out = max(0.0, -float(fig.get_tightbbox().y0))  # scanpy leaves that to bbox_inches="tight"
-    below = len(lines) * _LINE + 0.25 + sticks_out
+    below = len(lines) * _LINE * size / 72 + 0.25 + sticks_out
     share = below / (height + below)
     positions = [(ax, ax.get_position()) for ax in fig.axes]
     fig.set_size_inches(width, height + below)
@@ -67,7 +69,7 @@ def caption(adata: AnnData, figure: Figure | Axes | Iterable[Axes], *, key: str 
             x0, y0 = box.x0 * old_width / width, share + box.y0 * (1 - share)
             ax.set_position((x0, y0, box.width * old_width / width, box.height * (1 - share)))
     at = 0.15 / width, (below - sticks_out - 0.1) / (height + below)
-    fig.text(*at, "\n".join(lines), va="top", fontsize=_FONT_SIZE, linespacing=1.3)
+    fig.text(*at, "\n".join(lines), va="top", fontsize=size, linespacing=_LINE)
     return fig
 
 

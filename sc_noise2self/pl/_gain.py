@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from adjustText import adjust_text
 from anndata import AnnData
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullFormatter
-from matplotlib.transforms import Bbox
 
 from .._read import clear_gains, gains_of_genes, positions
-from ._style import BLUE, GREY, RED, finish, new_axes
+from ._style import MANY, RED, blue, finish, ink, new_axes
+
+_N_LABELLED = 15
 
 
 def gain_per_gene(
@@ -32,7 +35,7 @@ def gain_per_gene(
     key
         Its `key_added`.
     genes
-        Names to label, with their error bars; None labels those that gained most.
+        Names to label, with their error bars; None labels the fifteen that gained most, an empty list none.
     ax, show
         As in `loss`.
 
@@ -48,16 +51,16 @@ def gain_per_gene(
         If there is no such result or gene.
     """
     gain, error, molecules = gains_of_genes(adata, key)
-    own = new_axes(ax, 6.0, 4.0)
+    own = new_axes(ax, 6.0, 4.4)
     clear = clear_gains(adata, key)
     for kind, name, color, area, marker in (
-        ("unclear", "no difference seen", GREY, 4, "o"),
+        ("unclear", "no difference seen", ink(0.3), 4, "o"),
         ("lost", "predicted worse", RED, 11, "v"),
-        ("gained", "predicted better", BLUE, 9, "o"),
+        ("gained", "predicted better", blue(), 9, "o"),
     ):
         x, y, label = molecules[clear[kind]], gain[clear[kind]], f"{name} ({clear[kind].sum():,})"
-        own.scatter(x, y, linewidth=0, alpha=0.7, label=label, color=color, s=area, marker=marker)
-    own.axhline(0, color="0.3", linewidth=0.8)
+        own.scatter(x, y, linewidth=0, label=label, color=color, s=area, marker=marker, rasterized=len(gain) >= MANY)
+    own.axhline(0, color=ink(0.7), linewidth=0.8)
     own.set_xscale("log")
     if np.isnan(gain).all():
         own.set_xlim(1, 10 * max(1.0, molecules.max(initial=0)))  # an empty axis has no logarithm
@@ -67,32 +70,42 @@ def gain_per_gene(
     own.set_title("What each gene gained over its mean")
     if genes is None:
         most = np.where(clear["gained"], gain - 2 * error, -np.inf)
-        labelled = [i for i in np.argsort(-most)[:30] if clear["gained"][i]]
+        labelled = [i for i in np.argsort(-most)[:_N_LABELLED] if clear["gained"][i]]
     else:
         labelled = list(positions(adata.var_names, genes, "gene"))
         bars = np.nan_to_num(2 * error[labelled])
-        own.errorbar(molecules[labelled], gain[labelled], bars, fmt="o", color="0.1", markersize=3, linewidth=1)
+        own.errorbar(molecules[labelled], gain[labelled], bars, fmt="o", color=ink(), markersize=3, linewidth=1)
     handles, labels = own.get_legend_handles_labels()
-    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": 3, "columnspacing": 1}
-    own.legend(handles[::-1], labels[::-1], frameon=False, fontsize="small", markerscale=2, handletextpad=0, **below)
-    own.margins(x=0.06, y=0.08)
-    own.figure.canvas.draw()
-    _label(own, molecules[labelled], gain[labelled], adata.var_names[labelled], all_of_them=genes is not None)
+    below: dict[str, Any] = {
+        "loc": "upper center",
+        "bbox_to_anchor": (0.5, 0),
+        "borderaxespad": 4.5,
+    }  # in heights of its text
+    own.legend(
+        handles[::-1],
+        labels[::-1],
+        ncols=3,
+        frameon=False,
+        fontsize="small",
+        markerscale=2,
+        handletextpad=0,
+        columnspacing=1,
+        **below,
+    )
+    own.margins(x=0.12, y=0.1)
+    _label(own, molecules[labelled], gain[labelled], adata.var_names[labelled])
     finish(ax, show)
     return own
 
 
-def _label(ax: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str], *, all_of_them: bool) -> None:
-    """Write names beside points: all, or those that do not overlap."""
-    taken: list[Bbox] = []
-    for name, at_x, at_y in zip(names, x, y, strict=True):
-        at_edge = ax.transAxes.inverted().transform(ax.transData.transform((at_x, at_y)))[0] > 0.85
-        side = {"xytext": (-4, 3), "ha": "right"} if at_edge else {"xytext": (4, 3)}
-        text = ax.annotate(name, (at_x, at_y), textcoords="offset points", fontsize="small", zorder=4, **side)
-        if all_of_them:
-            continue
-        box = text.get_window_extent()
-        if not ax.get_window_extent().contains(box.x1, box.y1) or any(box.overlaps(other) for other in taken):
-            text.remove()
-        else:
-            taken.append(box)
+def _label(ax: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str]) -> None:
+    """Write names beside points, moved apart; a line leads from each that had to go far."""
+    around = [withStroke(linewidth=2, foreground=ink(0))]  # read on top of points
+    drawn = np.isfinite(x) & np.isfinite(y) & (x > 0)  # a gene without molecules has no gain
+    texts = [
+        ax.text(x[i], y[i], name, fontsize="small", zorder=4, path_effects=around)
+        for i, name in enumerate(names)
+        if drawn[i]
+    ]
+    if texts:
+        adjust_text(texts, ax=ax, iter_lim=500, arrowprops={"arrowstyle": "-", "color": ink(0.5), "linewidth": 0.6})

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from .._slots import in_memory, kind_of, results_in
-from ._style import COLORS, GREY, MARKERS, finish, new_axes
+from ._style import MARKERS, finish, ink, legend_beside, new_axes, palette
 
 _MANY_LINES = 6
 _RANKS = "principal components"
@@ -67,12 +67,16 @@ def loss(
         )
     own, first = new_axes(ax), runs[0]
     _scale_x(own, runs)
+    colors = palette()
     for i, (run, name) in enumerate(zip(runs, keys, strict=True)):
-        _draw(own, run, "" if len(runs) == 1 else name, COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)])
+        _draw(own, run, "" if len(runs) == 1 else name, colors[i % len(colors)], MARKERS[i % len(MARKERS)])
     if first.zero is not None:
-        own.axhline(0, color="0.4", linewidth=1, linestyle=(0, (1, 1.5)), label=_limit_y(own, runs, first.zero))
+        own.axhline(0, color=ink(0.7), linewidth=1, linestyle=(0, (1, 1.5)), label=_limit_y(own, runs, first.zero))
     own.set(xlabel=first.x, ylabel=first.unit, title="Self-supervised loss")
-    own.legend(fontsize="small", framealpha=0.8, edgecolor="none")
+    if ax is None:
+        legend_beside(own, widen=True)
+    else:
+        own.legend(fontsize="small", framealpha=0.8, edgecolor="none")
     finish(ax, show)
     return own
 
@@ -155,14 +159,14 @@ def _of_table(candidates: pd.DataFrame, unit: str, zero: str | None) -> _Run:
 def _draw(ax: Axes, run: _Run, name: str, color: str, marker: str) -> None:
     """Draw the lines of a run; `name` is empty where it is alone."""
     table, chosen = run.table, run.table[run.table["chosen"]].iloc[0]
-    lines = list(table.groupby("line", sort=False))
+    lines, colors = list(table.groupby("line", sort=False)), palette()
     for i, (line, unsorted) in enumerate(lines):
         rows = unsorted.sort_values("x")
         label = f"{name}: {run.choice}" if name else line or None
         if len(lines) > 1 and not name and len(lines) <= _MANY_LINES:
-            color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+            color, marker = colors[i % len(colors)], MARKERS[i % len(MARKERS)]
         elif line != chosen["line"]:
-            ax.plot(rows["x"], rows["loss"], color=GREY, linewidth=0.8, zorder=1)
+            ax.plot(rows["x"], rows["loss"], color=ink(0.3), linewidth=0.8, zorder=1)
             continue
         if run.is_ranks:
             low, high = rows["loss"] - rows["error"], rows["loss"] + rows["error"]
@@ -172,21 +176,23 @@ def _draw(ax: Axes, run: _Run, name: str, color: str, marker: str) -> None:
             style: dict[str, Any] = {"markersize": 4, "capsize": 2.5, "linewidth": 1.2, "label": label}
             ax.errorbar(rows["x"], rows["loss"], rows["error"], color=color, marker=marker, **style)
     if len(lines) > _MANY_LINES:
-        ax.plot([], [], color=GREY, linewidth=0.8, label="other values")
+        ax.plot([], [], color=ink(0.3), linewidth=0.8, label="other values")
     if name:
-        ax.plot(chosen["x"], chosen["loss"], marker=marker, color=color, markersize=7, markeredgecolor="white")
+        ax.plot(
+            chosen["x"], chosen["loss"], marker=marker, color=color, markersize=7, markeredgecolor=ax.get_facecolor()
+        )
         return
     corrected = table.get("full_depth_loss")
     if corrected is not None:
-        ax.plot(table["x"], corrected, color=COLORS[1], linestyle="--", label="corrected to full depth")
+        ax.plot(table["x"], corrected, color=colors[1], linestyle="--", label="corrected to full depth")
     own = table[table["line"] == chosen["line"]]
     within = own["x"][own["loss"] - table["loss"].min() <= own["error"]]
     if len(within):
         low, high = within.min(), within.max()
         between = "" if run.ticks is not None else f": {low:g}" + (f" to {high:g}" if high > low else "")
-        span = ax.axvspan(*_widened(ax, own["x"], low, high), color="0.88", linewidth=0, zorder=0)
+        span = ax.axvspan(*_widened(ax, own["x"], low, high), color=ink(0.12), linewidth=0, zorder=0)
         span.set_label(f"within one error{' on a half' if corrected is not None else ''}{between}")
-    ax.axvline(chosen["x"], color="0.2", linewidth=1, linestyle="--", label=f"chosen: {run.choice}")
+    ax.axvline(chosen["x"], color=ink(0.8), linewidth=1, linestyle="--", label=f"chosen: {run.choice}")
 
 
 def _widened(ax: Axes, values: pd.Series, low: float, high: float) -> tuple[float, float]:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import scanpy as sc
 from anndata import AnnData
 from matplotlib.axes import Axes
 
-from .._checks import check_name
+from .._checks import as_positive, check_name, check_number
 from .._read import observed, positions, profiles, record, sizes, values_of
+from .._slots import in_memory
 from ..methods._profiles import LowRankProfiles
 from ..scales import Log1pCP10k, Scale, as_scale
-from ._style import BLUE, CMAP, finish, groups_and_colors, several_axes
+from ._style import MANY, blue, finish, groups_and_colors, ink, legend_beside, point_size, several_axes, wrapped
 
 Panel = Literal["raw", "under", "denoised", "over"]
 _PANELS: tuple[Panel, ...] = ("raw", "under", "denoised", "over")
 _OVER_CORRECTED = 2  # components, as in Noise2Self, Figure 3
 _LOG = Log1pCP10k()
+# Of scanpy.pl.embedding.
+_NOT_PASSED_ON = {"color", "layer", "return_fig", "save", "title", "vmax", "vmin"}
 
 
 def markers(
@@ -31,10 +36,12 @@ def markers(
     layer: str | None = None,
     color: str | None = None,
     panels: Sequence[Panel | int] = ("raw", "denoised"),
+    ncols: int | None = None,
+    size: float | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
 ) -> np.ndarray:
-    """Plot two genes against each other, coloured by a third or by a group of cells, before and after.
+    """Plot two genes against each other, coloured by a third or by a column of `obs`, before and after.
 
     Parameters
     ----------
@@ -47,11 +54,15 @@ def markers(
     layer
         The layer with the raw counts, if they are not where they were denoised, as after `sc.pp.normalize_total`.
     color
-        With two genes: a categorical column of `obs`.
+        With two genes: a column of `obs`, of groups or of numbers, or a third gene.
     panels
         What to show, in this order: `"raw"`, the counts; `"denoised"`, the result; `"over"`, over-corrected to two
         components, and `"under"`, under-corrected: all components, not shrunk (Noise2Self, Figure 3); or a number
         of components. The last three need `method="pca"`.
+    ncols
+        Panels in a row of a new figure; None puts all in one.
+    size
+        Area of a point; None takes 9, or less for more than 13 000 cells, as scanpy does.
     ax
         As many Axes as panels.
     show
@@ -60,7 +71,8 @@ def markers(
     Returns
     -------
     An array of Axes, one a panel, on the same scales: log1p of molecules per 10 000 of the cell. Raw values are whole
-    numbers of molecules, so many cells lie on one point: they are drawn translucent.
+    numbers of molecules, so many cells lie on one point: they are drawn translucent. From 20 000 cells on points are an
+    image, in a PDF or SVG too.
 
     Raises
     ------
@@ -76,33 +88,34 @@ def markers(
         raise ValueError("color was given with three genes: the third is the colour, so pass two.")
     if not panels:
         raise ValueError(f"panels is empty: pass some of {', '.join(_PANELS)}.")
+    _check_drawing(ncols, size)
+    if color is not None and color not in adata.obs and color in adata.var_names:
+        genes, color = [*genes, color], None
     columns = positions(adata.var_names, genes, "gene")
     shown = [_panel(adata, key, columns, panel, layer) for panel in panels]
-    groups, colors = (None, {}) if color is None else groups_and_colors(adata, color)
-    axes = several_axes(ax, 1, len(panels), 3.5 if groups is None and len(genes) == 2 else 3.9, sharing=True)
-    points = None
-    top = max(float(np.quantile(values[:, -1], 0.99)) for values, _ in shown)
-    for own, (values, title) in zip(axes, shown, strict=True):
-        style = {"s": 9, "linewidth": 0, "rasterized": len(values) > 10_000}
-        if len(genes) == 3:
-            order = np.argsort(values[:, 2], kind="stable")  # the highest on top, as in scanpy
-            x, y, z = values[order].T
-            points = own.scatter(x, y, c=z, cmap=CMAP, vmin=0, vmax=top or 1, alpha=0.8, **style)
-        elif groups is None:
-            own.scatter(*values.T, color=BLUE, alpha=0.35, **style)
+    numbers = _numbers(adata, genes, color, [values for values, _ in shown])
+    groups, colors = (None, {}) if color is None or numbers is not None else groups_and_colors(adata, color)
+    width = 3.5 if numbers is None else 3.9
+    axes = several_axes(ax, len(panels), width, ncols=ncols, sharing=True)
+    style = {"s": point_size(adata.n_obs, size, 9), "linewidth": 0, "rasterized": adata.n_obs >= MANY}
+    for i, (own, (values, title)) in enumerate(zip(axes, shown, strict=True)):
+        if numbers is not None:
+            _scatter_numbers(own, values[:, :2], numbers, i, style)
+        elif groups is not None:
+            _scatter_groups(own, values[:, :2], groups, colors, style)
         else:
-            if groups.isna().any():
-                own.scatter(*values[groups.isna().to_numpy()].T, color="lightgray", label="no value", **style)
-            for name, of_name in colors.items():
-                of_group = (groups == name).to_numpy()
-                own.scatter(*values[of_group].T, color=of_name, alpha=0.55, label=str(name), **style)
-        own.set(title=title, xlabel=f"{genes[0]}, {_LOG.unit}")
-    axes[0].set_ylabel(f"{genes[1]}, {_LOG.unit}")
-    if points is not None:
-        axes[-1].figure.colorbar(points, ax=axes[-1], label=f"{genes[2]}, {_LOG.unit}", extend="max")
+            own.scatter(*values.T, color=blue(), alpha=0.35, **style)
+        own.set_title(title)
+    n_columns = len(panels) if ncols is None or ax is not None else ncols
+    for lowest in axes[-n_columns:]:
+        lowest.set_xlabel(wrapped(f"{genes[0]}, {_LOG.unit}"))
+    for leftmost in axes[::n_columns]:
+        leftmost.set_ylabel(wrapped(f"{genes[1]}, {_LOG.unit}"))
+    if numbers is not None:
+        bar = {"label": wrapped(numbers.label), "extend": "max" if numbers.is_cut else "neither"}
+        axes[-1].figure.colorbar(axes[-1].collections[-1], ax=axes[-1], **bar)
     if groups is not None:
-        beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "ncols": 1 + len(colors) // 16}
-        axes[-1].legend(frameon=False, fontsize="small", markerscale=2, title=color, **beside)
+        legend_beside(axes[-1], widen=ax is None, markerscale=2, title=color, ncols=1 + len(colors) // 16)
     finish(ax, show)
     return axes
 
@@ -115,6 +128,8 @@ def embedding(
     key: str = "denoised",
     layer: str | None = None,
     scale: str | Scale = "log1p_cp10k",
+    ncols: int = 2,
+    size: float | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
     **options: Any,
@@ -126,7 +141,7 @@ def embedding(
     adata
         Object that `sc_noise2self.denoise` wrote to.
     genes
-        One name or several: a row each.
+        One name or several: two panels each.
     basis
         Of `scanpy.pl.embedding`: `"umap"`, `"pca"`, ... . Where it was computed from the counts it does not change.
     key
@@ -135,12 +150,16 @@ def embedding(
         As in `markers`.
     scale
         As in `denoise`. The counts are shown on it as they are.
+    ncols
+        Panels in a row of a new figure, an even number: 4 puts two genes beside each other.
+    size
+        Area of a point; None takes 30, or less for more than 4 000 cells, as scanpy does.
     ax
         Two Axes a gene.
     show
         As in `loss`.
     **options
-        Of `scanpy.pl.embedding`, e.g. `size`, `frameon`, `cmap`.
+        Of `scanpy.pl.embedding`, e.g. `frameon`, `cmap`, `alpha`.
 
     Returns
     -------
@@ -151,7 +170,17 @@ def embedding(
     ------
     KeyError, ValueError
         If there is no such result, gene or embedding, or if the counts are not those that were denoised.
+    TypeError
+        If an option of scanpy's is set for each panel here, or saves the figure.
     """
+    if refused := sorted(options.keys() & _NOT_PASSED_ON):
+        raise TypeError(
+            f"embedding takes no {', '.join(refused)}: it sets what each panel shows. To save, call savefig of the "
+            "figure that the Axes returned are on."
+        )
+    _check_drawing(ncols, size)
+    if ncols % 2:
+        raise ValueError(f"ncols is {ncols}: pass an even number, for a gene takes two panels.")
     own_scale = as_scale(scale)
     record(adata, key)
     genes = [genes] if isinstance(genes, str) else list(genes)
@@ -165,20 +194,79 @@ def embedding(
     columns = positions(adata.var_names, genes, "gene")
     raw = _raw(adata, key, columns, own_scale, layer)
     denoised = values_of(adata, key, slice(None), columns, own_scale, layer=layer)
-    own = several_axes(ax, len(genes), 2, 3.4, sharing=False).reshape(len(genes), 2)
+    own = several_axes(ax, 2 * len(genes), 3.4, ncols=ncols, sharing=False).reshape(len(genes), 2)
+    area = point_size(adata.n_obs, size, 30)
     for row, gene, before, after in zip(own, genes, raw.T, denoised.T, strict=True):
         top = max(float(np.quantile(before, 0.99)), float(np.quantile(after, 0.99))) or 1.0
         small = AnnData(np.column_stack([before, after]), obsm={name: adata.obsm[name]})
         small.var_names = ["raw", "denoised"]
         for single, what in zip(row, small.var_names, strict=True):
-            given = {"cmap": CMAP, "colorbar_loc": "right" if what == "denoised" else None, **options}
-            title = f"{gene}, {'raw counts' if what == 'raw' else what}"
+            given = {"colorbar_loc": "right" if what == "denoised" else None, "size": area, **options}
+            title = wrapped(f"{gene}, {'raw counts' if what == 'raw' else what}")
             sc.pl.embedding(small, basis, color=what, vmin=0, vmax=top, ax=single, show=False, title=title, **given)
+            for points in single.collections:
+                points.set_rasterized(points.get_rasterized() or adata.n_obs >= MANY)
         bar = row[1].collections[-1].colorbar
         if bar is not None:
             bar.set_label(own_scale.unit)
     finish(ax, show)
     return own
+
+
+def _check_drawing(ncols: int | None, size: float | None) -> None:
+    if ncols is not None:
+        as_positive("ncols", ncols)
+    if size is not None:
+        check_number("size", size, 0, np.inf, open_below=True)
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What colours the cells, panel by panel, where that is a number."""
+
+    of_panels: list[np.ndarray]
+    low: float
+    high: float
+    label: str
+    is_cut: bool  # whether some are above `high`
+
+
+def _numbers(adata: AnnData, genes: list[str], color: str | None, shown: list[np.ndarray]) -> _Numbers | None:
+    """Return the third gene's values as each panel shows it, or those of a column, or None if there are none."""
+    if len(genes) == 3:
+        of_panels = [values[:, 2] for values in shown]
+        top = max(float(np.quantile(values, 0.99)) for values in of_panels) or 1.0
+        return _Numbers(of_panels, 0.0, top, f"{genes[2]}, {_LOG.unit}", is_cut=True)
+    if color is None:
+        return None
+    if color not in adata.obs:
+        raise KeyError(f"there is no column or gene {color!r}: adata.obs has {list(adata.obs.columns)}.")
+    column = in_memory(adata.obs[[color]])[color]
+    if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
+        return None
+    values = column.to_numpy(dtype=float, na_value=np.nan)
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        raise ValueError(f"adata.obs[{color!r}] holds no number: pass another column.")
+    return _Numbers([values] * len(shown), float(finite.min()), float(finite.max()), str(color), is_cut=False)
+
+
+def _scatter_numbers(ax: Axes, xy: np.ndarray, numbers: _Numbers, panel: int, style: dict[str, Any]) -> None:
+    values = numbers.of_panels[panel]
+    has_one = np.isfinite(values)
+    if not has_one.all():
+        ax.scatter(*xy[~has_one].T, color=ink(0.2), **style)
+    order = np.flatnonzero(has_one)[np.argsort(values[has_one], kind="stable")]  # the highest on top, as in scanpy
+    x, y = xy[order].T
+    ax.scatter(x, y, c=values[order], vmin=numbers.low, vmax=numbers.high, alpha=0.8, **style)
+
+
+def _scatter_groups(ax: Axes, xy: np.ndarray, groups: pd.Series, colors: dict[str, str], style: dict[str, Any]) -> None:
+    if groups.isna().any():
+        ax.scatter(*xy[groups.isna().to_numpy()].T, color=ink(0.2), label="no value", **style)
+    for name, of_name in colors.items():
+        of_group = (groups == name).to_numpy()
+        ax.scatter(*xy[of_group].T, color=of_name, alpha=0.55, label=str(name), **style)
 
 
 def _panel(
@@ -210,7 +298,7 @@ def _panel(
     other = LowRankProfiles.unscaled(found.link, scores, loadings, found.size, found.gene_share).scaled(n_rounds=1)
     values = _LOG.apply(other.counts(slice(None), columns), sizes(adata, key))
     what = {"under": "under-corrected: ", "over": "over-corrected: "}.get(str(panel), "")
-    return values, f"{what}{n_components} components"
+    return values, f"{what}{n_components} component{'' if n_components == 1 else 's'}"
 
 
 def _raw(adata: AnnData, key: str, columns: np.ndarray, scale: Scale, layer: str | None) -> np.ndarray:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from .._read import record
-from ._style import CMAP, RED, finish, new_axes
+from ._style import RED, finish, ink, new_axes
 
 
 def spectrum(
@@ -56,12 +56,12 @@ def spectrum(
     values = np.asarray(learned["singular_values"])
     numbers = np.arange(1, len(values) + 1)
     own = new_axes(ax)
-    own.plot(numbers, values, color="0.7", linewidth=1, zorder=1)
+    own.plot(numbers, values, color=ink(0.3), linewidth=1, zorder=1)
     points = own.scatter(
-        numbers, values, c=learned["weights"], cmap=CMAP, vmin=0, vmax=1, s=22, edgecolor="0.3", linewidth=0.4, zorder=2
+        numbers, values, c=learned["weights"], vmin=0, vmax=1, s=22, edgecolor=ink(0.7), linewidth=0.4, zorder=2
     )
     own.axhline(learned["noise_edge"], color=RED, linestyle="--", linewidth=1.2, label="noise edge")
-    own.axvline(rank, color="0.2", linestyle=":", linewidth=1, label=f"rank: {rank}")
+    own.axvline(rank, color=ink(0.8), linestyle=":", linewidth=1, label=f"rank: {rank}")
     own.figure.colorbar(points, ax=own, label="weight in the result")
     own.set_yscale("log")
     own.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
