@@ -49,6 +49,8 @@ def _written():
     n2s.select_rank(out, max_rank=20)
     n2s.select_rank(out, max_rank=20, protocol="mcv", key_added="mcv")
     n2s.select_rank(out, max_rank=20, protocol="noise2self", key_added="noise2self")
+    n2s.select_resolution(out)
+    n2s.cluster_support(out, resolution=1.5)
     n2s.calibrate(out, blurred, {"share": [0.0, 0.5, 0.9], "power": [1, 2]})
     return out
 
@@ -80,6 +82,8 @@ PICTURES = {
     "loss_several": lambda adata: n2s.pl.loss(adata, key=["mcv", "noise2self"]),
     "loss_walk": lambda adata: n2s.pl.loss(adata, key="walk"),
     "loss_calibrate": lambda adata: n2s.pl.loss(adata, key="calibrate"),
+    "loss_resolutions": lambda adata: n2s.pl.loss(adata, key="select_resolution"),
+    "cluster_support": lambda adata: n2s.pl.cluster_support(adata),
     "markers": lambda adata: n2s.pl.markers(adata, TRIPLE, panels=("raw", "under", "denoised", "over")),
     "markers_plain": lambda adata: n2s.pl.markers(adata, TRIPLE[:2], panels=("raw", "denoised", 1), ncols=2),
     "markers_groups": lambda adata: n2s.pl.markers(adata, TRIPLE[:2], color="group"),

@@ -1,4 +1,4 @@
-"""Plots of what `denoise`, `select_rank` and `calibrate` wrote, from factors: no dense layer is needed or made.
+"""Plots of what this package wrote, from factors: no dense layer is needed or made.
 
 They take `ax` and `show` as scanpy's do and return Axes. What scanpy plots already it plots from the layer, e.g.
 `sc.pl.dotplot(adata, genes, groupby, layer="denoised")`.
@@ -10,5 +10,6 @@ from ._gain import gain_per_gene
 from ._loss import loss
 from ._markers import embedding, markers
 from ._spectrum import spectrum
+from ._support import cluster_support
 
-__all__ = ["calibration", "caption", "embedding", "gain_per_gene", "loss", "markers", "spectrum"]
+__all__ = ["calibration", "caption", "cluster_support", "embedding", "gain_per_gene", "loss", "markers", "spectrum"]

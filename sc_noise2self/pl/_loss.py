@@ -16,7 +16,9 @@ from .._slots import in_memory, kind_of, results_in
 from ._style import MARKERS, finish, ink, legend_beside, new_axes, palette
 
 _MANY_LINES = 6
+_LONGEST_TICKS = 40  # characters that stand side by side
 _RANKS = "principal components"
+_NATS = "loss (nats per held-out molecule)"
 
 
 def loss(
@@ -27,13 +29,13 @@ def loss(
     ax: Axes | None = None,
     show: bool | None = None,
 ) -> Axes:
-    """Plot the self-supervised loss of every rank, of every candidate of a calibration, or of a denoiser's settings.
+    """Plot the self-supervised loss of every rank, resolution, candidate of a calibration, or setting of a denoiser.
 
     Parameters
     ----------
     adata
-        Object that `sc_noise2self.select_rank` or `calibrate` wrote to, or `denoise` with a method that compares
-        settings, such as widths of an autoencoder or numbers of neighbours.
+        Object that `sc_noise2self.select_rank`, `select_resolution` or `calibrate` wrote to, or `denoise` with a method
+        that compares settings, such as widths of an autoencoder or numbers of neighbours.
     key
         Its `key_added`; several are overlaid.
     member
@@ -106,8 +108,8 @@ def _run(adata: AnnData, key: str, member: str | None) -> _Run:
     kind = kind_of(adata, key)
     if kind is None:
         raise KeyError(
-            f"there is no result {key!r}: run sc_noise2self.select_rank, calibrate or denoise to {key!r}, or pass key: "
-            f"the results in adata are {results_in(adata)}."
+            f"there is no result {key!r}: run sc_noise2self.select_rank, select_resolution, calibrate or denoise to "
+            f"{key!r}, or pass key: the results in adata are {results_in(adata)}."
         )
     written = in_memory(adata.uns[key])
     learned = written.get("learned", {})
@@ -115,6 +117,8 @@ def _run(adata: AnnData, key: str, member: str | None) -> _Run:
         raise KeyError(f"result {key!r} has no member {member!r}: it has {', '.join(learned) or 'none'}.")
     if kind == "select_rank":
         return _of_ranks(written)
+    if kind == "select_resolution":
+        return _of_resolutions(written)
     found = [written] if "table" in written else [learned[name] for name in ([member] if member else learned)]
     table = next((each["table"] for each in found if "table" in each), None)
     if table is None:
@@ -124,7 +128,7 @@ def _run(adata: AnnData, key: str, member: str | None) -> _Run:
         )
     if written.get("loss", "poisson") != "poisson":
         return _of_table(table, f"loss ({written['loss']})", None)
-    return _of_table(table, "loss (nats per held-out molecule)", "one mean profile")
+    return _of_table(table, _NATS, "one mean profile")
 
 
 def _of_ranks(written: Mapping[str, Any]) -> _Run:
@@ -136,6 +140,16 @@ def _of_ranks(written: Mapping[str, Any]) -> _Run:
     none = "k = 0: one mean profile" if written["params"]["center"] else "k = 0: no counts"
     run = _of_table(table, "loss relative to k = 0 (%)", none)
     return replace(run, x=_RANKS, choice=str(written["rank"]))
+
+
+def _of_resolutions(written: Mapping[str, Any]) -> _Run:
+    """Return resolutions, each with the number of its clusters."""
+    table = written["table"]
+    names = [f"{row.resolution:g} ({row.n_clusters})" for row in table.itertuples()]
+    lost = pd.DataFrame({"resolution": names, "loss": -table["gain"], "error": table["error"]})
+    run = _of_table(lost.assign(chosen=table["chosen"].to_numpy()), _NATS, "one cluster")
+    choice = f"{written['resolution']:g}, {table['n_clusters'][table['chosen']].iloc[0]} clusters"
+    return replace(run, x="resolution (clusters)", choice=choice)
 
 
 def _of_table(candidates: pd.DataFrame, unit: str, zero: str | None) -> _Run:
@@ -208,6 +222,8 @@ def _scale_x(ax: Axes, runs: Sequence[_Run]) -> None:
     values = np.unique(np.concatenate([run.table["x"] for run in runs]))
     if runs[0].ticks is not None:
         ax.set_xticks(range(len(runs[0].ticks)), labels=runs[0].ticks)
+        if sum(map(len, runs[0].ticks)) > _LONGEST_TICKS:
+            ax.tick_params(axis="x", labelrotation=90)
     elif runs[0].is_ranks:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     else:
