@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from anndata import AnnData
@@ -22,6 +22,7 @@ from ._checks import (
 )
 from ._random import RandomState, as_generator
 from ._slots import check_key, committed, marked
+from ._split import checked_phi
 from ._transform import TransformName
 from ._warnings import warn
 from .methods._rank_curve import Protocol, learned_shape, rank_curve
@@ -39,6 +40,7 @@ def select_rank(
     transform: TransformName | None = None,
     center: bool | None = None,
     n_splits: int = 1,
+    overdispersion: float | np.ndarray | None = None,
     mask_var: str | np.ndarray | Sequence[bool] | None = None,
     random_state: RandomState = 0,
 ) -> int:
@@ -63,6 +65,9 @@ def select_rank(
         Name in `uns`.
     max_rank
         Largest rank tried, at most min(cells, genes) - 1. None takes 50, or as many as there are.
+    overdispersion
+        phi of `split_molecules`, e.g. from `sc_noise2self.overdispersion`: molecules are then dealt so that a gene that
+        varies from cell to cell on its own supports no component. None takes what differs between cells for real.
     transform, center
         `"log1p"`, `"sqrt"` or `"none"`, and whether genes are centred as in `sc.pp.pca`; None takes the protocol's own.
 
@@ -101,13 +106,19 @@ def select_rank(
         check_one_of("transform", transform, get_args(TransformName))
     if center is not None:
         check_flag("center", center)
+    if overdispersion is not None and protocol == "bcv":
+        raise ValueError("overdispersion was given with protocol 'bcv', which splits no molecules.")
     counts = as_counts(adata, layer, mask_var)
+    phi = None if overdispersion is None else checked_phi(overdispersion, counts.chunks.shape[1])
     check_key(adata, key_added, layer, "select_rank")
     warn_of_unused_genes(adata, mask_var)
     chunks = counts.chunks if counts.used is None else counts.chunks.of_genes(counts.used)
+    if phi is not None and counts.used is not None:
+        phi = phi[counts.used]
     max_rank = bounded("max_rank", max_rank, _MAX_RANK, *learned_shape(protocol, *chunks.shape))
     start = logg.info(f"selecting the rank of {describe_counts(adata, layer)}")
-    curve = rank_curve(chunks, max_rank, rng, protocol=protocol, transform=transform, center=center, n_splits=n_splits)
+    about: dict[str, Any] = {"protocol": protocol, "transform": transform, "center": center, "n_splits": n_splits}
+    curve = rank_curve(chunks, max_rank, rng, phi=phi, **about)
     if not curve.beats_none:
         warn(
             "no rank predicts held-out molecules better than rank 0 by more than the error: the counts show no "
@@ -129,6 +140,7 @@ def select_rank(
             "center": curve.center,
             "max_rank": max_rank,
             "n_splits": n_splits,
+            "overdispersion": overdispersion is not None,
             "mask_var": describe_mask(mask_var),
             "random_state": seed_of(random_state),
         },

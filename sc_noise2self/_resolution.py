@@ -118,7 +118,7 @@ def select_resolution(
     warn_of_unused_genes(adata, mask_var)
     method = Clusters(resolution=tried, n_pcs=n_pcs, n_neighbors=n_neighbors).checked(counts)
     start = logg.info(f"selecting the resolution of {describe_counts(adata, layer)}")
-    method = method.with_rank(counts, rng)
+    method = method.with_rank(counts, rng, overdispersion)
     folds = tenths(counts, n_splits, overdispersion, rng)
     compared, n_clusters = _compared(method, counts, folds, tried, resolutions is None, rng)
     table, gains = _table(compared, n_clusters, rule)

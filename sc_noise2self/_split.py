@@ -66,19 +66,22 @@ def split_matrix(
         _check_share("capture", capture)
         first, second, both = overlap_probabilities(fraction, capture)
         shares = np.array([both, first - both, second - both])
-    phi = np.zeros(counts.shape[1]) if overdispersion is None else _phi(overdispersion, counts.shape[1])
+    phi = np.zeros(counts.shape[1]) if overdispersion is None else checked_phi(overdispersion, counts.shape[1])
     law = Law(shares, capture is not None, phi)
     key, cells = as_key(as_generator(random_state)), np.arange(counts.shape[0])
     split = _split_dense if isinstance(counts, np.ndarray) else _split_sparse
     return split(counts, key, cells, law)
 
 
-def halves(counts: sp.csr_matrix, key: int, cells: np.ndarray) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+def halves(
+    counts: sp.csr_matrix, key: int, cells: np.ndarray, phi: np.ndarray | None = None
+) -> tuple[sp.csr_matrix, sp.csr_matrix]:
     """Return the even split of some rows of a matrix, by number, the same as that of the whole matrix there.
 
-    `counts` are CSR in canonical form; `key`, from `as_key`, says which split.
+    `counts` are CSR in canonical form; `key`, from `as_key`, says which split; `phi`, from `checked_phi`, is the
+    overdispersion of each gene, None for none.
     """
-    law = Law(np.array([0.5, 0.5]), False, np.zeros(counts.shape[1]))
+    law = Law(np.array([0.5, 0.5]), False, np.zeros(counts.shape[1]) if phi is None else phi)
     first, second = _split_sparse(counts, key, cells, law)
     return first, second
 
@@ -168,7 +171,8 @@ def _check_share(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value!r}: pass a number between 0 and 1, both excluded.")
 
 
-def _phi(overdispersion: float | np.ndarray, n_genes: int) -> np.ndarray:
+def checked_phi(overdispersion: float | np.ndarray, n_genes: int) -> np.ndarray:
+    """Return the overdispersion of each gene, shape (genes,); raise for what is none."""
     try:
         values = np.asarray(overdispersion, dtype=np.float64)
     except (TypeError, ValueError):

@@ -81,7 +81,7 @@ def cluster_support(
     warn_of_unused_genes(adata, mask_var)
     method = Clusters(resolution=resolution, n_pcs=n_pcs, n_neighbors=n_neighbors).checked(counts)
     start = logg.info(f"clustering {describe_counts(adata, layer)}")
-    method = method.with_rank(counts, rng)
+    method = method.with_rank(counts, rng, overdispersion)
     labels, seen, held_out = clustered_by_half(method, counts, overdispersion, rng)
     table, linkage = joins(labels, seen, held_out)
     record = {

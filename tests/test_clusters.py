@@ -331,6 +331,24 @@ def test_lines_mixtures_and_blood_cells(real_data):
     assert 8 <= table["n_clusters"][table["chosen"]].item() <= 17
 
 
+def test_genes_that_vary_on_their_own_support_no_component_where_that_is_said():
+    adata = ad.AnnData(negative_binomial(np.full(150, 0.5)))
+    phi = n2s.overdispersion(adata)
+    with pytest.warns(UserWarning, match="no rank predicts"):
+        assert n2s.select_rank(adata, overdispersion=phi, max_rank=20) <= 1
+    assert quietly(n2s.select_rank, adata, max_rank=20) > 10  # for the molecules these differences are real
+    adata, _, _ = grouped()
+    kept = np.arange(300) % 3 > 0
+    phi = n2s.overdispersion(adata)
+    assert n2s.select_rank(adata, overdispersion=phi, mask_var=kept) == n2s.select_rank(
+        adata[:, kept].copy(), overdispersion=phi[kept]
+    )
+    with pytest.raises(ValueError, match="overdispersion was given with protocol 'bcv', which splits no molecules"):
+        n2s.select_rank(adata, overdispersion=phi, protocol="bcv")
+    with pytest.raises(ValueError, match="overdispersion has shape"):
+        n2s.select_rank(adata, overdispersion=phi[:5])
+
+
 # Are two clusters two
 
 

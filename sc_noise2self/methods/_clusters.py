@@ -25,7 +25,7 @@ from .._blocks import Block, Chunks, Counts, Partial
 from .._checks import check_number
 from .._counts import column_sums, row_sums
 from .._loss import Gain
-from .._split import split_matrix
+from .._split import checked_phi, split_matrix
 from .._transform import Transform
 from ..partitions import Fold
 from ._base import Learner, Method, TrialLearner, as_several, bounded_values, set_tuples
@@ -86,11 +86,13 @@ class Clusters(Method):
         labels = method.graph(counts, rng).labels(method.resolution)  # type: ignore[arg-type]
         return profiles_of_clusters(labels, counts).scaled()
 
-    def with_rank(self, counts: Counts, rng: np.random.Generator) -> Self:
+    def with_rank(
+        self, counts: Counts, rng: np.random.Generator, overdispersion: float | np.ndarray | None = None
+    ) -> Self:
         """Return the method with a number of components: the rank of these counts, where none was given."""
         if self.n_pcs is not None:
             return self
-        return replace(self, n_pcs=rank_of(counts, rng))
+        return replace(self, n_pcs=rank_of(counts, rng, overdispersion))
 
     def graph(self, counts: Counts, rng: np.random.Generator) -> Graph:
         """Return the graph of the cells, where every option has one value."""
@@ -169,10 +171,14 @@ def principal_coordinates(counts: Counts, n_pcs: int, rng: np.random.Generator) 
     return rows[0] - mean @ v
 
 
-def rank_of(counts: Counts, rng: np.random.Generator) -> int:
+def rank_of(counts: Counts, rng: np.random.Generator, overdispersion: float | np.ndarray | None = None) -> int:
     """Return the rank that `sc_noise2self.select_rank` finds, 1 at least."""
-    chunks = counts.chunks if counts.used is None else counts.chunks.of_genes(counts.used)
-    return max(1, rank_curve(chunks, min(_MOST_PCS, most_components(counts)), rng).rank)
+    chunks, phi = counts.chunks, None
+    if overdispersion is not None:
+        phi = checked_phi(overdispersion, chunks.shape[1])
+    if counts.used is not None:
+        chunks, phi = chunks.of_genes(counts.used), None if phi is None else phi[counts.used]
+    return max(1, rank_curve(chunks, min(_MOST_PCS, most_components(counts)), rng, phi=phi).rank)
 
 
 def most_components(counts: Counts) -> int:

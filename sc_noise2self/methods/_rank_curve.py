@@ -102,12 +102,16 @@ def rank_curve(
     transform: TransformName | None = None,
     center: bool | None = None,
     n_splits: int = 1,
+    phi: np.ndarray | None = None,
 ) -> RankCurve:
-    """Return the self-supervised loss of every rank from 0 to `max_rank`; None takes the protocol's own options."""
+    """Return the self-supervised loss of every rank from 0 to `max_rank`; None takes the protocol's own options.
+
+    `phi` is the overdispersion of each gene that molecules are split with, shape (genes,).
+    """
     transform = transform or ("log1p" if protocol == "loo" else "sqrt")
     center = protocol == "loo" if center is None else center
     hide = _HiddenGenes if protocol == "bcv" else _HiddenMolecules
-    hidden = [hide(protocol, chunks.shape, rng) for _ in range(n_splits)]
+    hidden = [hide(protocol, chunks.shape, rng, phi) for _ in range(n_splits)]
 
     def sizes(block: Block) -> Partial:
         return Partial(rows=[size for each in hidden for size in each.sizes(block)])
@@ -162,8 +166,11 @@ def _only(matrix: sp.csr_matrix, rows: np.ndarray) -> sp.csr_matrix:
 class _HiddenMolecules:
     """A split: half of the molecules, in both directions; of ``"noise2self"`` one, a quarter of the cells scored."""
 
-    def __init__(self, protocol: Protocol, shape: tuple[int, int], rng: np.random.Generator) -> None:
+    def __init__(
+        self, protocol: Protocol, shape: tuple[int, int], rng: np.random.Generator, phi: np.ndarray | None
+    ) -> None:
         self.transforms: Sequence[Transform] = ()
+        self._phi = phi
         self._key = as_key(rng)
         self._scored: np.ndarray | None = None
         if protocol == "noise2self":
@@ -173,10 +180,13 @@ class _HiddenMolecules:
 
     def sizes(self, block: Block) -> list[np.ndarray]:
         """Return the two sizes of cells whose medians the transforms bring cells to."""
-        return [row_sums(half) for half in halves(block.counts, self._key, block.cells)]
+        return [row_sums(half) for half in self._halves(block)]
+
+    def _halves(self, block: Block) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+        return halves(block.counts, self._key, block.cells, self._phi)
 
     def pieces(self, block: Block) -> list[Piece]:
-        parts = halves(block.counts, self._key, block.cells)
+        parts = self._halves(block)
         z1, z2 = (transform.apply(part, row_sums(part)) for transform, part in zip(self.transforms, parts, strict=True))
         if self._scored is not None:
             scored = self._scored[block.cells]
@@ -188,7 +198,9 @@ class _HiddenMolecules:
 class _HiddenGenes:
     """A split: half of the genes in a group of cells, for every half and group."""
 
-    def __init__(self, protocol: Protocol, shape: tuple[int, int], rng: np.random.Generator) -> None:
+    def __init__(
+        self, protocol: Protocol, shape: tuple[int, int], rng: np.random.Generator, phi: np.ndarray | None = None
+    ) -> None:
         self.transforms: Sequence[Transform] = ()
         genes = random_groups(shape[1], 2, rng) == 0
         self._hidden = genes, ~genes
