@@ -63,7 +63,8 @@ def denoise(
     adata
         Cells x genes with raw counts (UMIs) in `X` or a layer: a matrix in memory, a dataset on disk (a backed object,
         or `anndata.io.sparse_dataset`), or a Dask array. The last two are read a block of cells at a time. Correct
-        ambient RNA, doublets and batches before: both halves share them, so they count as signal.
+        ambient RNA, doublets and batches before: both halves share them, so they count as signal. Of a MuData object
+        pass the modality, `mdata["rna"]`: the result is written to it, and so is in `mdata`.
     method
         What to denoise by: an object that holds its own options, or the name of one at its defaults. `"pca"`
         (`sc_noise2self.PCA`): PCA regression, fast, a good first look. `"autoencoder"` (`sc_noise2self.Autoencoder`): a
