@@ -540,3 +540,13 @@ def test_the_modality_of_a_mudata_object_is_denoised_in_place(adata):
     assert n2s.get.denoised(mdata["rna"], "gene-1").shape == (300, 1)
     assert n2s.report(mdata["rna"]) == n2s.report(adata)
     assert "denoised" not in mdata["prot"].layers
+
+
+def test_an_old_generator_of_numpy_is_drawn_from(adata):
+    first, same, other = (
+        n2s.denoise(adata, copy=True, random_state=state, write_layer=False)
+        for state in (np.random.RandomState(3), np.random.RandomState(3), np.random.RandomState(4))
+    )
+    np.testing.assert_array_equal(first.obsm["denoised"], same.obsm["denoised"])
+    assert first.uns["denoised"]["gain"] != other.uns["denoised"]["gain"]
+    assert first.uns["denoised"]["params"]["random_state"] == "generator"
