@@ -395,7 +395,7 @@ def set_entry(name, index, value):
 def replace_counts(values):
     def edit(file):
         del file["layers/counts"]
-        ad.io.write_elem(file, "layers/counts", values)
+        ad.io.write_elem(file["layers"], "counts", values)
 
     return edit
 
