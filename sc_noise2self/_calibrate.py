@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from html import escape
 from itertools import islice, product
 from math import isnan, prod
 from numbers import Number, Real
@@ -57,6 +58,13 @@ class Calibration:
     table: pd.DataFrame
     split_losses: np.ndarray
     denoised: Any = field(repr=False, default=None)
+
+    def _repr_html_(self) -> str:
+        """Return the table as a notebook shows it, below what was chosen."""
+        chosen = escape(describe(self.best))
+        return (
+            f"<p>Best: <b>{chosen}</b></p>{self.table.to_html(index=False, max_rows=20, float_format='{:.5g}'.format)}"
+        )
 
 
 def calibrate(

@@ -101,7 +101,7 @@ def describe_counts(adata: AnnData, layer: str | None) -> str:
 
 def seed_of(random_state: RandomState) -> int | str:
     """Return the seed as it is written down."""
-    return "generator" if isinstance(random_state, np.random.Generator) else int(random_state)
+    return int(random_state) if isinstance(random_state, Integral) else "generator"
 
 
 def describe_mask(mask_var: object) -> str:

@@ -63,7 +63,8 @@ def denoise(
     adata
         Cells x genes with raw counts (UMIs) in `X` or a layer: a matrix in memory, a dataset on disk (a backed object,
         or `anndata.io.sparse_dataset`), or a Dask array. The last two are read a block of cells at a time. Correct
-        ambient RNA, doublets and batches before: both halves share them, so they count as signal.
+        ambient RNA, doublets and batches before: both halves share them, so they count as signal. Of a MuData object
+        pass the modality, `mdata["rna"]`: the result is written to it, and so is in `mdata`.
     method
         What to denoise by: an object that holds its own options, or the name of one at its defaults. `"pca"`
         (`sc_noise2self.PCA`): PCA regression, fast, a good first look. `"autoencoder"` (`sc_noise2self.Autoencoder`): a
@@ -99,7 +100,7 @@ def denoise(
     copy
         Return a copy with the result instead of writing to `adata`.
     random_state
-        Seed or generator; the same seed on the same machine gives the same bytes.
+        Seed or generator, NumPy's old kind too; the same seed on the same machine gives the same bytes.
 
     Returns
     -------
@@ -166,7 +167,8 @@ def denoise(
     compare settings of PCA on (20 000 of neighbours, 50 000 of networks); what is chosen learns from all. Candidates
     are compared on 2e7 dense entries (1 000 cells of 20 000 genes), the gain of the choice and of its genes is measured
     on all cells, or on a random sample of 4e8 (20 000 cells); by neighbours on those among which they were compared.
-    Nothing of size cells x genes is made but the layer.
+    Nothing of size cells x genes is made but the layer. Work goes on in as many threads as there are cores, or as the
+    environment variable `LOKY_MAX_CPU_COUNT` says, which changes no value; PyTorch's are `torch.set_num_threads`.
 
     Examples
     --------

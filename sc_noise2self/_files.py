@@ -100,13 +100,7 @@ def denoise_file(
     _, methods = as_methods(method)
     _check_paths(source, target, overwrite)
     with _read(source) as stored:
-        with _readable(source):
-            adata = _without_matrices(stored)
-            counts = _counts(stored, layer, any(each.needs_memory for each in methods))
-            if layer is None:
-                adata.X = counts
-            else:
-                adata.layers[layer] = counts
+        adata = _with_counts(source, stored, layer, any(each.needs_memory for each in methods))
         if key_added in stored.get("layers", ()) and kind_of(adata, key_added) != "denoise":
             raise ValueError(f"layer {key_added!r} exists and is not an earlier result: choose another key_added.")
         n_bytes = sum(each.stat().st_size for each in ([source] if source.is_file() else source.rglob("*")))
@@ -129,6 +123,20 @@ def denoise_file(
     return reported
 
 
+@contextmanager
+def opened(source: str | os.PathLike[str], layer: str | None = None, *, counts: bool = True) -> Iterator[AnnData]:
+    """Open a file to read, as an object whose counts stay on disk, or that has no matrix if `counts` is False."""
+    source = expanded(source)
+    _check_source(source)
+    with _read(source) as stored:
+        if counts:
+            yield _with_counts(source, stored, layer, False)
+        else:
+            with _readable(source):
+                adata = _without_matrices(stored)
+            yield adata
+
+
 def expanded(given: str | bytes | os.PathLike[str]) -> Path:
     """Return a path with the folder of the user in place of its `~`."""
     path = os.fsdecode(given)
@@ -140,20 +148,28 @@ def expanded(given: str | bytes | os.PathLike[str]) -> Path:
         raise ValueError(f"{path} starts with a user without a home folder: write ./{path} for a file.") from None
 
 
-def _check_paths(source: Path, target: Path, overwrite: bool) -> None:
+def _check_source(source: Path) -> None:
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist: pass an .h5ad or .zarr file with raw counts.")
-    for path, does in ((source, "read"), (target, "written")):
-        if path.suffix not in (".h5ad", ".zarr"):
-            raise ValueError(f"{path} does not end in .h5ad or .zarr: those are the formats {does}.")
+    _check_format(source, "read")
     if source.suffix == ".h5ad" and not source.is_file():
         raise ValueError(f"{source} is not a file: an .h5ad is one; rename the folder if it is a .zarr.")
     if source.suffix == ".zarr" and not source.is_dir():
         raise ValueError(f"{source} is not a folder: a .zarr is one; unpack it, or rename it if it is an .h5ad.")
     if not os.access(source, os.R_OK):
         raise PermissionError(f"{source} may not be read by this user: ask its owner, or chmod u+r.")
-    if ".zarr" in (source.suffix, target.suffix) and find_spec("zarr") is None:
+
+
+def _check_format(path: Path, does: str) -> None:
+    if path.suffix not in (".h5ad", ".zarr"):
+        raise ValueError(f"{path} does not end in .h5ad or .zarr: those are the formats {does}.")
+    if path.suffix == ".zarr" and find_spec("zarr") is None:
         raise ImportError('a .zarr needs zarr: pip install "sc-noise2self[zarr]".')
+
+
+def _check_paths(source: Path, target: Path, overwrite: bool) -> None:
+    _check_source(source)
+    _check_format(target, "written")
     if target.exists() and source.samefile(target):
         raise FileExistsError(f"{target} is the source: choose another name.")
     if source.resolve() in target.resolve().parents:
@@ -258,6 +274,18 @@ def _written(path: Path) -> Iterator[tuple[Any, Callable[[], None]]]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that other programs may not know of it
                 zarr.consolidate_metadata(path)
+
+
+def _with_counts(source: Path, stored: Any, layer: str | None, in_memory: bool) -> AnnData:
+    """Return what is in a file besides matrices, and the counts, on disk or in memory."""
+    with _readable(source):
+        adata = _without_matrices(stored)
+        counts = _counts(stored, layer, in_memory)
+        if layer is None:
+            adata.X = counts
+        else:
+            adata.layers[layer] = counts
+    return adata
 
 
 def _without_matrices(stored: Any) -> AnnData:

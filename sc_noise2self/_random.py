@@ -1,5 +1,7 @@
 """Randomness: one way to turn `random_state` into a generator, and a generator into the key of a split.
 
+Seeds and generators are taken as scanpy's `random_state` and `rng` take them, but None, which cannot be repeated.
+
 A split draws a key alone from the generator: its random numbers belong to a cell and a gene, not to turns
 (`sc_noise2self._dealing`).
 """
@@ -10,14 +12,16 @@ from numbers import Integral
 
 import numpy as np
 
-RandomState = int | np.random.Generator
-"""A whole number from 0, or a generator that is drawn from."""
+RandomState = int | np.random.Generator | np.random.RandomState
+"""A whole number from 0, or a generator that is drawn from, NumPy's old kind too."""
 
 
 def as_generator(random_state: RandomState) -> np.random.Generator:
     """Return a generator for a seed; a generator is returned as it is, and so moves on when it is used."""
     if isinstance(random_state, np.random.Generator):
         return random_state
+    if isinstance(random_state, np.random.RandomState):
+        return np.random.default_rng([int(word) for word in random_state.randint(1 << 32, size=4, dtype=np.uint64)])
     if isinstance(random_state, bool) or not isinstance(random_state, Integral):
         raise TypeError(
             f"random_state is {random_state!r}: pass a whole number, e.g. random_state=0, or a numpy.random.Generator."

@@ -261,6 +261,36 @@ def clear_gains(adata: AnnData, key: str) -> dict[str, np.ndarray]:
     return {"gained": gained, "unclear": ~(gained | lost) & ~np.isnan(gain), "lost": lost}
 
 
+def gene_names(adata: AnnData, gene_symbols: str | None = None) -> pd.Index:
+    """Return what genes are called: `var_names`, or a column of `var`."""
+    if gene_symbols is None:
+        return adata.var_names
+    if gene_symbols not in adata.var:
+        raise KeyError(f"there is no column {gene_symbols!r} in adata.var: it has {list(adata.var.columns)}.")
+    return pd.Index(in_memory(adata.var[[gene_symbols]])[gene_symbols].astype(object))
+
+
+def gene_positions(
+    adata: AnnData, genes: str | Sequence[str] | None, gene_symbols: str | None = None
+) -> tuple[np.ndarray, list[str]]:
+    """Return where genes stand that are named as `gene_names` are, and their names; None for all."""
+    names = gene_names(adata, gene_symbols)
+    if gene_symbols is None or genes is None:
+        found = positions(names, genes, "gene")
+        return found, list(names[found])
+    wanted = [genes] if isinstance(genes, str) else list(genes)
+    # A symbol may stand for several genes, and many have none: only those asked for must be clear.
+    several = names[names.duplicated()].intersection(wanted)
+    if len(several):
+        raise KeyError(
+            f"{several[0]!r} stands for several genes in adata.var[{gene_symbols!r}]: name them by adata.var_names, "
+            "without gene_symbols."
+        )
+    first = np.flatnonzero(~names.duplicated())
+    found = first[positions(names[first], wanted, "gene")]
+    return found, list(names[found])
+
+
 def positions(names: pd.Index, wanted: str | Sequence[str] | None, what: str) -> np.ndarray:
     """Return where these names of genes or cells stand; None for all."""
     if wanted is None:

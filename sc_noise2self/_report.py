@@ -1,56 +1,102 @@
-"""One paragraph that says what a denoised layer is worth: `report`."""
+"""What a denoised layer is worth, in three lines, in a paragraph or as a table: `report`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, overload
+from html import escape
+from typing import Any, Literal, overload
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from ._checks import check_flag
 from ._intervals import strata_of
 from ._loss import Score
 from ._read import clear_gains, gains_of_genes, record, sizes
 from ._slots import in_memory
 
 
-@overload
-def report(adata: AnnData, *, key: str = "denoised", groupby: None = None) -> str: ...
+class Report(str):
+    """The text of a report, a string like any other; a notebook shows it with its figures as a table."""
+
+    figures: pd.DataFrame
+
+    def _repr_html_(self) -> str:
+        lines = "<br>".join(escape(line) for line in self.splitlines())
+        return f"<p>{lines}</p>{self.figures.to_html(float_format='{:,.4g}'.format, na_rep='')}"
 
 
 @overload
-def report(adata: AnnData, *, key: str = "denoised", groupby: str) -> pd.DataFrame: ...
+def report(
+    adata: AnnData,
+    *,
+    key: str = "denoised",
+    groupby: None = None,
+    detail: bool = False,
+    as_frame: Literal[False] = False,
+) -> str: ...
 
 
-def report(adata: AnnData, *, key: str = "denoised", groupby: str | None = None) -> str | pd.DataFrame:
-    """Return a paragraph on a result: what was done, what it gained, on how much, the warnings, what not to do with it.
+@overload
+def report(
+    adata: AnnData, *, key: str = "denoised", groupby: None = None, detail: bool = False, as_frame: Literal[True]
+) -> pd.DataFrame: ...
+
+
+@overload
+def report(
+    adata: AnnData, *, key: str = "denoised", groupby: str, detail: bool = False, as_frame: bool = False
+) -> pd.DataFrame: ...
+
+
+def report(
+    adata: AnnData,
+    *,
+    key: str = "denoised",
+    groupby: str | None = None,
+    detail: bool = False,
+    as_frame: bool = False,
+) -> str | pd.DataFrame:
+    """Return what a result is worth: what was done, what it gained, how many warnings, what not to do with it.
 
     Parameters
     ----------
     adata
-        Object that `sc_noise2self.denoise` or `denoise_with` wrote to.
+        Object that `sc_noise2self.denoise` or `denoise_with` wrote to, or a subset of it.
     key
         Its `key_added`.
     groupby
-        Instead of the paragraph, a table of where denoising helps and for whom not: a categorical column of `obs`;
+        Instead of the text, a table of where denoising helps and for whom not: a categorical column of `obs`;
         `"depth"`, tenths of the cells by their molecules; or `"expression"`, tenths of the genes by theirs.
+    detail
+        A paragraph that says all of it, with every warning, instead of three short lines.
+    as_frame
+        The figures alone, as a table.
 
     Returns
     -------
-    Plain text without line breaks; `sc_noise2self.pl.caption` puts it under a figure. With `groupby` a DataFrame with a
-    row for each group: `n`, its cells or genes that were measured; `gain` in nats per held-out molecule above the mean
-    profile, and `gain_error`, its standard error over cells or genes; `coverage`, the share of sampled held-out counts
-    inside their 90 % interval.
+    Three lines of plain text; with `detail=True` a paragraph without line breaks, which `sc_noise2self.pl.caption` puts
+    under a figure. A notebook shows either with its figures as a table.
+
+    With `as_frame=True` a DataFrame with a row for each figure: its `value`, its standard `error` where it has one, and
+    what it is `of`. With `groupby` a DataFrame with a row for each group: `n`, its cells or genes that were measured;
+    `gain` in nats per held-out molecule above the mean profile, and `gain_error`, its standard error over cells or
+    genes; `coverage`, the share of sampled held-out counts inside their 90 % interval.
 
     Raises
     ------
     KeyError
         If there is no such result, or no such column.
+    ValueError
+        If more than one of `groupby`, `detail` and `as_frame` is given.
 
     Notes
     -----
-    A gene gained, or lost, if its held-out gain is more than two standard errors from 0 (`.var["denoised_gain"]`).
+    A gene gained, or lost, if its held-out gain is more than two standard errors from 0 (`.var["denoised_gain"]`). Of a
+    subset of the cells the report gives their own gain beside that of all. What cannot be known of a subset is that of
+    the whole, and is said to be: what genes gained, over all cells, and what cells gained, over all genes. The coverage
+    of tenths of genes is known of all genes alone, else NaN.
 
     Examples
     --------
@@ -59,11 +105,97 @@ def report(adata: AnnData, *, key: str = "denoised", groupby: str | None = None)
     >>> n2s.denoise(adata)
     >>> print(n2s.report(adata))  # doctest: +ELLIPSIS
     PCA of log1p (18 components worth more than noise...
+    Gain ...
+    Of 765 genes ...
+    >>> n2s.report(adata, as_frame=True).loc["candidates", "value"].item()
+    9.0
     """
+    given = {"groupby": groupby is not None, "detail": detail, "as_frame": as_frame}
+    for name in ("detail", "as_frame"):
+        check_flag(name, given[name])
+    if sum(given.values()) > 1:
+        names = " and ".join(name for name, is_given in given.items() if is_given)
+        raise ValueError(f"{names} were given: each asks for another form of the report, so pass one of them.")
     if groupby is not None:
         return _table(adata, key, groupby)
+    figures = _figures(adata, key)
+    if as_frame:
+        return figures
+    said = Report(_paragraph(adata, key, figures) if detail else _three_lines(adata, key, figures))
+    said.figures = figures
+    return said
+
+
+def _figures(adata: AnnData, key: str) -> pd.DataFrame:
+    """Return every figure of a report: a row each, with what it is of."""
     written = record(adata, key)
-    sentences = [_what_was_done(written), _what_it_gained(written, adata.n_obs), _in_which_genes(adata, key)]
+    covered = _coverage(written, "all")
+    n_cells, n_genes = int(written["n_cells"]), int(written["n_genes"])
+    over_genes = "" if adata.n_vars == n_genes else f", over all {n_genes:,} genes"
+    over_cells = "" if adata.n_obs == n_cells else f", over all {n_cells:,} cells that were denoised"
+    cells, genes = f"the {n_cells:,} cells that were denoised{over_genes}", f"{adata.n_vars:,} genes{over_cells}"
+    rows: list[tuple[str, float, float, str]] = [
+        ("gain", written["gain"], written["gain_error"], cells),
+        ("coverage", covered.get(0, np.nan), np.nan, cells),
+        ("held-out molecules", written["gain_molecules"], np.nan, cells),
+        ("cells measured", written["gain_cells"], np.nan, cells),
+    ]
+    if "unmixed_gain" in written:
+        rows.append(("gain without mixing", written["unmixed_gain"], np.nan, cells))
+    if over_cells and {f"{key}_gain", f"{key}_coverage"} <= set(adata.obs):
+        here = _of_cells(adata, key, np.zeros(adata.n_obs, dtype=int)).squeeze()
+        these = f"{here['n']:,.0f} cells here{over_genes}"
+        rows.append(("gain here", here["gain"], here["gain_error"], these))
+        rows.append(("coverage here", here["coverage"], np.nan, these))
+    clear = {name: int(which.sum()) for name, which in clear_gains(adata, key).items()}
+    rows += [(f"genes {name}", n, np.nan, genes) for name, n in clear.items()]
+    rows.append(("genes not scored", adata.n_vars - sum(clear.values()), np.nan, genes))
+    rows.append(("candidates", len(written.get("candidates", ())), np.nan, "this result"))
+    rows.append(("warnings", len(written["warnings"]), np.nan, "this result"))
+    frame = pd.DataFrame(rows, columns=["figure", "value", "error", "of"]).set_index("figure")
+    return frame.astype({"value": float, "error": float})
+
+
+def _three_lines(adata: AnnData, key: str, figures: pd.DataFrame) -> str:
+    written, value = record(adata, key), figures["value"]
+    n_warnings = int(value["warnings"])
+    warned = f"{n_warnings} warning{'s' if n_warnings > 1 else ''}: see detail=True. " if n_warnings else ""
+    over = "" if adata.n_obs == int(written["n_cells"]) else f", over all {written['n_cells']:,} cells"
+    genes = (
+        f"Of {adata.n_vars:,} genes {value['genes gained']:,.0f} are predicted better than by their mean and "
+        f"{value['genes lost']:,.0f} worse{over}."
+    )
+    return "\n".join(
+        [
+            f"{_how(written, brief=True)}{_chosen(written, brief=True)}.",
+            _gain_in_a_line(adata, written, figures),
+            f"{genes} {warned}Use the values to look, and test on the counts.",
+        ]
+    )
+
+
+def _gain_in_a_line(adata: AnnData, written: Mapping[str, Any], figures: pd.DataFrame) -> str:
+    gain, covered, whole = figures.loc["gain"], figures["value"]["coverage"], f"{written['n_cells']:,} cells"
+    if not written["beats_mean"] or written["gain_cells"] < 2:
+        return f"Molecules held out of {whole} do not tell that it predicts them better than one mean profile does."
+    said, where = f"{gain['value']:.3f} +- {gain['error']:.3f}", whole
+    if "gain here" in figures.index and np.isfinite(figures["error"]["gain here"]):
+        here, covered = figures.loc["gain here"], figures["value"]["coverage here"]
+        where = f"the {adata.n_obs:,} cells here, {said} in all {whole}"
+        said = f"{here['value']:.3f} +- {here['error']:.3f}"
+    over = "" if adata.n_vars == int(written["n_genes"]) else f", over all {written['n_genes']:,} genes"
+    inside = f"; 90 % intervals held {covered:.1%} of held-out counts" if np.isfinite(covered) else ""
+    return f"Gain {said} nats per held-out molecule above one mean profile in {where}{over}{inside}."
+
+
+def _paragraph(adata: AnnData, key: str, figures: pd.DataFrame) -> str:
+    written = record(adata, key)
+    sentences = [
+        _what_was_done(written),
+        _what_it_gained(written, adata.n_obs),
+        *_here(written, adata, figures),
+        _in_which_genes(adata, key),
+    ]
     if written["params"]["mix"]:
         sentences.append(
             "Copies of one molecule look like expression to what was mixed in: compare with mix=False before you "
@@ -78,23 +210,34 @@ def report(adata: AnnData, *, key: str = "denoised", groupby: str | None = None)
     return " ".join(sentences)
 
 
-def _what_was_done(written: Mapping[str, Any]) -> str:
+def _how(written: Mapping[str, Any], *, brief: bool = False) -> str:
+    """Return what was done to which counts; of several members, `brief` gives their titles alone."""
     params, members = written["params"], written["members"]
     parts = [str(described) for described in members["described"]]
     if len(parts) > 1:
-        parts = [f"{weight:.0%} {part}" for weight, part in zip(members["weight"], parts, strict=True)]
+        names = [str(title) for title in members["title"]] if brief else parts
+        parts = [f"{weight:.0%} {part}" for weight, part in zip(members["weight"], names, strict=True)]
     source = f"the counts in layer {params['layer']!r}" if "layer" in params else "the counts in X"
     how = f"{', '.join(parts[:-1])} and {parts[-1]} of" if len(parts) > 1 else f"{parts[0]} of"
     if "model" in params:
         how = f"A model fitted to other cells, {parts[0]}, applied to"
     mixed = ", with each cell's own count of a gene mixed back in" if params["mix"] else ""
+    return f"{how[0].upper()}{how[1:]} {source}{mixed}"
+
+
+def _chosen(written: Mapping[str, Any], *, brief: bool = False) -> str:
     tried = len(written["candidates"]) if "candidates" in written else 0
-    chosen = f", the best of {tried} candidates by molecules held out" if tried > 1 and len(parts) == 1 else ""
     if tried and not written["beats_mean"]:
         beats = f"none of {tried} candidates beats" if tried > 1 else "the one candidate does not beat"
-        chosen = f", which {beats} by molecules held out"
-    version = f"sc_noise2self {written['version']}, seed {params['random_state']}"
-    return f"{how[0].upper()}{how[1:]} {source}{mixed}{chosen} ({version}). Values are {written['scale_meaning']}."
+        return f", which {beats} by molecules held out"
+    one = len(written["members"]["described"]) == 1
+    by = "" if brief else " by molecules held out"
+    return f", the best of {tried} candidates{by}" if tried > 1 and one else ""
+
+
+def _what_was_done(written: Mapping[str, Any]) -> str:
+    version = f"sc_noise2self {written['version']}, seed {written['params']['random_state']}"
+    return f"{_how(written)}{_chosen(written)} ({version}). Values are {written['scale_meaning']}."
 
 
 def _what_it_gained(written: Mapping[str, Any], n_here: int) -> str:
@@ -128,6 +271,19 @@ def _cells(n_measured: int, n_denoised: int, n_here: int) -> str:
     return f"{of}the {n_denoised:,} cells that were denoised, {here}"
 
 
+def _here(written: Mapping[str, Any], adata: AnnData, figures: pd.DataFrame) -> list[str]:
+    """Return what is to be said of a subset: the gain of its cells, and what is of the whole."""
+    sentences, value, error = [], figures["value"], figures["error"]
+    if "gain here" in value and np.isfinite(error["gain here"]):
+        here = f"{value['gain here']:.3f} +- {error['gain here']:.3f}"
+        sentences.append(f"In the cells here the gain is {here} nats per molecule.")
+    if adata.n_vars != int(written["n_genes"]):
+        sentences.append(f"Gains of cells are over all {written['n_genes']:,} genes that were denoised.")
+    if adata.n_obs != int(written["n_cells"]):
+        sentences.append(f"Gains of genes are over all {written['n_cells']:,} cells that were denoised.")
+    return sentences
+
+
 def _in_which_genes(adata: AnnData, key: str) -> str:
     n = {name: int(genes.sum()) for name, genes in clear_gains(adata, key).items()}
     n_scored = sum(n.values())
@@ -145,22 +301,31 @@ def _in_which_genes(adata: AnnData, key: str) -> str:
 def _table(adata: AnnData, key: str, groupby: str) -> pd.DataFrame:
     """Return gain and coverage by groups of cells, or of genes."""
     written = record(adata, key)
-    tenths = pd.DataFrame(written["coverage"]).query("level == 0.9 and by == @groupby").set_index("decile")["covered"]
     if groupby == "expression":
         gain, _, molecules = gains_of_genes(adata, key)
         known = np.flatnonzero(molecules > 0)
         table = _by_group(strata_of(molecules[known]) + 1, gain[known], molecules[known])
-        return table.assign(coverage=tenths.reindex(table.index).to_numpy())
+        whole = adata.n_vars == int(written["n_genes"])
+        return table.assign(coverage=_coverage(written, groupby).reindex(table.index) if whole else np.nan)
+    if groupby == "depth":
+        return _of_cells(adata, key, strata_of(sizes(adata, key)) + 1)
+    if groupby not in adata.obs:
+        raise KeyError(f"there is no column {groupby!r} in adata.obs: it has {list(adata.obs.columns)}.")
+    return _of_cells(adata, key, in_memory(adata.obs[[groupby]])[groupby].astype(str).to_numpy())
+
+
+def _coverage(written: Mapping[str, Any], by: str) -> pd.Series:
+    """Return the coverage of 90 % intervals by tenths, which are numbered from 1, or of all, which is 0."""
+    table = pd.DataFrame(written.get("coverage", {"level": [], "by": [], "decile": [], "covered": []}))
+    return table.query("level == 0.9 and by == @by").set_index("decile")["covered"]
+
+
+def _of_cells(adata: AnnData, key: str, groups: np.ndarray) -> pd.DataFrame:
+    """Return gain and coverage of each group of cells; `groups` names that of each cell."""
     size = sizes(adata, key)
     if f"{key}_gain" not in adata.obs:
         raise KeyError(f"adata.obs[{f'{key}_gain'!r}], the gain of each cell, is gone: run denoise again.")
     gain, covered = (in_memory(adata.obs[[f"{key}_{name}"]]).to_numpy()[:, 0] for name in ("gain", "coverage"))
-    if groupby == "depth":
-        table = _by_group(strata_of(size) + 1, gain, size)
-        return table.assign(coverage=tenths.reindex(table.index).to_numpy())
-    if groupby not in adata.obs:
-        raise KeyError(f"there is no column {groupby!r} in adata.obs: it has {list(adata.obs.columns)}.")
-    groups = in_memory(adata.obs[[groupby]])[groupby].astype(str).to_numpy()
     table = _by_group(groups, gain, size)
     inside = pd.Series(covered).groupby(groups).mean()
     return table.assign(coverage=inside.reindex(table.index).to_numpy())

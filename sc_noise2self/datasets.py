@@ -15,9 +15,10 @@ from anndata import AnnData
 def pbmc68k_reduced() -> AnnData:
     """Return 700 blood cells x 765 genes with raw counts, from the file that scanpy's wheel carries.
 
-    `sc.datasets.pbmc68k_reduced()` keeps log1p of counts scaled by one factor per cell, to three decimals. A cell's
-    smallest value stands for a small whole number of molecules (one, nearly always); the number that makes all its
-    values whole gives its counts back exactly.
+    They are the layer `"counts"` of `sc.datasets.pbmc68k_reduced()` where it has one, from scanpy 1.13 on. Before, it
+    keeps log1p of counts scaled by one factor per cell, to three decimals. A cell's smallest value stands for a small
+    whole number of molecules (one, nearly always); the number that makes all its values whole gives its counts back
+    exactly.
 
     Returns
     -------
@@ -30,14 +31,11 @@ def pbmc68k_reduced() -> AnnData:
         If a cell's values are not whole numbers of molecules at any scale (another version of the file).
     """
     source = sc.datasets.pbmc68k_reduced()
-    logged = sp.csr_matrix(source.raw.X)
-    counts = np.empty(logged.nnz, np.float32)
-    for start, stop in zip(logged.indptr[:-1], logged.indptr[1:], strict=True):
-        counts[start:stop] = _whole_numbers(logged.data[start:stop].astype(np.float64))
+    counts = source.layers["counts"] if "counts" in source.layers else _counts_behind(sp.csr_matrix(source.raw.X))
     return AnnData(
-        sp.csr_matrix((counts, logged.indices, logged.indptr), shape=logged.shape),
+        sp.csr_matrix(counts, dtype=np.float32),
         obs=source.obs[["bulk_labels", "louvain"]].copy(),
-        var=source.raw.var[[]].copy(),
+        var=source.var[[]].copy(),
         obsm={"X_umap": source.obsm["X_umap"]},
         uns={key: source.uns[key] for key in ("bulk_labels_colors", "louvain_colors")},
     )
@@ -97,6 +95,14 @@ def _fetch(url: str, sha256: str, name: str) -> Path:
         raise ImportError("a download needs pooch: pip install pooch.") from error
     path = Path(sc.settings.datasetdir) / name
     return Path(pooch.retrieve(url, f"sha256:{sha256}", fname=path.name, path=path.parent))
+
+
+def _counts_behind(logged: sp.csr_matrix) -> sp.csr_matrix:
+    """Return the counts of which log1p, scaled by one factor per cell, is kept to three decimals."""
+    counts = np.empty(logged.nnz, np.float32)
+    for start, stop in zip(logged.indptr[:-1], logged.indptr[1:], strict=True):
+        counts[start:stop] = _whole_numbers(logged.data[start:stop].astype(np.float64))
+    return sp.csr_matrix((counts, logged.indices, logged.indptr), shape=logged.shape)
 
 
 def _whole_numbers(logged: np.ndarray) -> np.ndarray:

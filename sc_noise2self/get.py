@@ -13,7 +13,7 @@ from anndata import AnnData
 
 from ._blocks import Counts, InMemory
 from ._checks import check_number, check_one_of
-from ._read import Source, beliefs, gene_factors, positions, profiles, record, sizes, values_of
+from ._read import Source, beliefs, gene_factors, gene_positions, positions, profiles, record, sizes, values_of
 from ._result import GeneFactors, Result
 from ._slots import as_array, in_memory
 from .methods._profiles import MixedProfiles, Profiles
@@ -33,6 +33,7 @@ def denoised(
     key: str = "denoised",
     scale: str | Scale = "counts",
     source: Source | None = None,
+    gene_symbols: str | None = None,
 ) -> pd.DataFrame:
     """Return denoised values of some genes and cells.
 
@@ -50,6 +51,8 @@ def denoised(
         `"factors"` rebuilds the values; no layer is needed or made, and counts that were mixed in are read where they
         are. `"layer"` reads `.layers[key]`, for a result whose factors, or whose counts that were mixed in, are gone.
         None takes factors, or the layer where a method gives values and no factors.
+    gene_symbols
+        Column of `var` by which `genes` are named here and in what is returned, as in scanpy; None takes `var_names`.
 
     Returns
     -------
@@ -58,7 +61,8 @@ def denoised(
     Raises
     ------
     KeyError
-        If there is no such result, or a gene or a cell is not in `adata`.
+        If there is no such result or column, if a gene or a cell is not in `adata`, or if a symbol that is asked for
+        stands for several genes.
     ValueError
         If counts were mixed in and are no longer where they were, if the layer was written on another scale than
         `"counts"` and than the one asked for, or if factors are asked for where there are none.
@@ -74,9 +78,9 @@ def denoised(
     own_scale = as_scale(scale)
     if source is not None:
         check_one_of("source", source, get_args(Source))
-    columns, rows = positions(adata.var_names, genes, "gene"), positions(adata.obs_names, cells, "cell")
+    (columns, names), rows = gene_positions(adata, genes, gene_symbols), positions(adata.obs_names, cells, "cell")
     values = values_of(adata, key, rows, columns, own_scale, source=source)
-    return pd.DataFrame(values, index=adata.obs_names[rows], columns=list(adata.var_names[columns]))
+    return pd.DataFrame(values, index=adata.obs_names[rows], columns=names)
 
 
 def interval(
@@ -88,6 +92,7 @@ def interval(
     scale: str | Scale = "counts",
     key: str = "denoised",
     predictive: bool = False,
+    gene_symbols: str | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the interval that holds a cell's expected count with a probability of `level`.
 
@@ -96,7 +101,7 @@ def interval(
 
     Parameters
     ----------
-    adata, genes, cells, scale, key
+    adata, genes, cells, scale, key, gene_symbols
         As in `denoised`.
     level
         Probability, above 0 and at most 1; the interval leaves half of the rest on each side.
@@ -132,13 +137,12 @@ def interval(
     own_scale = as_scale(scale)
     if predictive and own_scale != as_scale("counts"):
         raise ValueError("predictive=True is of counts: leave scale out.")
-    columns, rows = positions(adata.var_names, genes, "gene"), positions(adata.obs_names, cells, "cell")
+    (columns, names), rows = gene_positions(adata, genes, gene_symbols), positions(adata.obs_names, cells, "cell")
     belief = beliefs(adata, key, rows, columns)
     size = sizes(adata, key)
     own_scale = own_scale.settled(size)
     ends = [own_scale.apply(end, size[rows]) for end in belief.interval(level, predictive=predictive)]
-    index, names = adata.obs_names[rows], list(adata.var_names[columns])
-    low, high = (pd.DataFrame(end, index=index, columns=names) for end in ends)
+    low, high = (pd.DataFrame(end, index=adata.obs_names[rows], columns=names) for end in ends)
     return low, high
 
 
@@ -150,13 +154,14 @@ def adata(
     key: str = "denoised",
     scale: str | Scale = "counts",
     source: Source | None = None,
+    gene_symbols: str | None = None,
 ) -> AnnData:
     """Return denoised values of some genes and cells as an AnnData object of its own, for any function of scanpy.
 
     Parameters
     ----------
-    adata, genes, cells, key, scale, source
-        As in `denoised`.
+    adata, genes, cells, key, scale, source, gene_symbols
+        As in `denoised`; the object keeps its `var_names`, and the column.
 
     Returns
     -------
@@ -176,8 +181,8 @@ def adata(
     >>> n2s.get.adata(adata, ["CD79A", "NKG7"], scale="log1p_cp10k").shape
     (700, 2)
     """
-    values = denoised(adata, genes, cells=cells, key=key, scale=scale, source=source)
-    rows, columns = positions(adata.obs_names, cells, "cell"), positions(adata.var_names, genes, "gene")
+    values = denoised(adata, genes, cells=cells, key=key, scale=scale, source=source, gene_symbols=gene_symbols)
+    rows, (columns, _) = positions(adata.obs_names, cells, "cell"), gene_positions(adata, genes, gene_symbols)
     obs, var = in_memory(adata.obs).iloc[rows].copy(), in_memory(adata.var).iloc[columns].copy()
     obs.index, var.index = obs.index.astype(str), var.index.astype(str)  # anndata takes no other
     obsm = {name: value.iloc[rows] if hasattr(value, "iloc") else value[rows] for name, value in adata.obsm.items()}

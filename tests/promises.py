@@ -252,7 +252,7 @@ def parts_of_a_result_are_read_as_the_whole(result: Result) -> None:
 
 
 def the_report_is_plain_text(result: Result) -> None:
-    said = n2s.report(result.adata, key=result.key)
+    said = n2s.report(result.adata, key=result.key, detail=True)
     assert len(said) > 200
     assert "\n" not in said
     assert said.endswith(".")

@@ -21,6 +21,7 @@ from helpers import PCAEstimator, divergence
 
 import sc_noise2self as n2s
 from sc_noise2self._blocks import Counts
+from sc_noise2self._calibrate import Calibration
 from sc_noise2self._compare import COLUMNS, Comparison
 from sc_noise2self._loss import Gain, Score
 from sc_noise2self.methods import Function, Method
@@ -1101,3 +1102,12 @@ def test_methods_that_cannot_be_calibrated_are_refused(adata, make, error, messa
     with pytest.raises(error, match=message):
         make(adata)
     assert not adata.uns
+
+
+def test_a_notebook_shows_what_was_chosen_and_the_table():
+    best, table = {"what": "<b>"}, pd.DataFrame({"what": ["<b>", "c"], "loss": [0.5, 0.75], "chosen": [True, False]})
+    shown = Calibration(best, table, np.array([[0.5], [0.75]]))._repr_html_()
+    assert shown.startswith("<p>Best: <b>what=&#x27;&lt;b&gt;&#x27;</b></p>")
+    assert shown.count("<b>") == 1
+    assert shown.count("<tr") == 3
+    assert "0.75" in shown

@@ -23,6 +23,19 @@ def test_bundled_counts_are_counts(pbmc):
     assert pbmc.X.data.min() == 1
 
 
+def test_bundled_counts_are_the_layer_where_scanpy_has_one(pbmc, monkeypatch):
+    """As in scanpy 1.13, which keeps counts; `raw` goes there once its next presets come."""
+    newer = sc.datasets.pbmc68k_reduced()
+    newer.layers["counts"] = pbmc.X.astype(np.int32)
+    del newer.raw
+    monkeypatch.setattr(sc.datasets, "pbmc68k_reduced", lambda: newer)
+    found = n2s.datasets.pbmc68k_reduced()
+    assert (found.X != pbmc.X).nnz == 0
+    assert found.X.dtype == np.float32
+    assert list(found.var_names) == list(pbmc.var_names)
+    assert list(found.obs.columns) == list(pbmc.obs.columns)
+
+
 @pytest.fixture
 def downloaded(tmp_path, monkeypatch):
     """A small file of the layout of paul15.h5, where scanpy keeps its own."""

@@ -527,3 +527,26 @@ def test_held_out_gain_on_real_counts(real_data, name, method, mix, least):
     gain = held_out_gain(held_out_probabilities(profiles(adata), test), test, mean)
     assert gain.mean > least
     assert adata.uns["denoised"]["gain"] < gain.mean + 3 * gain.error  # what was promised is kept
+
+
+def test_the_modality_of_a_mudata_object_is_denoised_in_place(adata):
+    mudata = pytest.importorskip("mudata")
+    protein = ad.AnnData(np.ones((adata.n_obs, 2), np.float32), obs=adata.obs[[]])
+    with mudata.set_options(pull_on_update=False):
+        mdata = mudata.MuData({"rna": adata.copy(), "prot": protein})
+    n2s.denoise(mdata["rna"])
+    n2s.denoise(adata)
+    np.testing.assert_array_equal(mdata["rna"].layers["denoised"], adata.layers["denoised"])
+    assert n2s.get.denoised(mdata["rna"], "gene-1").shape == (300, 1)
+    assert n2s.report(mdata["rna"]) == n2s.report(adata)
+    assert "denoised" not in mdata["prot"].layers
+
+
+def test_an_old_generator_of_numpy_is_drawn_from(adata):
+    first, same, other = (
+        n2s.denoise(adata, copy=True, random_state=state, write_layer=False)
+        for state in (np.random.RandomState(3), np.random.RandomState(3), np.random.RandomState(4))
+    )
+    np.testing.assert_array_equal(first.obsm["denoised"], same.obsm["denoised"])
+    assert first.uns["denoised"]["gain"] != other.uns["denoised"]["gain"]
+    assert first.uns["denoised"]["params"]["random_state"] == "generator"

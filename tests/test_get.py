@@ -72,7 +72,7 @@ def test_a_scale_of_ones_own(adata, tmp_path):
     adata.write_h5ad(tmp_path / "a.h5ad")
     adata = ad.read_h5ad(tmp_path / "a.h5ad")
     np.testing.assert_allclose(adata.layers["denoised"].sum(axis=1), 1000, rtol=1e-4)
-    assert "Values are molecules per thousand of the cell." in n2s.report(adata)
+    assert "Values are molecules per thousand of the cell." in n2s.report(adata, detail=True)
     a, b = (n2s.get.denoised(adata, scale=PerThousand(), source=source) for source in ("factors", "layer"))
     pd.testing.assert_frame_equal(a, b, rtol=1e-4)
 
@@ -263,3 +263,49 @@ def test_lazy_takes_factors_in_data_frames(adata):
     for name in ("denoised", "denoised_scale"):
         adata.obsm[name] = pd.DataFrame(adata.obsm[name], adata.obs_names).add_prefix("factor")
     np.testing.assert_allclose(n2s.get.lazy(adata).compute(), adata.layers["denoised"], rtol=1e-4)
+
+
+class TestGeneSymbols:
+    """Genes named by a column of `var`, as in scanpy."""
+
+    @pytest.fixture
+    def by_identifier(self, written):
+        """The genes have identifiers for names."""
+        symbols = list(written.var_names)
+        written.var["symbol"] = pd.Categorical(symbols)
+        written.var_names = [f"ENSG{i:011d}" for i in range(written.n_vars)]
+        return written
+
+    def test_they_name_genes_in_every_getter(self, by_identifier):
+        named = by_identifier.copy()
+        named.var_names = named.var["symbol"].astype(str)
+        expected = n2s.get.denoised(named, GENES)
+        pd.testing.assert_frame_equal(n2s.get.denoised(by_identifier, GENES, gene_symbols="symbol"), expected)
+        found = n2s.get.interval(by_identifier, GENES, gene_symbols="symbol")
+        for end, of_names in zip(found, n2s.get.interval(named, GENES), strict=True):
+            pd.testing.assert_frame_equal(end, of_names)
+        own = n2s.get.adata(by_identifier, GENES, gene_symbols="symbol")
+        assert list(own.var["symbol"]) == GENES
+        assert own.var_names.str.startswith("ENSG").all()
+        np.testing.assert_array_equal(own.X, expected)
+        axes = sc.pl.dotplot(own, GENES, "bulk_labels", gene_symbols="symbol", show=False)
+        assert "mainplot_ax" in axes
+
+    def test_all_genes_have_their_symbols_for_names(self, by_identifier):
+        found = n2s.get.denoised(by_identifier, cells=by_identifier.obs_names[:2], gene_symbols="symbol")
+        assert list(found.columns) == list(by_identifier.var["symbol"])
+
+    def test_a_symbol_of_several_genes_is_refused_where_it_is_asked_for(self, by_identifier):
+        symbols = by_identifier.var["symbol"].astype(str).to_numpy()
+        others = [i for i, name in enumerate(symbols) if name not in GENES][:5]
+        symbols[others] = ["twice", "twice", "", "", ""]
+        by_identifier.var["symbol"] = symbols
+        assert n2s.get.denoised(by_identifier, GENES, gene_symbols="symbol").shape == (700, 2)
+        with pytest.raises(KeyError, match="'twice' stands for several genes in adata.var.*: name them by adata.var_n"):
+            n2s.get.denoised(by_identifier, ["CD79A", "twice"], gene_symbols="symbol")
+
+    def test_what_is_missing_is_named(self, by_identifier):
+        with pytest.raises(KeyError, match="there is no column 'name' in adata.var: it has"):
+            n2s.get.denoised(by_identifier, GENES, gene_symbols="name")
+        with pytest.raises(KeyError, match=r"gene\(s\) not in adata: 'nkg7'; near 'nkg7' are 'NKG7'"):
+            n2s.get.denoised(by_identifier, "nkg7", gene_symbols="symbol")

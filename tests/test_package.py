@@ -166,11 +166,63 @@ def test_module_runs_as_a_program_and_reports_the_gain(source, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "nats per held-out molecule" in done.stderr
     assert "out.h5ad, result 'denoised'" in done.stdout
-    assert "circular" in done.stdout
+    assert "test on the counts" in done.stdout
 
 
-def test_version_is_recorded(adata):
+def test_version_is_recorded_and_printed(adata, capsys):
     import sc_noise2self as n2s
 
     n2s.denoise(adata)
-    assert adata.uns["denoised"]["version"] == importlib.metadata.version("sc-noise2self")
+    version = importlib.metadata.version("sc-noise2self")
+    assert n2s.__version__ == adata.uns["denoised"]["version"] == version
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert not end.value.code
+    assert capsys.readouterr().out == f"sc-noise2self {version}\n"
+
+
+@pytest.mark.parametrize("command", [[], ["denoise"], ["select-rank"], ["report"]])
+def test_help_is_plain_text(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: {' '.join(['sc-noise2self', *command])} ")
+    assert not {"`", "*", "\x1b"} & set(said)
+
+
+def test_command_line_selects_the_rank(source, adata, capsys):
+    import sc_noise2self as n2s
+
+    before = source.read_bytes()
+    assert main(["select-rank", str(source), "--layer", "counts", "--max-rank", "9", "--seed", "2", "--quiet"]) == 0
+    assert capsys.readouterr().out == f"{n2s.select_rank(adata, max_rank=9, random_state=2)}\n"
+    assert source.read_bytes() == before
+    for arguments, message in [
+        (["--protocol", "x"], "--protocol is 'x': pass one of loo"),
+        (["--max-rank", "500"], "--max-rank is 500: 300 cells x 120 genes have at most 119 components"),
+        (["--layer", "raw"], "layer 'raw' is missing: the file has ['counts']"),
+    ]:
+        assert main(["select-rank", str(source), *arguments, "--quiet"]) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
+
+
+def test_command_line_reports(adata, tmp_path, capsys):
+    import sc_noise2self as n2s
+
+    adata.obs["kind"] = ["a", "b", "b"] * 100
+    n2s.denoise(adata, key_added="x", write_layer=False)
+    adata.write_h5ad(tmp_path / "out.h5ad")
+    for options, expected in [
+        ([], n2s.report(adata, key="x") + "\n"),
+        (["--detail"], n2s.report(adata, key="x", detail=True) + "\n"),
+        (["--groupby", "kind"], n2s.report(adata, key="x", groupby="kind").to_csv(sep="\t", float_format="%.6g")),
+        (["--as-frame"], n2s.report(adata, key="x", as_frame=True).to_csv(sep="\t", float_format="%.6g")),
+    ]:
+        assert main(["report", str(tmp_path / "out.h5ad"), "--key", "x", *options]) == 0
+        assert capsys.readouterr().out == expected
+    assert main(["report", str(tmp_path / "out.h5ad")]) == 2
+    assert capsys.readouterr().err.startswith("sc_noise2self: there is no result 'denoised': run ")
+    assert main(["report", str(tmp_path / "no.h5ad")]) == 2
+    assert "no.h5ad does not exist" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The honesty aids: what each gene gained, and the paragraph that says what a result is worth."""
+"""The honesty aids: what each gene gained, and the report that says what a result is worth."""
 
 import anndata as ad
 import numpy as np
@@ -49,7 +49,7 @@ def test_a_second_result_replaces_the_gains_of_the_first(adata):
 
 def test_report_says_what_was_done_and_what_it_gained(pbmc):
     n2s.denoise(pbmc)
-    text, record = n2s.report(pbmc), pbmc.uns["denoised"]
+    text, record = n2s.report(pbmc, detail=True), pbmc.uns["denoised"]
     assert "\n" not in text
     assert text.startswith(f"PCA of log1p ({record['members']['rank'][0]} components worth more than noise")
     assert f"{record['gain']:.3f} +- {record['gain_error']:.3f} nats per molecule" in text
@@ -63,7 +63,7 @@ def test_report_says_what_was_done_and_what_it_gained(pbmc):
 def test_report_of_mixing_layers_scales_and_ensembles(adata):
     adata.layers["counts"], adata.X = adata.X, None
     n2s.denoise(adata, ["pca", "knn"], layer="counts", mix=True, scale="rates", key_added="m")
-    text = n2s.report(adata, key="m")
+    text = n2s.report(adata, key="m", detail=True)
     assert "of the counts in layer 'counts', with each cell's own count of a gene mixed back in" in text
     assert "share of each gene in the cell's molecules" in text
     assert f"{adata.uns['m']['unmixed_gain']:.3f} without mixing" in text
@@ -75,21 +75,21 @@ def test_report_repeats_the_warnings_and_survives_a_file(adata, tmp_path):
     adata.X = sp.diags_array(np.float32(np.arange(300) != 3)) @ adata.X
     with pytest.warns(UserWarning, match="hold no molecule"):
         n2s.denoise(adata, write_layer=False)
-    assert "Warnings: 1 cell(s) hold no molecule and stay zero" in n2s.report(adata)
+    assert "Warnings: 1 cell(s) hold no molecule and stay zero" in n2s.report(adata, detail=True)
     adata.write_h5ad(tmp_path / "a.h5ad")
-    assert n2s.report(ad.read_h5ad(tmp_path / "a.h5ad")) == n2s.report(adata)
+    assert n2s.report(ad.read_h5ad(tmp_path / "a.h5ad"), detail=True) == n2s.report(adata, detail=True)
 
 
 def test_report_of_nothing_gained(adata):
     null = n2s.null_counts(adata)
     with pytest.warns(UserWarning, match="no candidate"):
         n2s.denoise(null)
-    text = n2s.report(null)
+    text = n2s.report(null, detail=True)
     assert text.startswith("The mean profile of the counts in X, which none of 9 candidates beats")
     assert "predicted no better than by one mean profile" in text
     assert "No gene is predicted better than its mean." in text
     with pytest.raises(KeyError, match="there is no result 'denoised'"):
-        n2s.report(adata)
+        n2s.report(adata, detail=True)
 
 
 def test_report_goes_by_what_was_written(adata):
@@ -97,7 +97,7 @@ def test_report_goes_by_what_was_written(adata):
     with pytest.warns(UserWarning, match="no candidate"):
         n2s.denoise(null)
     null.uns["denoised"]["gain"], null.uns["denoised"]["gain_error"] = 1e-6, 1e-7  # clear, and no more than rounding
-    text = n2s.report(null)
+    text = n2s.report(null, detail=True)
     assert "predicted no better than by one mean profile" in text
     assert "it predicts the other half" not in text
 
@@ -107,15 +107,15 @@ def test_report_of_some_cells_and_of_genes_that_are_not_scored(adata):
     n2s.denoise(adata, write_layer=False)
     gain, error = adata.var["denoised_gain"], adata.var["denoised_gain_error"]
     n_unclear = int((gain.abs() <= 2 * error).sum() + (gain.notna() & error.isna()).sum())
-    text = n2s.report(adata[:50].copy())
+    text = n2s.report(adata[:50].copy(), detail=True)
     assert "held-out molecules of the 300 cells that were denoised, of which 50 are here" in text
     assert f"The other {gain.isna().sum()} of 120 genes have too few molecules to be scored." in text
     adata.var["denoised_gain"] = gain.abs()
-    text = n2s.report(adata)
+    text = n2s.report(adata, detail=True)
     assert "are predicted worse" not in text
     assert f"for {n_unclear} the molecules do not tell: do not trust the pattern of these." in text
     adata.var["denoised_gain"] = np.where(np.arange(120) < 20, -1, gain.abs())
-    assert "are predicted worse: do not trust the pattern of either." in n2s.report(adata)
+    assert "are predicted worse: do not trust the pattern of either." in n2s.report(adata, detail=True)
 
 
 def test_report_of_a_model_applied_to_other_cells(adata, tmp_path):
@@ -123,11 +123,135 @@ def test_report_of_a_model_applied_to_other_cells(adata, tmp_path):
     old, new = adata[:200].copy(), adata[200:].copy()
     network = n2s.Autoencoder(width=8, device="cpu", n_hidden=32, n_epochs=40)
     n2s.denoise(old, network, save_model=tmp_path / "m.pt")
-    assert n2s.report(old).startswith("An autoencoder (width 8) of the counts in X")
+    assert n2s.report(old, detail=True).startswith("An autoencoder (width 8) of the counts in X")
     n2s.denoise_with(new, tmp_path / "m.pt", device="cpu")
-    text = n2s.report(new)
+    text = n2s.report(new, detail=True)
     assert text.startswith("A model fitted to other cells, an autoencoder (width 8), applied to the counts in X")
     assert "From half of these cells' molecules" in text
     molecules = np.asarray(new.X.sum(axis=0)).ravel()
     mean = np.nansum(new.var["denoised_gain"] * molecules) / molecules.sum()
     assert mean == pytest.approx(new.uns["denoised"]["gain"], rel=0.02)
+
+
+def test_report_is_three_short_lines_that_say_what_to_do(pbmc):
+    n2s.denoise(pbmc, write_layer=False)
+    record = pbmc.uns["denoised"]
+    done, gained, genes = n2s.report(pbmc).split("\n")
+    assert max(map(len, (done, gained, genes))) < 160
+    assert done.startswith("PCA of log1p (")
+    assert done.endswith("of the counts in X, the best of 9 candidates.")
+    assert gained.startswith(f"Gain {record['gain']:.3f} +- {record['gain_error']:.3f} nats per held-out molecule")
+    assert "in 700 cells; 90 % intervals held 90." in gained
+    n_gained = (pbmc.var["denoised_gain"] > 2 * pbmc.var["denoised_gain_error"]).sum()
+    assert genes.startswith(f"Of 765 genes {n_gained} are predicted better than by their mean and ")
+    assert genes.endswith(" Use the values to look, and test on the counts.")
+
+
+def test_three_lines_of_an_ensemble_name_its_members_and_count_the_warnings(adata):
+    adata.X = sp.diags_array(np.float32(np.arange(300) != 3)) @ adata.X
+    with pytest.warns(UserWarning, match="hold no molecule"):
+        n2s.denoise(adata, ["pca", "knn"], write_layer=False)
+    done, _, genes = n2s.report(adata).split("\n")
+    titles = adata.uns["denoised"]["members"]["title"]
+    assert all(f"% {title}" in done for title in titles)
+    assert "components" not in done
+    assert " 1 warning: see detail=True. Use the values to look" in genes
+
+
+def test_three_lines_of_nothing_gained_say_so(adata):
+    null = n2s.null_counts(adata)
+    with pytest.warns(UserWarning, match="no candidate"):
+        n2s.denoise(null)
+    said = n2s.report(null)
+    assert "Molecules held out of 300 cells do not tell that it predicts them better than one mean profile" in said
+    assert "Gain" not in said
+
+
+def test_report_as_a_frame_has_a_row_for_each_figure(pbmc):
+    n2s.denoise(pbmc, mix=True, write_layer=False)
+    record, found = pbmc.uns["denoised"], n2s.report(pbmc, as_frame=True)
+    assert list(found.columns) == ["value", "error", "of"]
+    assert found.index.is_unique
+    assert found["value"]["gain"] == record["gain"]
+    assert found["error"]["gain"] == record["gain_error"]
+    assert found["value"]["gain without mixing"] == record["unmixed_gain"]
+    assert found["value"]["coverage"] == pytest.approx(0.9, abs=0.02)
+    assert found["of"]["gain"] == "the 700 cells that were denoised"
+    genes = [name for name in found.index if name.startswith("genes ")]
+    assert found["value"][genes].sum() == 765
+    assert (found["value"]["candidates"], found["value"]["warnings"]) == (9, 0)
+
+
+def test_report_shows_its_figures_in_a_notebook(adata):
+    adata.obs_names = adata.obs_names.str.replace("cell", "<b>")
+    n2s.denoise(adata, write_layer=False, key_added="a<b>")
+    for detail in (False, True):
+        shown = n2s.report(adata, key="a<b>", detail=detail)._repr_html_()
+        assert "<b>" not in shown
+        assert "genes gained" in shown
+        assert shown.count("<br>") == (0 if detail else 2)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    out = n2s.datasets.pbmc68k_reduced()
+    n2s.denoise(out, write_layer=False)
+    return out
+
+
+class TestSubset:
+    """Figures of a subset are true of it, or are said to be of the whole."""
+
+    @pytest.mark.parametrize("copied", [False, True])
+    def test_cells_have_their_own_gain(self, whole, copied):
+        mask = (whole.obs["bulk_labels"] == "Dendritic").to_numpy()
+        part = whole[mask].copy() if copied else whole[mask]
+        own = np.average(whole.obs["denoised_gain"][mask], weights=whole.obs["denoised_size"][mask])
+        figures = n2s.report(part, as_frame=True)
+        assert figures["value"]["gain here"] == pytest.approx(own)
+        assert figures["value"]["coverage here"] == pytest.approx(whole.obs["denoised_coverage"][mask].mean())
+        assert figures["of"]["gain here"] == f"{mask.sum()} cells here"
+        assert figures["of"]["genes gained"] == "765 genes, over all 700 cells that were denoised"
+        _, gained, genes = n2s.report(part).split("\n")
+        assert gained.startswith(f"Gain {own:.3f} +- ")
+        assert f"in the {mask.sum()} cells here, {whole.uns['denoised']['gain']:.3f} +- " in gained
+        assert "in all 700 cells" in gained
+        assert "worse, over all 700 cells." in genes
+        text = n2s.report(part, detail=True)
+        assert f"In the cells here the gain is {own:.3f} +- " in text
+        assert "Gains of genes are over all 700 cells that were denoised." in text
+
+    def test_genes_are_counted_here(self, whole):
+        part = whole[:, ::20]
+        figures = n2s.report(part, as_frame=True)
+        assert "gain here" not in figures.index
+        assert figures["of"]["gain"] == "the 700 cells that were denoised, over all 765 genes"
+        assert figures["of"]["genes gained"] == "39 genes"
+        _, gained, genes = n2s.report(part).split("\n")
+        assert "in 700 cells, over all 765 genes;" in gained
+        assert genes.startswith("Of 39 genes ")
+        assert "Gains of cells are over all 765 genes that were denoised." in n2s.report(part, detail=True)
+        assert n2s.report(part, groupby="expression")["coverage"].isna().all()
+
+    def test_one_cell_tells_no_gain_of_its_own(self, whole):
+        assert "cells here" not in n2s.report(whole[:1])
+        assert "inf" not in n2s.report(whole[:1], detail=True)
+
+    def test_tenths_by_depth_are_those_of_the_cells_here(self, whole):
+        part = whole[::7]
+        table = n2s.report(part, groupby="depth")
+        assert list(table["n"]) == [10] * 10
+        deepest = part.obs["denoised_size"].to_numpy().argsort(kind="stable")[-10:]
+        assert table["coverage"][10] == pytest.approx(part.obs["denoised_coverage"].iloc[deepest].mean())
+
+
+def test_forms_of_a_report_exclude_each_other(adata):
+    n2s.denoise(adata, write_layer=False)
+    for options, names in [
+        ({"groupby": "depth", "detail": True}, "groupby and detail"),
+        ({"detail": True, "as_frame": True}, "detail and as_frame"),
+    ]:
+        with pytest.raises(ValueError, match=f"{names} were given: each asks for another form"):
+            n2s.report(adata, **options)
+    with pytest.raises(TypeError, match="detail is 1: pass True or False"):
+        n2s.report(adata, detail=1)

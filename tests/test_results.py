@@ -403,7 +403,7 @@ class TestNoFactors:
         np.testing.assert_allclose(n2s.get.denoised(adata), values, rtol=1e-5)
         np.testing.assert_allclose(n2s.get.denoised(adata, "gene-3", scale="rates")["gene-3"], rates[:, 3], rtol=1e-5)
         np.testing.assert_allclose(n2s.get.adata(adata, source="layer").X, values, rtol=1e-5)
-        assert n2s.report(adata).startswith("Identity (share 0.5) of the counts in X (")
+        assert n2s.report(adata, detail=True).startswith("Identity (share 0.5) of the counts in X (")
         _, shown = drawn(n2s.pl.markers(adata, ["gene-0", "gene-1"]))
         np.testing.assert_allclose(shown[:, 1], np.log1p(1e4 * rates[:, 1]), rtol=1e-5)
         assert n2s.pl.loss(adata, key="denoised").get_xticklabels()[1].get_text() == "None"

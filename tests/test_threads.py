@@ -4,10 +4,13 @@ import os
 import signal
 import sys
 import threading
+import time
 
+import numpy as np
 import pytest
 from threadpoolctl import threadpool_info
 
+import sc_noise2self as n2s
 from sc_noise2self._threads import in_threads, one_blas_thread
 
 
@@ -27,6 +30,30 @@ def test_the_limit_lasts_for_the_last_of_its_users():
 def test_results_come_in_order_and_no_item_is_lost():
     for n in (0, 1, 2, 3, 50):
         assert list(in_threads(lambda i: i * i, range(n))) == [i * i for i in range(n)]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_environment_says_how_many_threads_there_are(n, monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", str(n))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    seen = set()
+
+    def work(item):
+        seen.add(threading.get_ident())
+        time.sleep(0.01)
+        return item
+
+    assert list(in_threads(work, range(20))) == list(range(20))
+    assert len(seen) == n
+
+
+def test_the_number_of_threads_changes_no_value(adata, monkeypatch):
+    found = []
+    for n in ("1", "3"):
+        monkeypatch.setenv("LOKY_MAX_CPU_COUNT", n)
+        found.append(n2s.denoise(adata, ["pca", "knn"], copy=True).layers["denoised"])
+    np.testing.assert_array_equal(*found)
 
 
 @pytest.mark.skipif(sys.gettrace() is not None, reason="a tracer is at work")

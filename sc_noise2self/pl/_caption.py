@@ -53,9 +53,8 @@ def caption(adata: AnnData, figure: Figure | Axes | Iterable[Axes], *, key: str 
     fig = _figure(figure)
     old_width, height = fig.get_size_inches()
     width, size = max(old_width, _LEAST_WIDTH), 0.8 * mpl.rcParams["font.size"]  # inches, points
-    lines = textwrap.wrap(
-        report(adata, key=key), max(20, int((width - 0.3) / (_CHARACTER * size / 72))), break_long_words=False
-    )
+    said = report(adata, key=key, detail=True)
+    lines = textwrap.wrap(said, max(20, int((width - 0.3) / (_CHARACTER * size / 72))), break_long_words=False)
     sticks_out = max(0.0, -float(fig.get_tightbbox().y0))  # scanpy leaves that to bbox_inches="tight"
     below = len(lines) * _LINE * size / 72 + 0.25 + sticks_out
     share = below / (height + below)
