@@ -24,7 +24,9 @@ import numpy as np
 import scipy.sparse as sp
 
 import sc_noise2self as n2s
+from sc_noise2self._blocks import Counts
 from sc_noise2self._transform import PoissonExpectation
+from sc_noise2self.methods._clusters import Graph, as_groups
 
 N_GENES, MOST = 400, 50
 
@@ -53,6 +55,15 @@ def simulate(rng: np.random.Generator) -> tuple[dict, np.ndarray, sp.csr_matrix,
     counts = sp.csr_matrix(rng.poisson(rates).astype(np.float32))
     about = {"kind": kind, "rank": rank, "cells": n_cells, "depth": round(depth)}
     return about, mean, counts, phi
+
+
+def within_clusters(adata: ad.AnnData) -> np.ndarray:
+    """Return the overdispersion of each gene within the clusters that the counts support."""
+    n2s.select_resolution(adata)
+    record = adata.uns["select_resolution"]
+    graph = Graph.of(Counts.of(adata.X), record["params"]["n_pcs"], 15, np.random.default_rng(0))
+    adata.obs["cluster"] = as_groups(graph.labels(record["resolution"]))
+    return n2s.overdispersion(adata, "cluster")
 
 
 def expected_log(mean: np.ndarray, size: np.ndarray, target: float) -> np.ndarray:
@@ -99,7 +110,7 @@ def main() -> None:
             picks = {
                 "select_rank": n2s.select_rank(adata, max_rank=MOST),
                 "select_rank(overdispersion=)": n2s.select_rank(
-                    adata, max_rank=MOST, overdispersion=n2s.overdispersion(adata)
+                    adata, max_rank=MOST, overdispersion=within_clusters(adata)
                 ),
             }
         size = np.asarray(counts.sum(axis=1)).ravel()

@@ -25,8 +25,9 @@ def overdispersion(adata: AnnData, groupby: str | None = None, *, layer: str | N
     adata
         Object with raw counts, cells x genes; counts that are not in memory are read into it.
     groupby
-        Column of `obs` with the groups. None takes all cells for one group: what is then called noise includes the
-        differences between groups, so parts that are split with it support no more groups than there are.
+        Column of `obs` with the groups, such as clusters at the resolution that `select_resolution` finds; finer ones
+        than there are do little harm. None takes all cells for one group, which is right where there is nothing to be
+        found: otherwise the differences between groups are taken for noise, and phi is too large.
     layer
         The layer with raw counts; None takes `X`.
 

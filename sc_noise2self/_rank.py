@@ -66,8 +66,10 @@ def select_rank(
     max_rank
         Largest rank tried, at most min(cells, genes) - 1. None takes 50, or as many as there are.
     overdispersion
-        phi of `split_molecules`, e.g. from `sc_noise2self.overdispersion`: molecules are then dealt so that a gene that
-        varies from cell to cell on its own supports no component. None takes what differs between cells for real.
+        phi of `split_molecules`, from `sc_noise2self.overdispersion` within clusters: molecules are dealt so that a
+        gene that varies from cell to cell on its own supports no component. None takes what differs between cells for
+        real. With a phi that is too large, as that of all cells where there are groups, the halves differ by more than
+        chance, and components predict even that.
     transform, center
         `"log1p"`, `"sqrt"` or `"none"`, and whether genes are centred as in `sc.pp.pca`; None takes the protocol's own.
 

@@ -71,8 +71,9 @@ def select_resolution(
         `"one_standard_error"`: the least resolution whose gain is within one standard error of the largest.
         `"least"`: that of the largest gain (the least loss).
     overdispersion
-        phi of `split_molecules`, e.g. from `sc_noise2self.overdispersion`: molecules are then dealt so that a gene that
-        varies from cell to cell on its own supports no cluster. None takes what differs between cells for real.
+        phi of `split_molecules`, from `sc_noise2self.overdispersion` within clusters: molecules are dealt so that a
+        gene that varies from cell to cell on its own supports no cluster. None takes what differs between cells for
+        real.
     key_added
         Name in `uns`.
     n_splits
