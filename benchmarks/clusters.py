@@ -6,7 +6,7 @@
     python benchmarks/clusters.py tests COUNTS.h5ad ...
     python benchmarks/clusters.py time COUNTS.h5ad
 
-null       how often shuffled counts, at most 3 000 cells of them, are one cluster
+null       how often shuffled counts, at most 1 000 cells of them, are one cluster
 simulated  groups, nested groups and gradients of 2 to 20 parts, 500 to 10 000 molecules a cell, 600 to 2 500 cells:
            the resolution chosen beside the one whose clusters of all molecules have profiles nearest to the truth
            (the expected log likelihood of a new molecule), and beside what the silhouette, the modularity and
@@ -58,7 +58,7 @@ def chosen(counts: sp.csr_matrix, **options) -> tuple[float, dict]:
 def null(paths: list[Path], runs: int) -> None:
     """Print how often shuffled counts are one cluster."""
     for path in paths:
-        counts = counts_of(path, 3_000)
+        counts = counts_of(path, 1_000)
         found = [chosen(n2s.null_counts(counts, random_state=seed), random_state=seed)[0] == 0 for seed in range(runs)]
         print(f"{path.stem}: one cluster in {sum(found)} of {runs}", flush=True)
 
@@ -125,6 +125,7 @@ def simulated(runs: int, out: Path) -> None:
             "resolution 1": nearest_to_1,
         }
         row = {**about, "n_pcs": n_pcs, "grid": grid, "n_clusters": n_clusters, "true": true, "picks": picks}
+        row |= {name: list(map(float, record["table"][name])) for name in ("gain", "error")}
         kept.append(row)
         with out.open("a") as file:
             file.write(json.dumps(row) + "\n")

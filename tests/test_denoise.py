@@ -364,7 +364,11 @@ def test_refuses_options_and_writes_nothing(adata, call, options, error, message
 @pytest.mark.parametrize(
     ("call", "options", "message"),
     [
-        (n2s.denoise, {"method": "magic"}, "method is 'magic': pass one of pca, autoencoder, diffusion, knn, ensemble"),
+        (
+            n2s.denoise,
+            {"method": "magic"},
+            "method is 'magic': pass one of pca, autoencoder, diffusion, knn, clusters, ensemble",
+        ),
         (n2s.denoise, {"key_added": "a/b"}, "pass a name without '/'"),
         (n2s.denoise, {"scale": "cpm"}, "scale is 'cpm': pass one of counts, rates, log1p_cp10k, expected_log1p"),
         (n2s.denoise, {"scale": 3}, "scale is 3: pass one of counts, .* or an object such as sc_noise2self.scales"),
