@@ -228,7 +228,7 @@ def seconds(path: Path) -> None:
         sc.pp.normalize_total(adata)
         sc.pp.log1p(adata)
         sc.pp.pca(adata, n_comps=n_pcs)
-        sc.pp.neighbors(adata)
+        sc.pp.neighbors(adata, transformer="sklearn")
         sc.tl.leiden(adata, resolution=resolution, **LEIDEN)
     recipes = time.perf_counter() - start
     n = len(record["table"]) - 1

@@ -91,6 +91,12 @@ def test_clusters_are_those_of_scanpy():
     np.testing.assert_array_equal(graph.labels(0), 0)
 
 
+def test_more_cells_than_scanpy_searches_exactly():
+    adata, groups, _ = grouped(n_cells=4200, n_genes=60, depth=400)
+    graph = Graph.of(Counts.of(adata.X), 3, 15, np.random.default_rng(0))
+    assert adjusted_rand_score(groups, graph.labels(0.1)) > 0.9
+
+
 def test_the_strength_makes_every_molecule_likeliest_given_the_others():
     rng = np.random.default_rng(0)
     share = rng.dirichlet(np.ones(12))

@@ -20,6 +20,7 @@ import scanpy as sc
 import scipy.optimize
 import scipy.sparse as sp
 from anndata import AnnData
+from sklearn.base import BaseEstimator, TransformerMixin
 
 from .._blocks import Block, Chunks, Counts, Partial
 from .._checks import check_number
@@ -29,6 +30,7 @@ from .._split import checked_phi, split_matrix
 from .._transform import Transform
 from ..partitions import Fold
 from ._base import Learner, Method, TrialLearner, as_several, bounded_values, set_tuples
+from ._neighbors import nearest
 from ._profiles import LowRankProfiles
 from ._rank_curve import rank_curve
 from ._svd import components_of, start_block
@@ -138,7 +140,7 @@ class Graph:
         cells = AnnData(obsm={"X_pca": principal_coordinates(counts, n_pcs, rng).astype(np.float32)})
         if cells.n_obs > 2:
             n_neighbors = max(2, min(n_neighbors, cells.n_obs - 1))
-            sc.pp.neighbors(cells, n_neighbors=n_neighbors, use_rep="X_pca", random_state=seed)
+            sc.pp.neighbors(cells, use_rep="X_pca", random_state=seed, transformer=_Search(n_neighbors, seed))
         return cls(cells, seed)
 
     def labels(self, resolution: float) -> np.ndarray:
@@ -148,6 +150,27 @@ class Graph:
         options: dict[str, Any] = {"flavor": "igraph", "n_iterations": 2, "directed": False}
         sc.tl.leiden(self.neighbors, resolution=resolution, random_state=self.seed, **options)
         return self.neighbors.obs["leiden"].astype(int).to_numpy().astype(np.intp)
+
+
+class _Search(TransformerMixin, BaseEstimator):
+    """The nearest neighbours of points, as `sc.pp.neighbors` takes them from a transformer.
+
+    Its own search of many cells fails where scanpy is older than the array types of pynndescent's answer.
+    """
+
+    def __init__(self, n_neighbors: int, seed: int) -> None:
+        self.n_neighbors = n_neighbors
+        self.seed = seed
+
+    def fit(self, points: np.ndarray, y: None = None) -> Self:
+        """Return itself: there is nothing to learn."""
+        return self
+
+    def transform(self, points: np.ndarray) -> sp.csr_matrix:
+        """Return the distances of each point to itself and its nearest, CSR of shape (points, points)."""
+        distances, indices = nearest(points, self.n_neighbors, np.random.default_rng(self.seed))
+        n, k = indices.shape
+        return sp.csr_matrix((distances.ravel(), indices.ravel(), np.arange(0, n * k + 1, k)), shape=(n, n))
 
 
 def principal_coordinates(counts: Counts, n_pcs: int, rng: np.random.Generator) -> np.ndarray:
