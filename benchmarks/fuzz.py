@@ -128,6 +128,10 @@ def _is_some(value: Any) -> bool:
     return isinstance(value, list | tuple | np.ndarray) and len(value) > 0
 
 
+def _is_level(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < np.inf
+
+
 _OF_METHOD: dict[str, dict[str, Kind]] = {
     "PCA": {"transform": _one_of("auto", "log1p", "sqrt", "none"), "n_components": _COMPONENTS},
     "KNN": {"n_neighbors": _several(3, [2, 4]), "n_pcs": _several(1, [1, 2]), "n_components": _COMPONENTS},
@@ -148,19 +152,25 @@ _OF_METHOD: dict[str, dict[str, Kind]] = {
         "n_components": _COMPONENTS,
         "n_epochs": _optional(_whole(2)),
     },
+    "Clusters": {
+        "resolution": Kind((0, 1.0, [0, 0.5, 2]), lambda v: _is_level(v) or (_is_some(v) and all(map(_is_level, v)))),
+        "n_pcs": _optional(_whole(1, 2)),
+        "n_neighbors": _several(3, [2, 4]),
+    },
     "Function": {
         "transform": _one_of("none", "log1p", "sqrt"),
         "parameters": Kind(({"share": 0.3},), lambda v: isinstance(v, dict) and set(v) <= {"share"}),
     },
 }
-_METHODS = ("PCA", "PCA", "PCA", "KNN", "Diffusion", "Function", "Autoencoder")
+_METHODS = ("PCA", "PCA", "PCA", "KNN", "Diffusion", "Clusters", "Function", "Autoencoder")
+_OVERDISPERSION = Kind(
+    (None, 0, 0.5, 5), lambda v: not isinstance(v, str | bytes | dict) and not np.any(np.equal(v, -1))
+)
 _SPLIT = {
     "fraction": _SHARE,
     "folds": _optional(_whole(2, 3, 7, 12, least=2)),
     "capture": _optional(_SHARE),
-    "overdispersion": Kind(
-        (None, 0, 0.5, 5), lambda v: not isinstance(v, str | bytes | dict) and not np.any(np.equal(v, -1))
-    ),
+    "overdispersion": _OVERDISPERSION,
     "random_state": _SEED,
 }
 _RANK = {
@@ -173,6 +183,24 @@ _RANK = {
     "mask_var": _optional(_one_of("chosen")),
     "random_state": _SEED,
 }
+_OF_CLUSTERS = {
+    "n_pcs": _optional(_whole(1, 2)),
+    "n_neighbors": _whole(2, 5),
+    "overdispersion": _OVERDISPERSION,
+    "mask_var": _optional(_one_of("chosen")),
+    "random_state": _SEED,
+}
+_RESOLUTION = {
+    "resolutions": _optional(
+        Kind(([0.1, 1], (2, 1, 1), np.array([0.5])), lambda v: _is_level(v) or (_is_some(v) and all(map(_is_level, v))))
+    ),
+    "rule": _one_of("least", "one_standard_error"),
+    "n_splits": Kind((1, 2, 10), lambda v: _is_whole(v) and v <= 10),
+    "key_added": _NAME,
+    **_OF_CLUSTERS,
+}
+_SUPPORT = {"resolution": Kind((0.5, 1, 8.0), _is_level), "key_added": _NAME, **_OF_CLUSTERS}
+_GROUPS = {**_SUPPORT, "groups_added": Kind(("n2s_groups", "clusters"), _NAME.takes)}
 _PARTITIONS = ("molecules", "genes", "blocks", {"a": ["g0", "g1"]})
 _CALIBRATE = {
     "partition": Kind(_PARTITIONS, lambda v: isinstance(v, str | dict) and v in _PARTITIONS),
@@ -270,7 +298,7 @@ def _method(call: Call) -> Any:
     import sc_noise2self as n2s
 
     name = call.choose(_METHODS)
-    if name in ("PCA", "KNN", "Diffusion") and call.likely(0.3):
+    if name in ("PCA", "KNN", "Diffusion", "Clusters") and call.likely(0.3):
         return name.lower()
     options = call.options(_OF_METHOD[name])
     if name == "Autoencoder":
@@ -328,6 +356,102 @@ def select_rank(call: Call) -> None:
     _demand(np.isfinite(curve["loss"]).all() and np.isfinite(found["splits"]).all(), "a loss is not finite")
     _demand(np.isfinite(curve.get("full_depth_loss", 0)).all(), "full_depth_loss is not finite")
     _demand((curve["error"] >= 0).all(), "error is no error")  # infinite where one cell was scored
+
+
+def select_resolution(call: Call) -> None:
+    """Choose a resolution, and draw what was compared."""
+    import matplotlib.pyplot as plt
+
+    import sc_noise2self as n2s
+
+    adata, words = _counts_for_clusters(call)
+    options, copied = call.options(_RESOLUTION), adata.copy()
+    with _unchanged(adata):
+        found = n2s.select_resolution(copied, layer=words.layer, **options)
+    key = options.get("key_added", "select_resolution")
+    table = copied.uns[key]["table"]
+    chosen = table[table["chosen"]]
+    _demand(len(chosen) == 1 and chosen["resolution"].item() == found == copied.uns[key]["resolution"], "the choice")
+    _demand(table["resolution"].is_monotonic_increasing and table["resolution"][0] == 0, "resolutions do not rise")
+    _demand(np.isfinite(table["gain"]).all() and (table["error"] >= 0).all(), "a gain is not finite")
+    _demand((table["n_clusters"] >= 1).all() and table["n_clusters"][0] == 1, "numbers of clusters")
+    n2s.pl.loss(copied, key=key, show=False).figure.canvas.draw()
+    plt.close("all")
+    n2s.remove(copied, key)
+    _demand_same(adata, copied)
+
+
+def cluster_support(call: Call) -> None:
+    """Ask which clusters are two, and draw the tree."""
+    import matplotlib.pyplot as plt
+    from scipy.cluster.hierarchy import is_valid_linkage
+
+    import sc_noise2self as n2s
+
+    adata, words = _counts_for_clusters(call)
+    options, copied = call.options(_SUPPORT), adata.copy()
+    with _unchanged(adata):
+        table = n2s.cluster_support(copied, layer=words.layer, **options)
+    key = options.get("key_added", "cluster_support")
+    clusters, linkage = copied.obs[key], copied.uns[key]["linkage"]
+    _demand(len(table) == len(linkage) == len(clusters.cat.categories) - 1, "a join is missing")
+    _demand(is_valid_linkage(linkage) and linkage[-1, 3] == len(table) + 1, "the linkage is none")
+    _demand(np.isfinite(table[["distance", "gain"]]).all(axis=None) and (table["error"] >= 0).all(), "a gain")
+    _demand(table["n_cells"].iloc[-1] + table["n_cells_other"].iloc[-1] == copied.n_obs, "cells are missing")
+    if len(table) < 50:
+        n2s.pl.cluster_support(copied, key=key, show=False).figure.canvas.draw()
+        plt.close("all")
+    n2s.remove(copied, key)
+    _demand_same(adata, copied)
+
+
+def rank_genes_groups(call: Call) -> None:
+    """Test genes between clusters of one half, and read the ranking."""
+    import scanpy as sc
+
+    import sc_noise2self as n2s
+
+    adata, words = _counts_for_clusters(call)
+    options, copied = call.options(_GROUPS), adata.copy()
+    with _unchanged(adata):
+        n2s.rank_genes_groups(copied, layer=words.layer, **options)
+    key, name = options.get("key_added", "rank_genes_groups"), options.get("groups_added", "n2s_groups")
+    groups = copied.obs[name].cat.categories
+    table = sc.get.rank_genes_groups_df(copied, None, key=key)
+    _demand(len(table) == len(groups) * copied.n_vars, "a gene is missing")
+    numbers = table[["scores", "pvals", "pvals_adj", "logfoldchanges"]]
+    _demand(np.isfinite(numbers).all(axis=None), "a number is not finite")
+    _demand(((numbers["pvals"] >= 0) & (numbers["pvals"] <= numbers["pvals_adj"] * (1 + 1e-9))).all(), "a p-value")
+    _demand((numbers["pvals_adj"] <= 1).all(), "a p-value above 1")
+    del copied.uns[key], copied.obs[name]
+    _demand_same(adata, copied)
+
+
+def overdispersion(call: Call) -> None:
+    """Measure how much genes vary."""
+    import sc_noise2self as n2s
+
+    adata, words = _counts_for_clusters(call)
+    groups = [name for name in ("group", "lane") if name in adata.obs]
+    options = call.options({"groupby": Kind((None, *groups), lambda v: v is None or v in groups)}, 0.5)
+    with _unchanged(adata):
+        phi = n2s.overdispersion(adata, layer=words.layer, **options)
+    _demand(phi.shape == (adata.n_vars,) and np.isfinite(phi).all() and (phi >= 0).all(), "phi")
+
+
+def _counts_for_clusters(call: Call) -> tuple[Any, Any]:
+    """Return counts, now and then spoiled, and the words that they are made of."""
+    words = call.data(is_view=False)
+    adata = words.adata().copy()  # which makes strings of names
+    call.spoiled(adata, words.layer)
+    return adata, words
+
+
+def _demand_same(before: Any, after: Any) -> None:
+    from promises import difference, fingerprint
+
+    found = difference(fingerprint(before), fingerprint(after))
+    _demand(not found, f"more has changed: {found}")
 
 
 def split(call: Call) -> None:
@@ -560,10 +684,14 @@ def _break(path: Path, call: Call) -> str:
 
 
 CALLS: dict[Callable[[Call], None], float] = {
-    denoise: 0.3,
+    denoise: 0.25,
     denoise_in_place: 0.1,
-    select_rank: 0.1,
-    split: 0.15,
+    select_rank: 0.05,
+    select_resolution: 0.06,
+    cluster_support: 0.05,
+    rank_genes_groups: 0.06,
+    overdispersion: 0.03,
+    split: 0.1,
     null_counts: 0.05,
     calibrate: 0.08,
     read: 0.1,

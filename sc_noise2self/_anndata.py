@@ -12,10 +12,10 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from ._blocks import Block, Chunks, Counts, InMemory, OnDask, OnDisk, Partial, block_of
-from ._checks import read_mask
+from ._checks import check_name, read_mask
 from ._counts import SINGLE, CountMatrix, NotACount, check_counts, check_format, check_values, column_sums, row_sums
 from ._random import RandomState
-from ._slots import without_results
+from ._slots import in_memory, without_results
 from ._split import split_matrix
 from ._warnings import warn
 
@@ -141,10 +141,11 @@ def as_counts(
     layer: str | None,
     mask_var: str | np.ndarray | Sequence[bool] | None = None,
     columns: Iterable[str] = (),
+    argument: str = "batch_key",
 ) -> Counts:
     """Return the counts of `X` or a layer wherever they are, checked in one pass that counts their molecules.
 
-    `columns` are those of `obs` that are wanted with them.
+    `columns` are those of `obs` that are wanted with them, which an `argument` named.
     """
     matrix, name = _matrix(adata, layer)
     chunks = chunks_of(matrix, name)
@@ -158,7 +159,7 @@ def as_counts(
     _warn_if_transposed(adata)
     _warn_if_reads(histogram, name)
     _warn_if_empty(size)
-    read = {each: _read_batches(adata, each) for each in columns}
+    read = {each: _read_labels(adata, each, argument) for each in columns}
     names = adata.obs_names, adata.var_names
     return Counts(chunks, size, totals, int(n_entries[0]), *names, read_mask(adata, mask_var), read)
 
@@ -235,13 +236,14 @@ def _warn_if_empty(size: np.ndarray) -> None:
         warn(f"{n} cell(s) hold no molecule and stay zero: remove them with sc.pp.filter_cells(adata, min_counts=1).")
 
 
-def _read_batches(adata: AnnData, key: str) -> pd.Series:
-    """Return the batch of each cell, categorical, without categories that no cell has."""
+def _read_labels(adata: AnnData, key: str, argument: str) -> pd.Series:
+    """Return the batch or group of each cell, categorical, without categories that no cell has."""
+    check_name(argument, key)
     if key not in adata.obs:
-        raise ValueError(f"batch_key {key!r} is missing: adata.obs has {list(adata.obs.columns)}.")
-    labels = adata.obs[key].astype("category").cat.remove_unused_categories()
+        raise ValueError(f"{argument} {key!r} is missing: adata.obs has {list(adata.obs.columns)}.")
+    labels = in_memory(adata.obs)[key].astype("category").cat.remove_unused_categories()
     if labels.isna().any():
-        raise ValueError(f"adata.obs[{key!r}] has {int(labels.isna().sum())} missing values: every cell has a batch.")
+        raise ValueError(f"adata.obs[{key!r}] has {int(labels.isna().sum())} missing values: every cell needs one.")
     return labels
 
 

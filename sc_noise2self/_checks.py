@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -75,7 +76,7 @@ def check_whole(name: str, value: Any) -> None:
 def check_number(name: str, value: Any, least: float, most: float, *, open_below: bool = False) -> None:
     """Raise unless the value is a number from `least`, or above it, to below `most`."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not least <= value < most or (open_below and value == least):
+    if not is_number or not least <= value < min(most, sys.float_info.max) or (open_below and value == least):
         above = f"above {least:g}" if open_below else f"{least:g} or more"
         raise ValueError(
             f"{name} is {value!r}: pass a number {above}{'' if most == np.inf else f' and below {most:g}'}."

@@ -32,13 +32,15 @@ from scipy import special
 
 from ._anndata import as_counts
 from ._blocks import Counts
-from ._checks import check_name, check_number, describe_counts, describe_mask, seed_of, warn_of_unused_genes
+from ._checks import as_positive, check_number, describe_counts, describe_mask, seed_of, warn_of_unused_genes
 from ._counts import row_sums
 from ._overdispersion import overdispersion_within
 from ._random import RandomState, as_generator
-from ._slots import check_column, committed
+from ._slots import check_ranking, committed
 from .methods._clusters import Clusters, as_groups, clustered_by_half, molecules_of
 
+_METHOD = "sc_noise2self score test"
+_LARGEST = 1e12  # phi, as where molecules are split
 _LEAST = 1e-9  # added to rates before their ratio is taken, as scanpy does
 _POISSON = 1e-6  # of the variance over the mean less 1, that makes no difference
 
@@ -75,7 +77,7 @@ def rank_genes_groups(
     key_added
         Name in `uns`, of scanpy's form; as in scanpy, an earlier ranking under it is replaced.
     groups_added
-        Name in `obs` of the clusters that are tested.
+        Name in `obs` of the clusters that are tested; those of the ranking that is replaced are too.
 
     Returns
     -------
@@ -108,24 +110,25 @@ def rank_genes_groups(
     """
     rng = as_generator(random_state)
     check_number("resolution", resolution, 0, np.inf)
-    check_name("key_added", key_added)
     counts = as_counts(adata, layer, mask_var)
-    check_column(adata, groups_added, "groups_added")
+    check_ranking(adata, key_added, groups_added, _METHOD)
     warn_of_unused_genes(adata, mask_var)
-    method = Clusters(resolution=resolution, n_pcs=n_pcs, n_neighbors=n_neighbors).checked(counts)
+    method = Clusters(resolution=resolution, n_pcs=n_pcs, n_neighbors=as_positive("n_neighbors", n_neighbors)).checked(
+        counts
+    )
     start = logg.info(f"ranking genes of {describe_counts(adata, layer)}")
     method = method.with_rank(counts, rng)
     if overdispersion is None:
         overdispersion = overdispersion_within(method.graph(counts, rng).labels(resolution), counts)
     labels, _, held_out = clustered_by_half(method, counts, overdispersion, rng)
-    phi_of_half = 2 * np.broadcast_to(np.asarray(overdispersion, np.float64), (held_out.shape[1],))
+    phi_of_half = 2 * np.broadcast_to(np.minimum(overdispersion, _LARGEST), (held_out.shape[1],))
     tested = scored_clusters(labels, held_out, phi_of_half)
     groups = as_groups(labels)
     record = {
         "params": {
             "groupby": groups_added,
             "reference": "rest",
-            "method": "sc_noise2self score test",
+            "method": _METHOD,
             "use_raw": False,
             "layer": layer,
             "corr_method": "benjamini-hochberg",
@@ -166,32 +169,35 @@ def scored_clusters(labels: np.ndarray, counts: sp.csr_matrix, phi: np.ndarray) 
     variance = mean * (1 - share)[:, None] + np.outer(of_cells, phi * rate**2)
     known = variance > 0
     scores = np.where(known, (found - mean) / np.sqrt(np.where(known, variance, 1)), 0)
-    above = np.where(known, upper_tails(found, np.where(known, mean, 1), np.where(known, variance, 1)), 0.5)
+    above, below = tails(found, np.where(known, mean, 1), np.where(known, variance, 1))
+    pvals = np.where(known, np.minimum(1, 2 * np.minimum(above, below)), 1)
     inside = found / np.maximum(molecules, 1)[:, None] + _LEAST
     outside = (found.sum(axis=0) - found) / np.maximum(total - molecules, 1)[:, None] + _LEAST
-    return Tested(scores, 2 * np.minimum(above, 1 - above), np.log2(inside / outside))
+    return Tested(scores, pvals, np.log2(inside / outside))
 
 
-def upper_tails(counts: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """Return the probability of more than these counts and half of that of as many, elementwise.
+def tails(counts: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the probabilities of more and of less than these counts, each with half of that of as many, elementwise.
 
     The distribution is binomial where the variance is below the mean, negative binomial where it is above, else that of
-    Poisson.
+    Poisson. Each tail is computed as it is, since what is left of 1 has no digits where it is small.
     """
     excess = variance / mean - 1
     is_poisson = np.abs(excess) < _POISSON
     safe = np.where(is_poisson, 1, excess)
     size = np.where(is_poisson, 1, mean / np.abs(safe))  # of successes, or of trials
+    share = np.clip(np.where(safe > 0, safe / (1 + safe), -safe), 0, 1)
 
-    def beyond(k: np.ndarray) -> np.ndarray:
-        """Return P(X > k); k from -1."""
+    def beyond(k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return P(X > k) and P(X <= k); k from -1."""
         k1 = np.maximum(k + 1, _LEAST)
-        share = np.where(safe > 0, safe / (1 + safe), -safe)
         other = np.where(safe > 0, size, np.maximum(size - k, _LEAST))
-        tails = np.where(is_poisson, special.gammainc(k1, mean), special.betainc(k1, other, np.clip(share, 0, 1)))
-        return np.where(k < 0, 1.0, tails)
+        above = np.where(is_poisson, special.gammainc(k1, mean), special.betainc(k1, other, share))
+        below = np.where(is_poisson, special.gammaincc(k1, mean), special.betaincc(k1, other, share))
+        return np.where(k < 0, 1.0, above), np.where(k < 0, 0.0, below)
 
-    return (beyond(counts - 1) + beyond(counts)) / 2
+    (more, fewer), (above, below) = beyond(counts - 1), beyond(counts)
+    return (more + above) / 2, (fewer + below) / 2
 
 
 def _ranked(tested: Tested, counts: Counts, groups: Sequence[str]) -> dict[str, np.ndarray]:

@@ -54,7 +54,7 @@ def overdispersion(adata: AnnData, groupby: str | None = None, *, layer: str | N
     >>> phi = n2s.overdispersion(adata, "bulk_labels")
     >>> part1, part2 = n2s.split_molecules(adata, overdispersion=phi)
     """
-    counts = as_counts(adata, layer, columns=() if groupby is None else (groupby,))
+    counts = as_counts(adata, layer, columns=() if groupby is None else (groupby,), argument="groupby")
     labels = np.zeros(len(counts.size), np.intp)
     if groupby is not None:
         labels = counts.columns[groupby].cat.codes.to_numpy().astype(np.intp)

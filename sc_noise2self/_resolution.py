@@ -117,7 +117,9 @@ def select_resolution(
     counts = as_counts(adata, layer, mask_var)
     check_key(adata, key_added, layer, "select_resolution")
     warn_of_unused_genes(adata, mask_var)
-    method = Clusters(resolution=tried, n_pcs=n_pcs, n_neighbors=n_neighbors).checked(counts)
+    method = Clusters(resolution=tried, n_pcs=n_pcs, n_neighbors=as_positive("n_neighbors", n_neighbors)).checked(
+        counts
+    )
     start = logg.info(f"selecting the resolution of {describe_counts(adata, layer)}")
     method = method.with_rank(counts, rng, overdispersion)
     folds = tenths(counts, n_splits, overdispersion, rng)

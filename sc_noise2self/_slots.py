@@ -213,8 +213,10 @@ def without_results(adata: AnnData) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def check_not_transposed(adata: AnnData, key: str) -> None:
     """Refuse a result whose cells are in `var` and genes in `obs`."""
-    if f"{key}_size" in adata.var and f"{key}_gain" in adata.obs:
-        raise ValueError(f"adata was transposed after it was denoised to {key!r}: pass adata.T, cells x genes.")
+    was_denoised = f"{key}_size" in adata.var and f"{key}_gain" in adata.obs
+    if was_denoised or (kind_of(adata, key) == "cluster_support" and key in adata.var and key not in adata.obs):
+        what = "denoised" if was_denoised else "clustered"
+        raise ValueError(f"adata was transposed after it was {what} to {key!r}: pass adata.T, cells x genes.")
 
 
 def check_key(adata: AnnData, key: str, layer: str | None, kind: Kind = "denoise", with_layer: bool = False) -> None:
@@ -239,24 +241,47 @@ def check_key(adata: AnnData, key: str, layer: str | None, kind: Kind = "denoise
         )
 
 
-def check_column(adata: AnnData, name: str, argument: str) -> None:
-    """Refuse a name of a column of `obs` that belongs to a result, or that is no name."""
-    if not isinstance(name, str) or not name or not name.isprintable() or "/" in name:
-        raise ValueError(f"{argument} is {name!r}: pass the name of a column, which files keep, without '/'.")
-    for key in adata.uns:
-        kind = kind_of(adata, key)
-        if kind is not None and name in slots_of(key, kind).get("obs", []):
-            raise ValueError(f"{argument} is {name!r}, which belongs to the result {key!r}: choose another name.")
+def check_ranking(adata: AnnData, key: str, groups: str, method: str) -> None:
+    """Refuse names for a ranking of scanpy's form and its groups under which something else stands.
+
+    An earlier ranking is replaced, and so are its groups where it was made by this `method`.
+    """
+    if adata.is_view and adata.isbacked:
+        raise ValueError("adata is a part of a backed object, which cannot be written to: pass its to_memory().")
+    if key != "rank_genes_groups":
+        check_key_name(key)
+    _check_file_name(groups, "groups_added")
+    if key in adata.uns and "groupby" not in _params_of(adata.uns[key]):
+        raise ValueError(
+            f"{named([('uns', key)], 'exists and is')} not an earlier ranking: choose another key_added than {key!r}."
+        )
+    earlier = _params_of(adata.uns.get(key))
+    if groups in adata.obs and (earlier.get("method"), earlier.get("groupby")) != (method, groups):
+        raise ValueError(
+            f"{named([('obs', groups)], 'exists and is')} not of an earlier ranking {key!r}: choose another "
+            f"groups_added than {groups!r}, or delete it."
+        )
+
+
+def _params_of(record: Any) -> Mapping[str, Any]:
+    """Return the parameters that a record of scanpy's form was made with, or none."""
+    params = record.get("params") if isinstance(record, Mapping) else None
+    return in_memory(params) if isinstance(params, Mapping) else {}
+
+
+def _check_file_name(name: str, argument: str) -> None:
+    """Refuse a name that files do not keep."""
+    is_text = isinstance(name, str) and name != "" and name.isprintable()
+    if not is_text or name[0] == "." or set(name) & set("/\\") or len(name.encode()) > _LONGEST:
+        raise ValueError(
+            f"{argument} is {name!r}: pass a name without '/' and '\\', of characters that can be printed, that does "
+            f"not start with '.', and of at most {_LONGEST} bytes, because files keep no other."
+        )
 
 
 def check_key_name(key: str) -> None:
     """Refuse a name that files do not keep, or that scanpy writes to."""
-    is_text = isinstance(key, str) and key != "" and key.isprintable()
-    if not is_text or key[0] == "." or set(key) & set("/\\") or len(key.encode()) > _LONGEST:
-        raise ValueError(
-            f"key_added is {key!r}: pass a name without '/' and '\\', of characters that can be printed, that does not "
-            f"start with '.', and of at most {_LONGEST} bytes, because files keep no other."
-        )
+    _check_file_name(key, "key_added")
     by = _OF_SCANPY.get(key)
     if key.startswith(("X_", "dendrogram_")) or key.endswith("_colors"):
         by = "scanpy"

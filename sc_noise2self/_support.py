@@ -12,7 +12,7 @@ from anndata import AnnData
 from scanpy import logging as logg
 
 from ._anndata import as_counts
-from ._checks import check_number, describe_counts, describe_mask, seed_of, warn_of_unused_genes
+from ._checks import as_positive, check_number, describe_counts, describe_mask, seed_of, warn_of_unused_genes
 from ._counts import column_sums, row_sums
 from ._loss import Gain
 from ._random import RandomState, as_generator
@@ -79,7 +79,9 @@ def cluster_support(
     counts = as_counts(adata, layer, mask_var)
     check_key(adata, key_added, layer, "cluster_support")
     warn_of_unused_genes(adata, mask_var)
-    method = Clusters(resolution=resolution, n_pcs=n_pcs, n_neighbors=n_neighbors).checked(counts)
+    method = Clusters(resolution=resolution, n_pcs=n_pcs, n_neighbors=as_positive("n_neighbors", n_neighbors)).checked(
+        counts
+    )
     start = logg.info(f"clustering {describe_counts(adata, layer)}")
     method = method.with_rank(counts, rng, overdispersion)
     labels, seen, held_out = clustered_by_half(method, counts, overdispersion, rng)

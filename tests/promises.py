@@ -32,6 +32,7 @@ WARNINGS = (
     "the loss still falls at the largest rank tried",
     "no clustering predicts held-out molecules better than one cluster",
     "the gain still rises at the largest resolution tried",
+    r'adata.var\["highly_variable"\] was not used, and sc.pp.pca would use it',
     "the loss is least at the largest value tried",
     r"\d+ of \d+ candidates failed and were left out",
     ".* predicts even the molecules that it was given worse than one mean profile",

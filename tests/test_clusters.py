@@ -1,5 +1,8 @@
 """Clusters by scanpy's recipe, and what the molecules say of them: resolution, support, and tests without circles."""
 
+import io
+import sys
+import threading
 import warnings
 
 import anndata as ad
@@ -16,7 +19,7 @@ from sklearn.metrics import adjusted_rand_score
 
 import sc_noise2self as n2s
 from sc_noise2self._blocks import Counts
-from sc_noise2self._groups import scored_clusters, upper_tails
+from sc_noise2self._groups import scored_clusters, tails
 from sc_noise2self._support import joins
 from sc_noise2self.methods._clusters import (
     Graph,
@@ -480,8 +483,9 @@ def test_tails_are_those_of_the_distributions():
         (4.0, scipy.stats.poisson(4)),
         (10.0, scipy.stats.nbinom(4 / 1.5, 0.4)),
     ):
-        found = upper_tails(k, np.full(12, mean), np.full(12, variance))
-        np.testing.assert_allclose(found, law.sf(k) + law.pmf(k) / 2, rtol=1e-6)
+        above, below = tails(k, np.full(12, mean), np.full(12, variance))
+        np.testing.assert_allclose(above, law.sf(k) + law.pmf(k) / 2, rtol=1e-6)
+        np.testing.assert_allclose(below, law.cdf(k) - law.pmf(k) / 2, rtol=1e-6)
 
 
 def test_the_test_without_overdispersion_is_the_exact_one():
@@ -491,8 +495,8 @@ def test_the_test_without_overdispersion_is_the_exact_one():
     share = x[groups == 0].sum() / x.sum()
     law = scipy.stats.binom(x.sum(axis=0), share)
     k = x[groups == 0].sum(axis=0)
-    upper = law.sf(k) + law.pmf(k) / 2
-    np.testing.assert_allclose(found.pvals[0], 2 * np.minimum(upper, 1 - upper), rtol=1e-4)
+    upper, lower = law.sf(k) + law.pmf(k) / 2, law.cdf(k - 1) + law.pmf(k) / 2
+    np.testing.assert_allclose(found.pvals[0], 2 * np.minimum(upper, lower), rtol=1e-4)
     ratio = (k / x[groups == 0].sum()) / (x[groups == 1].sum(axis=0) / x[groups == 1].sum())
     np.testing.assert_allclose(found.logfoldchanges[0], np.log2(ratio), rtol=1e-3, atol=1e-4)
     assert (np.sign(found.scores[0]) == np.sign(np.log2(ratio))).all()
@@ -555,5 +559,185 @@ def test_scanpy_draws_the_ranking():
     axes = sc.pl.rank_genes_groups(adata, key="held_out", n_genes=5, show=False)
     assert axes is not None
     assert adata.uns["held_out"]["params"]["groupby"] == "clusters"
-    with pytest.raises(ValueError, match="groups_added is '': pass the name of a column"):
+    with pytest.raises(ValueError, match="groups_added is '': pass a name without"):
         n2s.rank_genes_groups(adata, 0.2, groups_added="")
+
+
+# What was found by attacks
+
+
+def few_words(adata):
+    """Every function of clusters, with the least that it takes."""
+    return {
+        "select_resolution": lambda **options: n2s.select_resolution(adata, **options),
+        "cluster_support": lambda **options: n2s.cluster_support(adata, 1.0, **options),
+        "rank_genes_groups": lambda **options: n2s.rank_genes_groups(adata, 1.0, **options),
+    }
+
+
+@pytest.mark.parametrize("name", few_words(None))
+def test_options_of_one_value_are_refused_in_a_sentence_where_there_are_several(name):
+    adata, _, _ = grouped(n_cells=40, n_genes=30, depth=200)
+    before = fingerprint(adata)
+    for option in ("n_pcs", "n_neighbors"):
+        with pytest.raises(ValueError, match=rf"{option} is \[2, 3\]: pass a whole number, 1 or more"):
+            few_words(adata)[name](**{option: [2, 3]})
+    with pytest.raises(ValueError, match=r"n_pcs is \[2, 3\]: pass a whole number"):
+        n2s.denoise(adata, n2s.Clusters(n_pcs=[2, 3]))
+    assert not difference(before, fingerprint(adata))
+
+
+def test_resolutions_that_are_no_float_are_refused_in_a_sentence():
+    adata, _, _ = grouped(n_cells=40, n_genes=30, depth=200)
+    with pytest.raises(ValueError, match=r"resolution is array\(0.5\): pass a number"):
+        n2s.Clusters(resolution=np.array(0.5))
+    with pytest.raises(ValueError, match="resolutions is 1000.*: pass a number 0 or more"):
+        n2s.select_resolution(adata, [10**400])
+    with pytest.raises(ValueError, match="resolution is 1000.*: pass a number 0 or more"):
+        n2s.cluster_support(adata, 10**400)
+
+
+def test_a_ranking_replaces_nothing_but_a_ranking():
+    adata, _, _ = grouped(n_cells=60, n_genes=40, depth=400)
+    n2s.denoise(adata, n2s.PCA(n_components=2), write_layer=False)
+    adata.obs["cell_type"], adata.uns["note"] = "a", {"by": "hand"}
+    before = fingerprint(adata)
+    for wrong, message in (
+        ({"key_added": "denoised"}, r"adata.uns\['denoised'\] exists and is not an earlier ranking"),
+        ({"key_added": "note"}, r"adata.uns\['note'\] exists and is not an earlier ranking"),
+        ({"key_added": ""}, "key_added is ''"),
+        ({"key_added": "a/b"}, "key_added is 'a/b'"),
+        ({"key_added": "neighbors"}, "a name that sc.pp.neighbors writes to"),
+        ({"groups_added": "a/b"}, "groups_added is 'a/b'"),
+        ({"groups_added": "cell_type"}, r"adata.obs\['cell_type'\] exists and is not of an earlier ranking"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            n2s.rank_genes_groups(adata, 1.0, **wrong)
+    assert not difference(before, fingerprint(adata))
+    for seed in (0, 1):  # its own are replaced
+        n2s.rank_genes_groups(adata, 1.0, random_state=seed)
+    with pytest.raises(ValueError, match=r"adata.obs\['n2s_groups'\] exists and is not of an earlier ranking 'other'"):
+        n2s.rank_genes_groups(adata, 1.0, key_added="other")  # the first would be a ranking of other groups
+
+
+def test_a_part_of_a_backed_object_is_refused_in_a_sentence(tmp_path):
+    adata, _, _ = grouped(n_cells=60, n_genes=40, depth=400)
+    adata.write_h5ad(tmp_path / "x.h5ad")
+    backed = ad.read_h5ad(tmp_path / "x.h5ad", backed="r")
+    for function in few_words(backed[:40]).values():
+        with pytest.raises(ValueError, match="adata is a part of a backed object, which cannot be written to"):
+            function()
+    backed.file.close()
+
+
+def test_groups_of_overdispersion_are_named_as_they_were_given(tmp_path):
+    adata, groups, _ = grouped(n_cells=60, n_genes=40, depth=400)
+    adata.obs["group"] = pd.Categorical(groups.astype(str))
+    adata.obs["part"] = [None, *["a"] * 59]
+    for wrong, error, message in (
+        ("other", ValueError, "groupby 'other' is missing"),
+        (["group"], TypeError, r"groupby is \['group'\]: pass a name"),
+        ("part", ValueError, "has 1 missing values: every cell needs one"),
+    ):
+        with pytest.raises(error, match=message):
+            n2s.overdispersion(adata, wrong)
+    pytest.importorskip("xarray")
+    adata.write_h5ad(tmp_path / "x.h5ad")
+    lazy = ad.experimental.read_lazy(tmp_path / "x.h5ad")
+    np.testing.assert_allclose(n2s.overdispersion(lazy, "group"), n2s.overdispersion(adata, "group"), rtol=1e-6)
+
+
+def test_equal_cells_are_clustered_without_a_word(monkeypatch):
+    said = io.StringIO()
+    monkeypatch.setattr(sc.settings, "_logfile", sc.settings.logfile)  # is set back
+    sc.settings.logfile = said
+    x = np.repeat(np.random.default_rng(0).poisson(2, (2, 12)), 20, axis=0).astype(np.float32)
+    with sc.settings.verbosity.override("hint"), documented_warnings():
+        for function in few_words(ad.AnnData(x)).values():
+            function(n_pcs=1, n_neighbors=3)
+        graph = Graph.of(
+            Counts.of(sp.csr_matrix(np.vstack([x, x[:1].repeat(20, axis=0)]))), 1, 3, np.random.default_rng(0)
+        )
+        assert len(np.unique(graph.labels(0.5)[:20])) == 1
+    assert "Leiden" not in said.getvalue()  # of an object that nobody sees
+    assert "cost nothing" in said.getvalue()
+
+
+def test_clusters_that_do_not_differ_are_drawn():
+    adata, _, _ = grouped(n_cells=100, n_genes=60, depth=600)
+    table = n2s.cluster_support(adata, 2.0, n_pcs=2)
+    adata.uns["cluster_support"]["linkage"][:, 2] = 0
+    axes = n2s.pl.cluster_support(adata, show=False)
+    assert len([line for line in axes.lines if len(line.get_xdata()) == 4]) == len(table)
+
+
+def test_runs_of_resolutions_stand_at_their_resolutions():
+    adata, _, _ = grouped(n_cells=100, n_genes=60, depth=600)
+    quietly(n2s.select_resolution, adata, [0.5, 2], key_added="few")
+    quietly(n2s.select_resolution, adata, [0.1, 1, 2, 10], key_added="more", random_state=1)
+    axes = n2s.pl.loss(adata, key=["few", "more"], show=False)
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    assert names == ["0", "0.1", "0.5", "1", "2", "10"]
+    places = [[names[int(x)] for x in container.lines[0].get_xdata()] for container in axes.containers]
+    assert places == [["0", "0.5", "2"], ["0", "0.1", "1", "2", "10"]]
+
+
+def test_both_tails_keep_their_digits():
+    k, mean = np.array([0.0, 0.0, 0.0, 250.0]), np.array([60.0, 60.0, 60.0, 60.0])
+    variance = np.array([40.0, 60.0, 80.0, 60.0])
+    above, below = tails(k, mean, variance)
+    laws = [scipy.stats.binom(180, 1 / 3), scipy.stats.poisson(60), scipy.stats.nbinom(180, 0.75)]
+    np.testing.assert_allclose(below[:3], [law.pmf(0) / 2 for law in laws], rtol=1e-6)
+    law = scipy.stats.poisson(60)
+    np.testing.assert_allclose(above[3], law.sf(250) + law.pmf(250) / 2, rtol=1e-6)
+    assert (above + below == pytest.approx(1)) is True
+
+
+def test_a_gene_that_a_cluster_lacks_has_a_p_value():
+    x = np.full((20, 3), 20.0, np.float32)
+    x[:10, 0] = 0
+    found = scored_clusters(np.repeat([0, 1], 10), sp.csr_matrix(x), np.zeros(3))
+    assert 0 < found.pvals[0, 0] < 1e-40
+    assert found.pvals[0, 0] == pytest.approx(found.pvals[1, 0])  # all its molecules in one, none in the other
+
+
+def test_boundless_overdispersion_tells_nothing():
+    adata, _, _ = grouped(n_cells=60, n_genes=40, depth=400)
+    for phi in (1e12, 1e300):
+        n2s.rank_genes_groups(adata, 1.0, overdispersion=phi)
+        table = sc.get.rank_genes_groups_df(adata, None)
+        assert np.isfinite(table.select_dtypes("number")).all(axis=None)
+        assert (table["pvals"] > 0).all()
+
+
+def test_labels_of_support_are_not_left_in_a_transposed_object():
+    adata, _, _ = grouped(n_cells=60, n_genes=40, depth=400)
+    n2s.cluster_support(adata, 1.0)
+    with pytest.raises(ValueError, match="adata was transposed after it was clustered to 'cluster_support'"):
+        n2s.remove(adata.T, "cluster_support")
+
+
+def test_threads_that_cluster_at_once_get_the_bytes_of_one_alone():
+    """The random numbers of igraph are those of the process."""
+    adata, _, _ = grouped(n_cells=150, n_genes=60, depth=400)
+    graph = Graph.of(Counts.of(adata.X), 5, 15, np.random.default_rng(0))
+    expected = graph.labels(3.0).tolist()
+    found, interval = [], sys.getswitchinterval()
+    before = sc.settings.verbosity
+
+    def cluster():
+        own = Graph.of(Counts.of(adata.X), 5, 15, np.random.default_rng(0))
+        found.extend(own.labels(3.0).tolist() for _ in range(10))
+
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=cluster) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(found) == 40
+    assert all(labels == expected for labels in found)
+    assert sc.settings.verbosity == before

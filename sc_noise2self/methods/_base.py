@@ -350,7 +350,7 @@ def grid_of(method: Method) -> dict[str, tuple[Any, ...]]:
 
 def is_several(value: Any) -> bool:
     """Whether an option has several values to choose from."""
-    return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)
+    return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes) and np.ndim(value) > 0
 
 
 def as_several(value: Any) -> tuple[Any, ...]:

@@ -10,8 +10,11 @@ all the others. Where clusters differ by no more than chance it is infinite, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -23,7 +26,7 @@ from anndata import AnnData
 from sklearn.base import BaseEstimator, TransformerMixin
 
 from .._blocks import Block, Chunks, Counts, Partial
-from .._checks import check_number
+from .._checks import as_positive, check_number
 from .._counts import column_sums, row_sums
 from .._loss import Gain
 from .._split import checked_phi, split_matrix
@@ -38,6 +41,7 @@ from ._svd import components_of, start_block
 RESOLUTIONS = (0.0, 0.03, 0.04, 0.06, 0.09, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.7, 8.0)
 """One cluster, then steps of the square root of 2."""
 _MOST_PCS = 50  # that a rank is looked for among
+_SCANPY = Lock()  # what it says, filters of warnings and igraph's random numbers are those of the process
 _STRENGTHS = (1e-6, 1e4)  # between which the strength is looked for, the last times all molecules
 
 
@@ -76,7 +80,9 @@ class Clusters(Method):
         if self.n_pcs is None:
             return replace(self, n_neighbors=near)
         n_most = most_components(counts)
-        n_pcs = bounded_values("n_pcs", self.n_pcs, None, n_most, f"{n_cells} cells x {counts.n_used} genes")
+        n_pcs = bounded_values(
+            "n_pcs", as_positive("n_pcs", self.n_pcs), None, n_most, f"{n_cells} cells x {counts.n_used} genes"
+        )
         return replace(self, n_pcs=n_pcs, n_neighbors=near)
 
     def learners(self, counts: Counts) -> Sequence[Learner]:
@@ -140,16 +146,26 @@ class Graph:
         cells = AnnData(obsm={"X_pca": principal_coordinates(counts, n_pcs, rng).astype(np.float32)})
         if cells.n_obs > 2:
             n_neighbors = max(2, min(n_neighbors, cells.n_obs - 1))
-            sc.pp.neighbors(cells, use_rep="X_pca", random_state=seed, transformer=_Search(n_neighbors, seed))
+            with _quietly():
+                sc.pp.neighbors(cells, use_rep="X_pca", random_state=seed, transformer=_Search(n_neighbors, seed))
         return cls(cells, seed)
 
     def labels(self, resolution: float) -> np.ndarray:
-        """Return the cluster of each cell, whole numbers from 0, the largest cluster first."""
+        """Return the cluster of each cell, whole numbers from 0 as scanpy counts them."""
         if resolution == 0 or self.neighbors.n_obs <= 2:
             return np.zeros(self.neighbors.n_obs, np.intp)
         options: dict[str, Any] = {"flavor": "igraph", "n_iterations": 2, "directed": False}
-        sc.tl.leiden(self.neighbors, resolution=resolution, random_state=self.seed, **options)
-        return self.neighbors.obs["leiden"].astype(int).to_numpy().astype(np.intp)
+        with _quietly():
+            sc.tl.leiden(self.neighbors, resolution=resolution, random_state=self.seed, **options)
+            return self.neighbors.obs["leiden"].astype(int).to_numpy().astype(np.intp)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Run scanpy in one thread at a time, and let it say nothing of an object that nobody sees."""
+    with _SCANPY, sc.settings.verbosity.override("error"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", sp.SparseEfficiencyWarning)  # where cells are equal
+        yield
 
 
 class _Search(TransformerMixin, BaseEstimator):

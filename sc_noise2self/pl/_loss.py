@@ -18,6 +18,8 @@ from ._style import MARKERS, finish, ink, legend_beside, new_axes, palette
 _MANY_LINES = 6
 _LONGEST_TICKS = 40  # characters that stand side by side
 _RANKS = "principal components"
+_RESOLUTIONS = "resolution of clustering"
+_COUNTED = "resolution (clusters)"
 _NATS = "loss (nats per held-out molecule)"
 
 
@@ -61,7 +63,7 @@ def loss(
         If the results are in different units.
     """
     keys = [key] if isinstance(key, str) else list(key)
-    runs = [_run(adata, each, member) for each in keys]
+    runs = _aligned([_run(adata, each, member, is_alone=len(keys) == 1) for each in keys])
     if len({(run.unit, run.x) for run in runs}) != 1:
         raise ValueError(
             "these results have different axes: "
@@ -103,8 +105,13 @@ class _Run:
         """Whether it is of `select_rank`."""
         return self.x == _RANKS
 
+    @property
+    def is_resolutions(self) -> bool:
+        """Whether it is of `select_resolution`."""
+        return self.x in (_RESOLUTIONS, _COUNTED)
 
-def _run(adata: AnnData, key: str, member: str | None) -> _Run:
+
+def _run(adata: AnnData, key: str, member: str | None, *, is_alone: bool) -> _Run:
     kind = kind_of(adata, key)
     if kind is None:
         raise KeyError(
@@ -118,7 +125,7 @@ def _run(adata: AnnData, key: str, member: str | None) -> _Run:
     if kind == "select_rank":
         return _of_ranks(written)
     if kind == "select_resolution":
-        return _of_resolutions(written)
+        return _of_resolutions(written, is_alone)
     found = [written] if "table" in written else [learned[name] for name in ([member] if member else learned)]
     table = next((each["table"] for each in found if "table" in each), None)
     if table is None:
@@ -142,14 +149,30 @@ def _of_ranks(written: Mapping[str, Any]) -> _Run:
     return replace(run, x=_RANKS, choice=str(written["rank"]))
 
 
-def _of_resolutions(written: Mapping[str, Any]) -> _Run:
-    """Return resolutions, each with the number of its clusters."""
+def _aligned(runs: Sequence[_Run]) -> list[_Run]:
+    """Return runs whose positions of one name are one, where they have names: resolutions rising, others as met."""
+    names = list(dict.fromkeys(name for run in runs for name in run.ticks or ()))
+    if len(runs) == 1 or any(run.ticks is None for run in runs):
+        return list(runs)
+    if all(run.is_resolutions for run in runs):
+        names.sort(key=float)
+    out = []
+    for run in runs:
+        assert run.ticks is not None
+        places = np.array([names.index(name) for name in run.ticks])
+        out.append(replace(run, table=run.table.assign(x=places[run.table["x"]]), ticks=tuple(names)))
+    return out
+
+
+def _of_resolutions(written: Mapping[str, Any], is_alone: bool) -> _Run:
+    """Return resolutions, each with the number of its clusters where no other run has another."""
     table = written["table"]
-    names = [f"{row.resolution:g} ({row.n_clusters})" for row in table.itertuples()]
+    counted = [f" ({n})" if is_alone else "" for n in table["n_clusters"]]
+    names = [f"{resolution:.12g}{n}" for resolution, n in zip(table["resolution"], counted, strict=True)]
     lost = pd.DataFrame({"resolution": names, "loss": -table["gain"], "error": table["error"]})
     run = _of_table(lost.assign(chosen=table["chosen"].to_numpy()), _NATS, "one cluster")
     choice = f"{written['resolution']:g}, {table['n_clusters'][table['chosen']].iloc[0]} clusters"
-    return replace(run, x="resolution (clusters)", choice=choice)
+    return replace(run, x=_COUNTED if is_alone else _RESOLUTIONS, choice=choice)
 
 
 def _of_table(candidates: pd.DataFrame, unit: str, zero: str | None) -> _Run:

@@ -44,8 +44,8 @@ def cluster_support(
     written = in_memory(adata.uns[key])
     table, linkage = written["table"], np.array(written["linkage"])
     # Joins are told apart by their heights, so equal ones are drawn in their order.
-    order = np.arange(len(linkage))
-    linkage[:, 2] += 1e-6 * linkage[-1, 2] * order
+    order, highest = np.arange(len(linkage)), linkage[-1, 2] or 1.0  # all are 0 where clusters differ by chance alone
+    linkage[:, 2] += 1e-6 * highest * order
     names = [str(i) for i in range(len(linkage) + 1)]
     tree = dendrogram(linkage, no_plot=True, labels=names)
     own = new_axes(ax, width=1.5 + 0.7 * len(names), height=3.7)
@@ -66,7 +66,7 @@ def cluster_support(
         xlabel="cluster",
         ylabel="distance (nats per molecule seen)",
         title="Gain of keeping apart (nats / 1000)",
-        ylim=(0, 1.12 * linkage[-1, 2]),
+        ylim=(0, 1.12 * highest),
     )
     own.legend(fontsize="small", frameon=False)
     finish(ax, show)
