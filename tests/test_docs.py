@@ -10,7 +10,7 @@ import scanpy as sc
 import sc_noise2self as n2s
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", "docs/index.md", "docs/which_layer.md", "docs/coming_from.md"]
+PAGES = ["README.md", "docs/index.md", "docs/which_layer.md", "docs/clusters.md", "docs/coming_from.md"]
 
 
 def blocks_of(page):
