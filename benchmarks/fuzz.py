@@ -423,7 +423,8 @@ def rank_genes_groups(call: Call) -> None:
     _demand(np.isfinite(numbers).all(axis=None), "a number is not finite")
     _demand(((numbers["pvals"] >= 0) & (numbers["pvals"] <= numbers["pvals_adj"] * (1 + 1e-9))).all(), "a p-value")
     _demand((numbers["pvals_adj"] <= 1).all(), "a p-value above 1")
-    del copied.uns[key], copied.obs[name]
+    del copied.uns[key]
+    n2s.remove(copied, name)
     _demand_same(adata, copied)
 
 

@@ -36,7 +36,7 @@ from ._checks import as_positive, check_number, describe_counts, describe_mask, 
 from ._counts import row_sums
 from ._overdispersion import overdispersion_within
 from ._random import RandomState, as_generator
-from ._slots import check_ranking, committed
+from ._slots import check_ranking, committed, marked
 from .methods._clusters import Clusters, as_groups, clustered_by_half, molecules_of
 
 _METHOD = "sc_noise2self score test"
@@ -77,14 +77,15 @@ def rank_genes_groups(
     key_added
         Name in `uns`, of scanpy's form; as in scanpy, an earlier ranking under it is replaced.
     groups_added
-        Name in `obs` of the clusters that are tested; those of the ranking that is replaced are too.
+        Name in `obs` of the clusters that are tested; those of an earlier ranking are replaced with it.
 
     Returns
     -------
-    None. `.obs[groups_added]` has the cluster of each cell by the first half, categorical. `.uns[key_added]` has for
-    each cluster against all other cells `names`, `scores` (standard deviations), `pvals` (two-sided), `pvals_adj`
-    (Benjamini & Hochberg) and `logfoldchanges` (of rates, base 2), from the highest score, as `sc.pl.rank_genes_groups`
-    and `sc.get.rank_genes_groups_df` read them. `X` and the input layer are not modified.
+    None. `.obs[groups_added]` has the cluster of each cell by the first half, categorical; `.uns[groups_added]` says
+    how they were found. `.uns[key_added]` has for each cluster against all other cells `names`, `scores` (standard
+    deviations), `pvals` (two-sided), `pvals_adj` (Benjamini & Hochberg) and `logfoldchanges` (of rates, base 2), from
+    the highest score, as `sc.pl.rank_genes_groups` and `sc.get.rank_genes_groups_df` read them. `X` and the input
+    layer are not modified.
 
     Raises
     ------
@@ -132,15 +133,21 @@ def rank_genes_groups(
             "use_raw": False,
             "layer": layer,
             "corr_method": "benjamini-hochberg",
+        },
+        **_ranked(tested, counts, list(groups.categories)),
+    }
+    of_groups = {
+        "params": {
+            "key_added": key_added,
             "resolution": float(resolution),
             "n_pcs": method.n_pcs,
             "n_neighbors": n_neighbors,
             "mask_var": describe_mask(mask_var),
             "random_state": seed_of(random_state),
         },
-        **_ranked(tested, counts, list(groups.categories)),
     }
-    with committed(adata, {"obs": {groups_added: groups}, "uns": {key_added: record}}):
+    written = {key_added: record, groups_added: marked("rank_genes_groups", of_groups)}
+    with committed(adata, {"obs": {groups_added: groups}, "uns": written}):
         pass
     logg.info(
         f"    {labels.max() + 1} clusters by half of the molecules",

@@ -18,9 +18,10 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData, ImplicitModificationWarning
 
-Kind = Literal["denoise", "calibrate", "select_rank", "select_resolution", "cluster_support"]
+Kind = Literal["denoise", "calibrate", "select_rank", "select_resolution", "cluster_support", "rank_genes_groups"]
 _IN_WORDS = {"denoise": "result", "calibrate": "calibration", "select_rank": "rank"}
 _IN_WORDS |= {"select_resolution": "resolution", "cluster_support": "support of clusters"}
+_WITH_LABELS = ("cluster_support", "rank_genes_groups")
 Changes = Mapping[str, Mapping[str, Any]]
 """By slot and name, what to set there; None for what to remove."""
 
@@ -97,7 +98,7 @@ def _has_stamps(scales: Any) -> bool:
 def slots_of(key: str, kind: Kind = "denoise", with_layer: bool = False) -> dict[str, list[str]]:
     """Return the names that a result under `key` may take, by slot; `with_layer` is of `calibrate`."""
     if kind != "denoise":
-        labels = {"obs": [key]} if kind == "cluster_support" else {}
+        labels = {"obs": [key]} if kind in _WITH_LABELS else {}
         return {"uns": [key], **({"layers": [key]} if with_layer else {}), **labels}
     return {
         "layers": [key],
@@ -214,7 +215,7 @@ def without_results(adata: AnnData) -> tuple[pd.DataFrame, pd.DataFrame]:
 def check_not_transposed(adata: AnnData, key: str) -> None:
     """Refuse a result whose cells are in `var` and genes in `obs`."""
     was_denoised = f"{key}_size" in adata.var and f"{key}_gain" in adata.obs
-    if was_denoised or (kind_of(adata, key) == "cluster_support" and key in adata.var and key not in adata.obs):
+    if was_denoised or (kind_of(adata, key) in _WITH_LABELS and key in adata.var and key not in adata.obs):
         what = "denoised" if was_denoised else "clustered"
         raise ValueError(f"adata was transposed after it was {what} to {key!r}: pass adata.T, cells x genes.")
 
@@ -244,22 +245,32 @@ def check_key(adata: AnnData, key: str, layer: str | None, kind: Kind = "denoise
 def check_ranking(adata: AnnData, key: str, groups: str, method: str) -> None:
     """Refuse names for a ranking of scanpy's form and its groups under which something else stands.
 
-    An earlier ranking is replaced, and so are its groups where it was made by this `method`.
+    An earlier ranking is replaced, and groups are where no other ranking by this `method` is of them.
     """
     if adata.is_view and adata.isbacked:
         raise ValueError("adata is a part of a backed object, which cannot be written to: pass its to_memory().")
     if key != "rank_genes_groups":
         check_key_name(key)
     _check_file_name(groups, "groups_added")
+    if groups == key:
+        raise ValueError(f"groups_added is {groups!r}, the name of the ranking too: choose another.")
     if key in adata.uns and "groupby" not in _params_of(adata.uns[key]):
         raise ValueError(
             f"{named([('uns', key)], 'exists and is')} not an earlier ranking: choose another key_added than {key!r}."
         )
-    earlier = _params_of(adata.uns.get(key))
-    if groups in adata.obs and (earlier.get("method"), earlier.get("groupby")) != (method, groups):
+    check_not_transposed(adata, groups)
+    if kind_of(adata, groups) != "rank_genes_groups":
+        if taken := _there(adata, slots_of(groups, "rank_genes_groups")):
+            raise ValueError(
+                f"{named(taken, 'exists and is', 'exist and are')} not of an earlier ranking: choose another "
+                f"groups_added than {groups!r}, or delete it."
+            )
+        return
+    earlier = str(_params_of(adata.uns[groups]).get("key_added"))
+    if earlier != key and _params_of(adata.uns.get(earlier)).get("method") == method:
         raise ValueError(
-            f"{named([('obs', groups)], 'exists and is')} not of an earlier ranking {key!r}: choose another "
-            f"groups_added than {groups!r}, or delete it."
+            f"{named([('obs', groups)])} what the ranking {earlier!r} is of: choose another groups_added than "
+            f"{groups!r}."
         )
 
 

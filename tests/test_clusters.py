@@ -609,6 +609,7 @@ def test_a_ranking_replaces_nothing_but_a_ranking():
         ({"key_added": "a/b"}, "key_added is 'a/b'"),
         ({"key_added": "neighbors"}, "a name that sc.pp.neighbors writes to"),
         ({"groups_added": "a/b"}, "groups_added is 'a/b'"),
+        ({"groups_added": "rank_genes_groups"}, "groups_added is 'rank_genes_groups', the name of the ranking too"),
         ({"groups_added": "cell_type"}, r"adata.obs\['cell_type'\] exists and is not of an earlier ranking"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -616,8 +617,12 @@ def test_a_ranking_replaces_nothing_but_a_ranking():
     assert not difference(before, fingerprint(adata))
     for seed in (0, 1):  # its own are replaced
         n2s.rank_genes_groups(adata, 1.0, random_state=seed)
-    with pytest.raises(ValueError, match=r"adata.obs\['n2s_groups'\] exists and is not of an earlier ranking 'other'"):
+    with pytest.raises(ValueError, match=r"adata.obs\['n2s_groups'\] is what the ranking 'rank_genes_groups' is of"):
         n2s.rank_genes_groups(adata, 1.0, key_added="other")  # the first would be a ranking of other groups
+    sc.tl.rank_genes_groups(adata, "n2s_groups")  # another ranking stands under the key then, and the groups are free
+    n2s.rank_genes_groups(adata, 1.0, key_added="other")
+    n2s.remove(adata, "n2s_groups")
+    assert "n2s_groups" not in adata.obs
 
 
 def test_a_part_of_a_backed_object_is_refused_in_a_sentence(tmp_path):
