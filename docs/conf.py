@@ -19,8 +19,15 @@ from latex2mathml.converter import convert
 
 HERE = Path(__file__).parent
 NOTEBOOKS = HERE.parent / "notebooks"
-FIRST = ["quickstart", "whole_analysis", "gallery", "choosing_rank", "markers_after_denoising"]
-FIRST += ["autoencoder", "calibrate_your_own"]
+FIRST = [
+    "quickstart",
+    "whole_analysis",
+    "gallery",
+    "choosing_rank",
+    "markers_after_denoising",
+    "autoencoder",
+    "calibrate_your_own",
+]
 LAST = ["noise2self_paper"]  # any other notebook stands between the two
 NEED_REAL_COUNTS = ["choosing_rank", "markers_after_denoising", "noise2self_paper"]  # else they download some
 
