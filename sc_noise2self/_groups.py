@@ -37,6 +37,7 @@ from ._counts import row_sums
 from ._overdispersion import overdispersion_within
 from ._random import RandomState, as_generator
 from ._slots import check_ranking, committed, marked
+from ._threads import one_blas_thread
 from .methods._clusters import Clusters, as_groups, clustered_by_half, molecules_of
 
 _METHOD = "sc_noise2self score test"
@@ -100,7 +101,8 @@ def rank_genes_groups(
     Notes
     -----
     See `sc_noise2self._groups` for the formulas. A count with overdispersion phi has halves with 2 phi. Splitting:
-    Neufeld et al. 2023.
+    Neufeld et al. 2023. Where few cells hold most of the molecules, and phi is large, the rate of a gene is known from
+    them alone, and p-values are too small.
 
     Examples
     --------
@@ -118,10 +120,11 @@ def rank_genes_groups(
         counts
     )
     start = logg.info(f"ranking genes of {describe_counts(adata, layer)}")
-    method = method.with_rank(counts, rng)
-    if overdispersion is None:
-        overdispersion = overdispersion_within(method.graph(counts, rng).labels(resolution), counts)
-    labels, _, held_out = clustered_by_half(method, counts, overdispersion, rng)
+    with one_blas_thread():
+        method = method.with_rank(counts, rng)
+        if overdispersion is None:
+            overdispersion = overdispersion_within(method.graph(counts, rng).labels(resolution), counts)
+        labels, _, held_out = clustered_by_half(method, counts, overdispersion, rng)
     phi_of_half = 2 * np.broadcast_to(np.minimum(overdispersion, _LARGEST), (held_out.shape[1],))
     tested = scored_clusters(labels, held_out, phi_of_half)
     groups = as_groups(labels)

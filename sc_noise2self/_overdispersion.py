@@ -7,6 +7,7 @@ from anndata import AnnData
 
 from ._anndata import as_counts
 from ._blocks import Counts
+from ._threads import one_blas_thread
 from .methods._clusters import profiles_of_clusters
 from .methods._mixing import dispersion_curves, dispersions
 
@@ -44,8 +45,9 @@ def overdispersion(adata: AnnData, groupby: str | None = None, *, layer: str | N
     -----
     The likelihood of each gene's counts, negative binomial around the profile of their group at each cell's depth, is
     taken on a grid of phi, and a prior over the grid is learned from all genes (nonparametric empirical Bayes, Kiefer &
-    Wolfowitz 1956), so that genes with few molecules lean on the rest. The result is the posterior mean. Groups that
-    were found in the same counts, or that are small, fit some of the noise, so phi is a little too small within them.
+    Wolfowitz 1956), so that genes with few molecules lean on the rest. The result is the posterior mean. Groups fit
+    some of the noise: within groups of n cells phi is about 1 - 1/n of what it should be, and a little less within
+    groups that were found in the same counts.
 
     Examples
     --------
@@ -63,6 +65,7 @@ def overdispersion(adata: AnnData, groupby: str | None = None, *, layer: str | N
 
 def overdispersion_within(labels: np.ndarray, counts: Counts) -> np.ndarray:
     """Return phi of each gene within groups, whole numbers from 0, shape (genes,)."""
-    profiles = profiles_of_clusters(labels, counts).scaled(n_rounds=0)
-    curves = dispersion_curves(profiles, counts.in_memory(), counts.size, _GRID)
-    return dispersions(curves, _GRID)
+    with one_blas_thread():
+        profiles = profiles_of_clusters(labels, counts).scaled(n_rounds=0)
+        curves = dispersion_curves(profiles, counts.in_memory(), counts.size, _GRID)
+        return dispersions(curves, _GRID)

@@ -27,6 +27,7 @@ from ._progress import progress_bar
 from ._random import RandomState, as_generator
 from ._slots import check_key, committed, marked
 from ._split import split_matrix
+from ._threads import one_blas_thread
 from ._warnings import warn
 from .methods._clusters import RESOLUTIONS, Clusters, gain_of_clusters
 from .partitions import Fold, fold_of
@@ -96,7 +97,7 @@ def select_resolution(
     Warns
     -----
     UserWarning
-        If no partition is better than one cluster, if the gain still rises at the largest resolution, or if
+        If no partition is better than one cluster, if the largest of several resolutions is chosen, or if
         `var["highly_variable"]` is there, which `sc.pp.pca` would use, and no `mask_var` is given.
 
     Notes
@@ -121,15 +122,16 @@ def select_resolution(
         counts
     )
     start = logg.info(f"selecting the resolution of {describe_counts(adata, layer)}")
-    method = method.with_rank(counts, rng, overdispersion)
-    folds = tenths(counts, n_splits, overdispersion, rng)
-    compared, n_clusters = _compared(method, counts, folds, tried, resolutions is None, rng)
+    with one_blas_thread():
+        method = method.with_rank(counts, rng, overdispersion)
+        folds = tenths(counts, n_splits, overdispersion, rng)
+        compared, n_clusters = _compared(method, counts, folds, tried, resolutions is None, rng)
     table, gains = _table(compared, n_clusters, rule)
     if not table["chosen"].iloc[0] and not gains[int(table["gain"].argmax())].is_clear:
         table["chosen"] = np.arange(len(table)) == 0
     row = int(table["chosen"].argmax())
     chosen = float(table["resolution"].iloc[row])
-    if row == 0:
+    if row == 0 and len(table) > 1:
         warn(
             "no clustering predicts held-out molecules better than one cluster by more than the error: the counts show "
             "no groups of cells."

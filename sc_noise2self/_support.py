@@ -17,6 +17,7 @@ from ._counts import column_sums, row_sums
 from ._loss import Gain
 from ._random import RandomState, as_generator
 from ._slots import check_key, committed, marked
+from ._threads import one_blas_thread
 from .methods._clusters import Clusters, as_groups, clustered_by_half, likeliest_strength, molecules_of
 
 
@@ -83,9 +84,10 @@ def cluster_support(
         counts
     )
     start = logg.info(f"clustering {describe_counts(adata, layer)}")
-    method = method.with_rank(counts, rng, overdispersion)
-    labels, seen, held_out = clustered_by_half(method, counts, overdispersion, rng)
-    table, linkage = joins(labels, seen, held_out)
+    with one_blas_thread():
+        method = method.with_rank(counts, rng, overdispersion)
+        labels, seen, held_out = clustered_by_half(method, counts, overdispersion, rng)
+        table, linkage = joins(labels, seen, held_out)
     record = {
         "table": table,
         "linkage": linkage,

@@ -1,9 +1,11 @@
 """Clusters by scanpy's recipe, and what the molecules say of them: resolution, support, and tests without circles."""
 
+import importlib
 import io
 import sys
 import threading
 import warnings
+from contextlib import contextmanager
 
 import anndata as ad
 import numpy as np
@@ -746,3 +748,53 @@ def test_threads_that_cluster_at_once_get_the_bytes_of_one_alone():
     assert len(found) == 40
     assert all(labels == expected for labels in found)
     assert sc.settings.verbosity == before
+
+
+MODULES = {"select_resolution": "_resolution", "cluster_support": "_support", "rank_genes_groups": "_groups"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_matrix_products_have_one_thread_and_so_one_rounding(name, monkeypatch):
+    """However many threads there are, which on some machines is one."""
+    inside, seen, search = [], [], sc.pp.neighbors
+
+    @contextmanager
+    def noted_thread():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def noted(*args, **options):
+        seen.append(bool(inside))
+        return search(*args, **options)
+
+    module = importlib.import_module(f"sc_noise2self.{MODULES[name]}")
+    monkeypatch.setattr(module, "one_blas_thread", noted_thread)
+    monkeypatch.setattr(sc.pp, "neighbors", noted)
+    quietly(few_words(grouped(n_cells=60, n_genes=40, depth=400)[0])[name])
+    assert seen
+    assert all(seen)
+
+
+def test_small_groups_fit_some_of_the_noise():
+    """phi within groups of n cells is about 1 - 1/n of what it should be, as the docstring says."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(120), 5)
+    means = 2000 * rng.dirichlet(np.full(60, 2.0), size=120)[groups]
+    adata = ad.AnnData(rng.poisson(means * rng.gamma(2, 0.5, means.shape)).astype(np.float32))
+    adata.obs["group"] = pd.Categorical(groups.astype(str))
+    assert np.median(quietly(n2s.overdispersion, adata, "group")) == pytest.approx(0.5 * (1 - 1 / 5), rel=0.1)
+
+
+def test_genes_of_a_mask_may_hold_nothing():
+    adata, _, _ = grouped(n_cells=60, n_genes=40, depth=400)
+    adata.X = sp.csr_matrix(np.hstack([adata.X.toarray(), np.zeros((60, 40), np.float32)])[:, 20:60])
+    mask = np.arange(40) >= 20
+    quietly(n2s.select_resolution, adata, mask_var=mask)
+    assert adata.uns["select_resolution"]["params"]["n_pcs"] == 1
+    quietly(n2s.denoise, adata, n2s.Clusters(), mask_var=mask)
+
+
+def test_one_cluster_alone_is_compared_with_nothing():
+    adata, _, _ = grouped(n_cells=60, n_genes=40, depth=400)
+    assert n2s.select_resolution(adata, [0]) == 0  # where a warning would be an error

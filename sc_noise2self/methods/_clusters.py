@@ -42,6 +42,7 @@ RESOLUTIONS = (0.0, 0.03, 0.04, 0.06, 0.09, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.
 """One cluster, then steps of the square root of 2."""
 _MOST_PCS = 50  # that a rank is looked for among
 _SCANPY = Lock()  # what it says, filters of warnings and igraph's random numbers are those of the process
+_FEW = 20  # molecules, of which a half may hold none
 _STRENGTHS = (1e-6, 1e4)  # between which the strength is looked for, the last times all molecules
 
 
@@ -211,7 +212,9 @@ def principal_coordinates(counts: Counts, n_pcs: int, rng: np.random.Generator) 
 
 
 def rank_of(counts: Counts, rng: np.random.Generator, overdispersion: float | np.ndarray | None = None) -> int:
-    """Return the rank that `sc_noise2self.select_rank` finds, 1 at least."""
+    """Return the rank that `sc_noise2self.select_rank` finds, 1 at least, and of few molecules."""
+    if counts.totals[slice(None) if counts.used is None else counts.used].sum() < _FEW:
+        return 1
     chunks, phi = counts.chunks, None
     if overdispersion is not None:
         phi = checked_phi(overdispersion, chunks.shape[1])
