@@ -92,7 +92,7 @@ def fingerprint(value: Any) -> Any:
         parts = [fingerprint(getattr(value, part)) for part in ("data", "indices", "indptr")]
         return (type(value).__name__.lower().removesuffix("view"), value.shape, *parts)
     if isinstance(value, np.ndarray):
-        content = repr(value.tolist()) if value.dtype.kind == "O" else value.tobytes()
+        content = repr(value.tolist()) if value.dtype.hasobject else value.tobytes()
         return (str(value.dtype), value.shape, content)
     return repr(value)
 

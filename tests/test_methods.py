@@ -18,6 +18,7 @@ import anndata as ad
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import scanpy as sc
 import scipy.sparse as sp
 from contributed import Centroids
 from hypothesis import assume
@@ -434,6 +435,9 @@ WRITERS = {
     "denoise factors": lambda adata: n2s.denoise(adata, n2s.PCA(transform="sqrt"), write_layer=False),
     "select_rank": lambda adata: n2s.select_rank(adata, max_rank=5),
     "calibrate": lambda adata: n2s.calibrate(adata, shrunken, {"share": [0.1, 0.5, 0.9]}, refit=True),
+    "select_resolution": lambda adata: n2s.select_resolution(adata, [0.5, 2], n_neighbors=3),
+    "cluster_support": lambda adata: n2s.cluster_support(adata, 2.0, n_neighbors=3),
+    "rank_genes_groups": lambda adata: n2s.rank_genes_groups(adata, 2.0, n_neighbors=3),
 }
 
 
@@ -476,7 +480,7 @@ def state(adata):
 TINY = Data(n_cells=14, n_genes=10, has_extras=True, seed=2)
 
 
-@pytest.mark.parametrize("writer", ["denoise mix", "calibrate"])
+@pytest.mark.parametrize("writer", ["denoise mix", "calibrate", "rank_genes_groups"])
 def test_an_interrupt_leaves_the_old_or_the_new(writer):
     interrupted(WRITERS[writer], beginning(earlier=True), n_writing=6, n_random=1)
 
@@ -686,6 +690,85 @@ def test_any_counts_have_a_rank(words, protocol, max_rank):
     }.items():
         assert np.isfinite(values).all(), name
     assert (curve["error"] >= 0).all()  # infinite where one cell is scored
+
+
+OF_CLUSTERS = {
+    "select_resolution": lambda adata, **options: n2s.select_resolution(adata, [0.5, 2], **options),
+    "cluster_support": lambda adata, **options: n2s.cluster_support(adata, 1.0, **options),
+    "rank_genes_groups": lambda adata, **options: n2s.rank_genes_groups(adata, 1.0, **options),
+}
+NUMBERS = ["scores", "pvals", "pvals_adj", "logfoldchanges"]
+
+
+def check_numbers(name, adata):
+    """Check what a function of clusters wrote."""
+    if name == "rank_genes_groups":
+        table = sc.get.rank_genes_groups_df(adata, None)
+        assert len(table) == adata.n_vars * len(adata.obs["n2s_groups"].cat.categories)
+        assert np.isfinite(table[NUMBERS]).all(axis=None)
+        assert table["pvals"].between(0, 1).all()
+        assert table["pvals_adj"].between(0, 1).all()
+        return
+    table = adata.uns[name]["table"]
+    assert np.isfinite(table["gain"]).all()
+    assert (table["error"] >= 0).all()  # infinite where one cell tells
+    if name == "cluster_support":
+        assert len(table) == len(adata.obs[name].cat.categories) - 1
+        assert np.isfinite(table["distance"]).all()
+
+
+@on_examples(data(), st.sampled_from(list(OF_CLUSTERS)), st.sampled_from([None, 0.5]), st.booleans(), few=12)
+def test_any_counts_are_clustered(words, name, phi, has_mask):
+    with documented_warnings():
+        adata = words.adata().copy()
+    before = fingerprint(adata)
+    mask = np.arange(adata.n_vars) < max(2, adata.n_vars // 2) if has_mask else None
+    try:
+        with documented_warnings(), refused_for_few(words.counts()):
+            OF_CLUSTERS[name](adata, overdispersion=phi, layer=words.layer, mask_var=mask)
+    except ValueError as error:
+        assert "all cells are one cluster at resolution 1" in str(error)  # noqa: PT017
+        assert not difference(before, fingerprint(adata))
+        return
+    check_numbers(name, adata)
+    n2s.remove(adata, "n2s_groups" if name == "rank_genes_groups" else name)
+    adata.uns.pop("rank_genes_groups", None)
+    assert not difference(before, fingerprint(adata))
+
+
+@on_examples(data(), st.booleans())
+def test_any_counts_have_an_overdispersion(words, is_grouped):
+    with documented_warnings():
+        adata = words.adata().copy()
+        before = fingerprint(adata)
+        phi = n2s.overdispersion(adata, "group" if is_grouped and words.has_extras else None, layer=words.layer)
+    assert phi.shape == (words.n_genes,)
+    assert np.isfinite(phi).all()
+    assert (phi >= 0).all()
+    assert not difference(before, fingerprint(adata))
+
+
+@pytest.mark.parametrize("name", OF_CLUSTERS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_is_clustered_alike(name, format):
+    found = []
+    for each in ("csr_matrix", format):
+        adata = ad.AnnData(in_format(EXAMPLE.counts(), each, "int32"))
+        with documented_warnings():
+            OF_CLUSTERS[name](adata)
+        found.append({"obs": fingerprint(adata.obs), "uns": fingerprint(adata.uns)})
+    assert not difference(*found)
+
+
+@pytest.mark.parametrize("name", OF_CLUSTERS)
+@pytest.mark.parametrize("where", ["backed", "zarr", "dask"])
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+def test_counts_elsewhere_are_clustered_alike(name, where, tmp_path):
+    adata, same = elsewhere(where, tmp_path), EXAMPLE.adata()
+    with documented_warnings():
+        for each in (adata, same):
+            OF_CLUSTERS[name](each)
+    assert not difference(fingerprint(same.uns[name]), fingerprint(adata.uns[name]))
 
 
 @on_examples(

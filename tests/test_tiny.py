@@ -23,6 +23,7 @@ METHODS = {
     "pca": n2s.PCA(),
     "knn": n2s.KNN(),
     "diffusion": n2s.Diffusion(),
+    "clusters": n2s.Clusters(),
     "autoencoder": NETWORK,
     "ensemble": [n2s.PCA(), NETWORK, n2s.Diffusion()],
 }
