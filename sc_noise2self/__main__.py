@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         "--method",
         action=_Name,
         metavar="NAME",
-        help="pca (default), autoencoder, diffusion, knn or ensemble; given several times, the mean of all is taken",
+        help="pca (default), autoencoder, diffusion, knn, clusters or ensemble; of several the mean is taken",
     )
     add("--scale", action=_Name, metavar="NAME", help="scale of the layer (default: counts)")
     add(

@@ -69,9 +69,10 @@ def denoise(
         What to denoise by: an object that holds its own options, or the name of one at its defaults. `"pca"`
         (`sc_noise2self.PCA`): PCA regression, fast, a good first look. `"autoencoder"` (`sc_noise2self.Autoencoder`): a
         network, which needs PyTorch. `"diffusion"` (`sc_noise2self.Diffusion`): a random walk among neighbouring cells,
-        as in MAGIC; `"knn"` (`sc_noise2self.KNN`): the mean of the nearest. Any function: `sc_noise2self.Function`.
-        `"ensemble"`, or a list of any of these: their mean and that of the mean profile, with the weights under which
-        held-out molecules are likeliest; by name PCA, autoencoder and diffusion.
+        as in MAGIC; `"knn"` (`sc_noise2self.KNN`): the mean of the nearest; `"clusters"` (`sc_noise2self.Clusters`):
+        that of a Leiden cluster. Any function: `sc_noise2self.Function`. `"ensemble"`, or a list of any of these: their
+        mean and that of the mean profile, with the weights under which held-out molecules are likeliest; by name PCA,
+        autoencoder and diffusion.
     layer
         The layer that holds raw counts; None takes `X`.
     mask_var

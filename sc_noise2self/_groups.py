@@ -21,7 +21,7 @@ Half of the probability of the count itself is taken (the mid-p-value, Lancaster
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -30,15 +30,15 @@ from anndata import AnnData
 from scanpy import logging as logg
 from scipy import special
 
-from ._anndata import as_counts
 from ._blocks import Counts
-from ._checks import as_positive, check_number, describe_counts, describe_mask, seed_of, warn_of_unused_genes
+from ._checks import check_number, describe_counts
 from ._counts import row_sums
 from ._overdispersion import overdispersion_within
 from ._random import RandomState, as_generator
+from ._recipe import as_recipe, described_recipe
 from ._slots import check_ranking, committed, marked
 from ._threads import one_blas_thread
-from .methods._clusters import Clusters, as_groups, clustered_by_half, molecules_of
+from .methods._clusters import as_groups, clustered_by_half, molecules_of
 
 _METHOD = "sc_noise2self score test"
 _LARGEST = 1e12  # phi, as where molecules are split
@@ -113,12 +113,9 @@ def rank_genes_groups(
     """
     rng = as_generator(random_state)
     check_number("resolution", resolution, 0, np.inf)
-    counts = as_counts(adata, layer, mask_var)
+    asked: dict[str, Any] = {"n_pcs": n_pcs, "n_neighbors": n_neighbors, "layer": layer, "mask_var": mask_var}
+    counts, method = as_recipe(adata, resolution, **asked)
     check_ranking(adata, key_added, groups_added, _METHOD)
-    warn_of_unused_genes(adata, mask_var)
-    method = Clusters(resolution=resolution, n_pcs=n_pcs, n_neighbors=as_positive("n_neighbors", n_neighbors)).checked(
-        counts
-    )
     start = logg.info(f"ranking genes of {describe_counts(adata, layer)}")
     with one_blas_thread():
         method = method.with_rank(counts, rng)
@@ -143,10 +140,7 @@ def rank_genes_groups(
         "params": {
             "key_added": key_added,
             "resolution": float(resolution),
-            "n_pcs": method.n_pcs,
-            "n_neighbors": n_neighbors,
-            "mask_var": describe_mask(mask_var),
-            "random_state": seed_of(random_state),
+            **described_recipe(method, layer, mask_var, random_state),
         },
     }
     written = {key_added: record, groups_added: marked("rank_genes_groups", of_groups)}

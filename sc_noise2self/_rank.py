@@ -25,9 +25,7 @@ from ._slots import check_key, committed, marked
 from ._split import checked_phi
 from ._transform import TransformName
 from ._warnings import warn
-from .methods._rank_curve import Protocol, learned_shape, rank_curve
-
-_MAX_RANK = 50
+from .methods._rank_curve import MAX_RANK, Protocol, learned_shape, rank_curve
 
 
 def select_rank(
@@ -117,7 +115,7 @@ def select_rank(
     chunks = counts.chunks if counts.used is None else counts.chunks.of_genes(counts.used)
     if phi is not None and counts.used is not None:
         phi = phi[counts.used]
-    max_rank = bounded("max_rank", max_rank, _MAX_RANK, *learned_shape(protocol, *chunks.shape))
+    max_rank = bounded("max_rank", max_rank, MAX_RANK, *learned_shape(protocol, *chunks.shape))
     start = logg.info(f"selecting the rank of {describe_counts(adata, layer)}")
     about: dict[str, Any] = {"protocol": protocol, "transform": transform, "center": center, "n_splits": n_splits}
     curve = rank_curve(chunks, max_rank, rng, phi=phi, **about)

@@ -10,21 +10,13 @@ import pandas as pd
 from anndata import AnnData
 from scanpy import logging as logg
 
-from ._anndata import as_counts
 from ._blocks import Counts
-from ._checks import (
-    as_positive,
-    check_number,
-    check_one_of,
-    describe_counts,
-    describe_mask,
-    seed_of,
-    warn_of_unused_genes,
-)
+from ._checks import as_positive, check_number, check_one_of, describe_counts
 from ._compare import Comparison, Rule
 from ._loss import Gain
 from ._progress import progress_bar
 from ._random import RandomState, as_generator
+from ._recipe import as_recipe, described_recipe
 from ._slots import check_key, committed, marked
 from ._split import split_matrix
 from ._threads import one_blas_thread
@@ -65,7 +57,7 @@ def select_resolution(
         Numbers from 0, rising; with 0 all cells are one cluster, which is always compared. None takes steps of the
         square root of 2 from 0.03 until three in turn gain less than the best by more than the error, or 8 is reached.
     n_pcs
-        Number of principal components; None takes what `select_rank` finds.
+        Number of principal components; None takes what `select_rank` finds, or 1 where that is 0.
     n_neighbors
         As in `sc.pp.neighbors`.
     rule
@@ -115,12 +107,9 @@ def select_resolution(
     if as_positive("n_splits", n_splits) > _PARTS:
         raise ValueError(f"n_splits is {n_splits}: there are {_PARTS} tenths to hold out, so pass {_PARTS} or fewer.")
     tried = RESOLUTIONS if resolutions is None else _checked(resolutions)
-    counts = as_counts(adata, layer, mask_var)
+    asked: dict[str, Any] = {"n_pcs": n_pcs, "n_neighbors": n_neighbors, "layer": layer, "mask_var": mask_var}
+    counts, method = as_recipe(adata, tried, **asked)
     check_key(adata, key_added, layer, "select_resolution")
-    warn_of_unused_genes(adata, mask_var)
-    method = Clusters(resolution=tried, n_pcs=n_pcs, n_neighbors=as_positive("n_neighbors", n_neighbors)).checked(
-        counts
-    )
     start = logg.info(f"selecting the resolution of {describe_counts(adata, layer)}")
     with one_blas_thread():
         method = method.with_rank(counts, rng, overdispersion)
@@ -146,14 +135,10 @@ def select_resolution(
         "resolution": chosen,
         "table": table,
         "params": {
-            **({} if layer is None else {"layer": layer}),
-            "n_pcs": method.n_pcs,
-            "n_neighbors": n_neighbors,
             "rule": rule,
             "overdispersion": overdispersion is not None,
             "n_splits": n_splits,
-            "mask_var": describe_mask(mask_var),
-            "random_state": seed_of(random_state),
+            **described_recipe(method, layer, mask_var, random_state),
         },
     }
     with committed(adata, {"uns": {key_added: marked("select_resolution", record)}}):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,14 +12,14 @@ import scipy.sparse as sp
 from anndata import AnnData
 from scanpy import logging as logg
 
-from ._anndata import as_counts
-from ._checks import as_positive, check_number, describe_counts, describe_mask, seed_of, warn_of_unused_genes
+from ._checks import check_number, describe_counts
 from ._counts import column_sums, row_sums
 from ._loss import Gain
 from ._random import RandomState, as_generator
+from ._recipe import as_recipe, described_recipe
 from ._slots import check_key, committed, marked
 from ._threads import one_blas_thread
-from .methods._clusters import Clusters, as_groups, clustered_by_half, likeliest_strength, molecules_of
+from .methods._clusters import as_groups, clustered_by_half, likeliest_strength, molecules_of, shrunk
 
 
 def cluster_support(
@@ -77,12 +78,9 @@ def cluster_support(
     """
     rng = as_generator(random_state)
     check_number("resolution", resolution, 0, np.inf)
-    counts = as_counts(adata, layer, mask_var)
+    asked: dict[str, Any] = {"n_pcs": n_pcs, "n_neighbors": n_neighbors, "layer": layer, "mask_var": mask_var}
+    counts, method = as_recipe(adata, resolution, **asked)
     check_key(adata, key_added, layer, "cluster_support")
-    warn_of_unused_genes(adata, mask_var)
-    method = Clusters(resolution=resolution, n_pcs=n_pcs, n_neighbors=as_positive("n_neighbors", n_neighbors)).checked(
-        counts
-    )
     start = logg.info(f"clustering {describe_counts(adata, layer)}")
     with one_blas_thread():
         method = method.with_rank(counts, rng, overdispersion)
@@ -92,13 +90,9 @@ def cluster_support(
         "table": table,
         "linkage": linkage,
         "params": {
-            **({} if layer is None else {"layer": layer}),
             "resolution": float(resolution),
-            "n_pcs": method.n_pcs,
-            "n_neighbors": n_neighbors,
             "overdispersion": overdispersion is not None,
-            "mask_var": describe_mask(mask_var),
-            "random_state": seed_of(random_state),
+            **described_recipe(method, layer, mask_var, random_state),
         },
     }
     groups, written = as_groups(labels), marked("cluster_support", record)
@@ -137,13 +131,8 @@ class _Profiles:
     strength: float
 
     def log(self, molecules: np.ndarray) -> np.ndarray:
-        """Return the logarithm of profiles, 0 for genes that were not seen; `molecules` may have several rows."""
-        if np.isinf(self.strength):
-            return np.zeros(molecules.shape)
-        size = molecules.sum(axis=-1, keepdims=True)
-        known = self.share > 0
-        shrunk = (molecules + self.strength * self.share) / (size + self.strength)
-        return np.log(np.where(known, shrunk, 1))
+        """Return the logarithm of a profile, 0 for genes that were not seen, from molecules, shape (genes,)."""
+        return np.log(np.where(self.share > 0, shrunk(molecules, self.share, self.strength), 1))
 
     def distances(self, node: _Node, others: Sequence[_Node]) -> np.ndarray:
         """Return how far others are from a node: nats per molecule, the mean of the two, that their own profiles gain.

@@ -159,7 +159,7 @@ def test_options_of_clusters_are_checked():
     for wrong, message in (
         ({"resolution": -1}, "resolution is -1: pass a number 0 or more"),
         ({"resolution": ()}, "resolution is empty"),
-        ({"n_pcs": 20}, "n_pcs is 20: 19 is the most that 20 cells x 30 genes allow"),
+        ({"n_pcs": 20}, "n_pcs is 20: 20 cells x 30 genes have at most 19 components"),
         ({"n_neighbors": 21}, "n_neighbors is 21: 20 is the most that 20 cells allow"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -249,6 +249,17 @@ def test_the_choice_is_as_good_as_the_best_of_the_grid():
         regrets.append(1 - true[list(table["resolution"]).index(chosen)] / max(true))
     assert max(regrets) < 0.1
     assert np.mean(regrets) < 0.04
+
+
+def test_the_rank_is_that_of_select_rank_and_changes_nothing_else():
+    adata, _, _ = grouped()
+    rank = n2s.select_rank(adata, random_state=3)
+    n2s.select_resolution(adata, random_state=3)
+    n2s.select_resolution(adata, random_state=3, n_pcs=rank, key_added="given")
+    assert adata.uns["select_resolution"]["params"]["n_pcs"] == rank
+    pd.testing.assert_frame_equal(adata.uns["given"]["table"], adata.uns["select_resolution"]["table"])
+    found = [n2s.cluster_support(adata, 1.0, random_state=3, n_pcs=n_pcs) for n_pcs in (None, rank)]
+    pd.testing.assert_frame_equal(*found)
 
 
 def test_rules_and_given_resolutions():

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import importlib.metadata
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 from helpers import layer_names
 
 from sc_noise2self.__main__ import main
+from sc_noise2self.methods import REGISTRY
 
 
 def python(code):
@@ -188,6 +190,8 @@ def test_help_is_plain_text(command, capsys):
     said = capsys.readouterr().out
     assert said.startswith(f"usage: {' '.join(['sc-noise2self', *command])} ")
     assert not {"`", "*", "\x1b"} & set(said)
+    if command == ["denoise"]:
+        assert set(REGISTRY) <= set(re.findall(r"\w+", said))
 
 
 def test_command_line_selects_the_rank(source, adata, capsys):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any, ClassVar, Self
@@ -26,7 +27,7 @@ from anndata import AnnData
 from sklearn.base import BaseEstimator, TransformerMixin
 
 from .._blocks import Block, Chunks, Counts, Partial
-from .._checks import as_positive, check_number
+from .._checks import bounded, check_number
 from .._counts import column_sums, row_sums
 from .._loss import Gain
 from .._split import checked_phi, split_matrix
@@ -35,12 +36,11 @@ from ..partitions import Fold
 from ._base import Learner, Method, TrialLearner, as_several, bounded_values, set_tuples
 from ._neighbors import nearest
 from ._profiles import LowRankProfiles
-from ._rank_curve import rank_curve
+from ._rank_curve import MAX_RANK, rank_curve
 from ._svd import components_of, start_block
 
 RESOLUTIONS = (0.0, 0.03, 0.04, 0.06, 0.09, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.7, 8.0)
 """One cluster, then steps of the square root of 2."""
-_MOST_PCS = 50  # that a rank is looked for among
 _SCANPY = Lock()  # what it says, filters of warnings and igraph's random numbers are those of the process
 _FEW = 20  # molecules, of which a half may hold none
 _STRENGTHS = (1e-6, 1e4)  # between which the strength is looked for, the last times all molecules
@@ -55,7 +55,8 @@ class Clusters(Method):
     resolution
         Resolution of Leiden clustering, or several to compare; with 0 all cells are one cluster.
     n_pcs
-        Principal components in which cells are near each other. None takes what `sc_noise2self.select_rank` finds.
+        Principal components in which cells are near each other. None takes what `sc_noise2self.select_rank` finds, or
+        1 where that is 0.
     n_neighbors
         Neighbours of a cell in the graph, as `sc.pp.neighbors` counts them, or several numbers to compare.
     """
@@ -80,10 +81,7 @@ class Clusters(Method):
         near = bounded_values("n_neighbors", self.n_neighbors, usual.n_neighbors, n_cells, f"{n_cells} cells")
         if self.n_pcs is None:
             return replace(self, n_neighbors=near)
-        n_most = most_components(counts)
-        n_pcs = bounded_values(
-            "n_pcs", as_positive("n_pcs", self.n_pcs), None, n_most, f"{n_cells} cells x {counts.n_used} genes"
-        )
+        n_pcs = bounded("n_pcs", self.n_pcs, MAX_RANK, n_cells, counts.n_used)
         return replace(self, n_pcs=n_pcs, n_neighbors=near)
 
     def learners(self, counts: Counts) -> Sequence[Learner]:
@@ -98,10 +96,13 @@ class Clusters(Method):
     def with_rank(
         self, counts: Counts, rng: np.random.Generator, overdispersion: float | np.ndarray | None = None
     ) -> Self:
-        """Return the method with a number of components: the rank of these counts, where none was given."""
-        if self.n_pcs is not None:
-            return self
-        return replace(self, n_pcs=rank_of(counts, rng, overdispersion))
+        """Return the method with a number of components: where none was given, the rank that `select_rank` finds.
+
+        It has the generator as it is, as `select_rank` would have it, and what follows does not depend on who says it.
+        """
+        as_it_is = deepcopy(rng)
+        rng.integers(2**63)
+        return self if self.n_pcs is not None else replace(self, n_pcs=rank_of(counts, as_it_is, overdispersion))
 
     def graph(self, counts: Counts, rng: np.random.Generator) -> Graph:
         """Return the graph of the cells, where every option has one value."""
@@ -220,12 +221,8 @@ def rank_of(counts: Counts, rng: np.random.Generator, overdispersion: float | np
         phi = checked_phi(overdispersion, chunks.shape[1])
     if counts.used is not None:
         chunks, phi = chunks.of_genes(counts.used), None if phi is None else phi[counts.used]
-    return max(1, rank_curve(chunks, min(_MOST_PCS, most_components(counts)), rng, phi=phi).rank)
-
-
-def most_components(counts: Counts) -> int:
-    """Return how many components beyond the mean the genes used have."""
-    return max(1, min(counts.chunks.shape[0], counts.n_used) - 1)
+    max_rank = bounded("max_rank", None, MAX_RANK, *chunks.shape)
+    return max(1, rank_curve(chunks, max_rank, rng, phi=phi).rank)
 
 
 def clustered_by_half(
@@ -286,10 +283,14 @@ def shrunk_shares(molecules: np.ndarray, totals: np.ndarray) -> np.ndarray:
     `molecules` has shape (clusters, genes), `totals` that of the mean profile, (genes,).
     """
     share = totals / totals.sum()
-    strength = likeliest_strength(molecules, share)
+    return shrunk(molecules, share, likeliest_strength(molecules, share))
+
+
+def shrunk(molecules: np.ndarray, share: np.ndarray, strength: float) -> np.ndarray:
+    """Return profiles of these molecules, shape (..., genes), shrunk to a profile, (genes,), with a strength."""
     if np.isinf(strength):
         return np.broadcast_to(share, molecules.shape)
-    return (molecules + strength * share) / (molecules.sum(axis=1, keepdims=True) + strength)
+    return (molecules + strength * share) / (molecules.sum(axis=-1, keepdims=True) + strength)
 
 
 def likeliest_strength(molecules: np.ndarray, share: np.ndarray) -> float:

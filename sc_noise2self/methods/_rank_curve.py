@@ -36,6 +36,7 @@ from .._transform import Transform, TransformName
 from ._svd import components_of, start_block
 
 Protocol = Literal["loo", "noise2self", "mcv", "bcv"]
+MAX_RANK = 50  # the largest that is tried where none is given
 _CELL_GROUPS = 4  # of "bcv"
 _LEAST_LEFT = 1e-5  # of 1 less a leverage: less is rounding
 
