@@ -7,6 +7,7 @@ python notebooks/run.py quickstart --into results in that folder, which gets the
 import argparse
 import hashlib
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nbformat
 from nbclient import NotebookClient
@@ -44,7 +45,8 @@ def main() -> None:
         path = HERE / f"{name}.ipynb"
         notebook = nbformat.read(path, as_version=4)
         if args.into is None:
-            nbformat.write(run(notebook, HERE), path)
+            with TemporaryDirectory() as folder:  # for what it saves
+                nbformat.write(run(notebook, Path(folder)), path)
             continue
         from nbconvert import HTMLExporter
 
