@@ -22,8 +22,8 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
 from multiprocessing.connection import Connection, wait
@@ -364,21 +364,20 @@ def select_resolution(call: Call) -> None:
 
     import sc_noise2self as n2s
 
-    adata, words = _counts_for_clusters(call)
-    options, copied = call.options(_RESOLUTION), adata.copy()
-    with _unchanged(adata):
-        found = n2s.select_resolution(copied, layer=words.layer, **options)
-    key = options.get("key_added", "select_resolution")
-    table = copied.uns[key]["table"]
-    chosen = table[table["chosen"]]
-    _demand(len(chosen) == 1 and chosen["resolution"].item() == found == copied.uns[key]["resolution"], "the choice")
-    _demand(table["resolution"].is_monotonic_increasing and table["resolution"][0] == 0, "resolutions do not rise")
-    _demand(np.isfinite(table["gain"]).all() and (table["error"] >= 0).all(), "a gain is not finite")
-    _demand((table["n_clusters"] >= 1).all() and table["n_clusters"][0] == 1, "numbers of clusters")
-    n2s.pl.loss(copied, key=key, show=False).figure.canvas.draw()
-    plt.close("all")
-    n2s.remove(copied, key)
-    _demand_same(adata, copied)
+    with _on_a_copy(call, _RESOLUTION) as (copied, options):
+        found = n2s.select_resolution(copied, **options)
+        key = options.get("key_added", "select_resolution")
+        table = copied.uns[key]["table"]
+        chosen = table[table["chosen"]]
+        _demand(
+            len(chosen) == 1 and chosen["resolution"].item() == found == copied.uns[key]["resolution"], "the choice"
+        )
+        _demand(table["resolution"].is_monotonic_increasing and table["resolution"][0] == 0, "resolutions do not rise")
+        _demand(np.isfinite(table["gain"]).all() and (table["error"] >= 0).all(), "a gain is not finite")
+        _demand((table["n_clusters"] >= 1).all() and table["n_clusters"][0] == 1, "numbers of clusters")
+        n2s.pl.loss(copied, key=key, show=False).figure.canvas.draw()
+        plt.close("all")
+        n2s.remove(copied, key)
 
 
 def cluster_support(call: Call) -> None:
@@ -388,21 +387,18 @@ def cluster_support(call: Call) -> None:
 
     import sc_noise2self as n2s
 
-    adata, words = _counts_for_clusters(call)
-    options, copied = call.options(_SUPPORT), adata.copy()
-    with _unchanged(adata):
-        table = n2s.cluster_support(copied, layer=words.layer, **options)
-    key = options.get("key_added", "cluster_support")
-    clusters, linkage = copied.obs[key], copied.uns[key]["linkage"]
-    _demand(len(table) == len(linkage) == len(clusters.cat.categories) - 1, "a join is missing")
-    _demand(is_valid_linkage(linkage) and linkage[-1, 3] == len(table) + 1, "the linkage is none")
-    _demand(np.isfinite(table[["distance", "gain"]]).all(axis=None) and (table["error"] >= 0).all(), "a gain")
-    _demand(table["n_cells"].iloc[-1] + table["n_cells_other"].iloc[-1] == copied.n_obs, "cells are missing")
-    if len(table) < 50:
-        n2s.pl.cluster_support(copied, key=key, show=False).figure.canvas.draw()
-        plt.close("all")
-    n2s.remove(copied, key)
-    _demand_same(adata, copied)
+    with _on_a_copy(call, _SUPPORT) as (copied, options):
+        table = n2s.cluster_support(copied, **options)
+        key = options.get("key_added", "cluster_support")
+        clusters, linkage = copied.obs[key], copied.uns[key]["linkage"]
+        _demand(len(table) == len(linkage) == len(clusters.cat.categories) - 1, "a join is missing")
+        _demand(is_valid_linkage(linkage) and linkage[-1, 3] == len(table) + 1, "the linkage is none")
+        _demand(np.isfinite(table[["distance", "gain"]]).all(axis=None) and (table["error"] >= 0).all(), "a gain")
+        _demand(table["n_cells"].iloc[-1] + table["n_cells_other"].iloc[-1] == copied.n_obs, "cells are missing")
+        if len(table) < 50:
+            n2s.pl.cluster_support(copied, key=key, show=False).figure.canvas.draw()
+            plt.close("all")
+        n2s.remove(copied, key)
 
 
 def rank_genes_groups(call: Call) -> None:
@@ -411,21 +407,18 @@ def rank_genes_groups(call: Call) -> None:
 
     import sc_noise2self as n2s
 
-    adata, words = _counts_for_clusters(call)
-    options, copied = call.options(_GROUPS), adata.copy()
-    with _unchanged(adata):
-        n2s.rank_genes_groups(copied, layer=words.layer, **options)
-    key, name = options.get("key_added", "rank_genes_groups"), options.get("groups_added", "n2s_groups")
-    groups = copied.obs[name].cat.categories
-    table = sc.get.rank_genes_groups_df(copied, None, key=key)
-    _demand(len(table) == len(groups) * copied.n_vars, "a gene is missing")
-    numbers = table[["scores", "pvals", "pvals_adj", "logfoldchanges"]]
-    _demand(np.isfinite(numbers).all(axis=None), "a number is not finite")
-    _demand(((numbers["pvals"] >= 0) & (numbers["pvals"] <= numbers["pvals_adj"] * (1 + 1e-9))).all(), "a p-value")
-    _demand((numbers["pvals_adj"] <= 1).all(), "a p-value above 1")
-    del copied.uns[key]
-    n2s.remove(copied, name)
-    _demand_same(adata, copied)
+    with _on_a_copy(call, _GROUPS) as (copied, options):
+        n2s.rank_genes_groups(copied, **options)
+        key, name = options.get("key_added", "rank_genes_groups"), options.get("groups_added", "n2s_groups")
+        groups = copied.obs[name].cat.categories
+        table = sc.get.rank_genes_groups_df(copied, None, key=key)
+        _demand(len(table) == len(groups) * copied.n_vars, "a gene is missing")
+        numbers = table[["scores", "pvals", "pvals_adj", "logfoldchanges"]]
+        _demand(np.isfinite(numbers).all(axis=None), "a number is not finite")
+        _demand(((numbers["pvals"] >= 0) & (numbers["pvals"] <= numbers["pvals_adj"] * (1 + 1e-9))).all(), "a p-value")
+        _demand((numbers["pvals_adj"] <= 1).all(), "a p-value above 1")
+        del copied.uns[key]
+        n2s.remove(copied, name)
 
 
 def overdispersion(call: Call) -> None:
@@ -438,6 +431,16 @@ def overdispersion(call: Call) -> None:
     with _unchanged(adata):
         phi = n2s.overdispersion(adata, layer=words.layer, **options)
     _demand(phi.shape == (adata.n_vars,) and np.isfinite(phi).all() and (phi >= 0).all(), "phi")
+
+
+@contextmanager
+def _on_a_copy(call: Call, kinds: Mapping[str, Kind]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Give a copy of counts, and options with the layer; at the end the copy must be as it was, the results removed."""
+    adata, words = _counts_for_clusters(call)
+    options, copied = call.options(kinds), adata.copy()
+    with _unchanged(adata):
+        yield copied, {"layer": words.layer, **options}
+    _demand_same(adata, copied)
 
 
 def _counts_for_clusters(call: Call) -> tuple[Any, Any]:

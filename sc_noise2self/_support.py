@@ -34,7 +34,7 @@ def cluster_support(
     mask_var: str | np.ndarray | Sequence[bool] | None = None,
     random_state: RandomState = 0,
 ) -> pd.DataFrame:
-    """Return what keeping clusters apart gains on molecules that they were not found by: which merges cost nothing.
+    """Return what keeping clusters apart gains on molecules that they were not found by: are two clusters two?
 
     Cells are clustered by half of their molecules. The clusters are joined one pair after another, the two that are
     most alike in that half first, until one is left. At each join the other half says what the two profiles predict
@@ -99,7 +99,7 @@ def cluster_support(
     with committed(adata, {"obs": {key_added: groups}, "uns": {key_added: written}}):
         pass
     logg.info(
-        f"    {labels.max() + 1} clusters; {int((~table['supported']).sum())} joins cost nothing",
+        f"    {labels.max() + 1} clusters; {int((~table['supported']).sum())} joins are not supported",
         time=start,
         deep=f"added\n    {key_added!r}, the clusters (adata.obs) and the gain of every join (adata.uns)",
     )

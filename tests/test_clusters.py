@@ -678,7 +678,7 @@ def test_equal_cells_are_clustered_without_a_word(monkeypatch):
         )
         assert len(np.unique(graph.labels(0.5)[:20])) == 1
     assert "Leiden" not in said.getvalue()  # of an object that nobody sees
-    assert "cost nothing" in said.getvalue()
+    assert "are not supported" in said.getvalue()
 
 
 def test_clusters_that_do_not_differ_are_drawn():

@@ -28,7 +28,7 @@ def cluster_support(
     Returns
     -------
     The Axes. A join stands at the distance of the two in the half that cells were clustered by, made to rise. Beside it
-    are the gain and its standard error, in thousandths of a nat per held-out molecule. Joins that cost nothing, whose
+    are the gain and its standard error, in thousandths of a nat per held-out molecule. Joins that are not supported, whose
     gain is not above two errors, are dashed.
 
     Raises
@@ -59,7 +59,7 @@ def cluster_support(
             label, ((x[1] + x[2]) / 2, y[1]), (0, 2), textcoords="offset points", ha="center", fontsize="x-small"
         )
     own.plot([], [], color=colors[0], label="two clusters")
-    own.plot([], [], color=ink(0.6), linestyle="--", label="joining them costs nothing")
+    own.plot([], [], color=ink(0.6), linestyle="--", label="not told apart")
     own.set_xticks(5 + 10 * np.arange(len(names)), labels=tree["ivl"])
     own.set_yscale("function", functions=(lambda y: np.sqrt(np.maximum(y, 0)), np.square))  # small ones are seen too
     own.set(
