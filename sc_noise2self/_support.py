@@ -34,7 +34,7 @@ def cluster_support(
     mask_var: str | np.ndarray | Sequence[bool] | None = None,
     random_state: RandomState = 0,
 ) -> pd.DataFrame:
-    """Return what keeping clusters apart gains on molecules that they were not found by: are two clusters two?
+    """Return what keeping clusters apart gains on molecules that they were not found by: whether they are two.
 
     Cells are clustered by half of their molecules. The clusters are joined one pair after another, the two that are
     most alike in that half first, until one is left. At each join the other half says what the two profiles predict

@@ -28,8 +28,8 @@ def cluster_support(
     Returns
     -------
     The Axes. A join stands at the distance of the two in the half that cells were clustered by, made to rise. Beside it
-    are the gain and its standard error, in thousandths of a nat per held-out molecule. Joins that are not supported, whose
-    gain is not above two errors, are dashed.
+    are the gain and its standard error, in thousandths of a nat per held-out molecule. Joins that are not supported,
+    whose gain is not above two errors, are dashed.
 
     Raises
     ------
