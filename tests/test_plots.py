@@ -140,6 +140,26 @@ def with_long_names(adata):
     return out, list(out.var_names[:2])
 
 
+def test_genes_by_a_column_of_var(written):
+    written.var["symbol"] = [f"SYMBOL{i}" for i in range(written.n_vars)]
+    named = {"gene_symbols": "symbol"}
+    by_symbol, by_name = (
+        n2s.pl.markers(written, genes, color=color, panels=("raw",), **options)[0]
+        for genes, color, options in (
+            (["SYMBOL0", "SYMBOL1"], "SYMBOL2", named),
+            (TRIPLE[:2], TRIPLE[2], {}),
+        )
+    )
+    assert (by_symbol.get_xlabel(), by_symbol.get_ylabel()) == ("SYMBOL0, log1p(CP10k)", "SYMBOL1, log1p(CP10k)")
+    found, expected = (axes.collections[0].get_offsets() for axes in (by_symbol, by_name))
+    np.testing.assert_array_equal(found, expected)
+    assert n2s.pl.embedding(written, "SYMBOL0", **named)[0, 0].get_title().startswith("SYMBOL0")
+    labels = {text.get_text() for text in n2s.pl.gain_per_gene(written, genes=["SYMBOL3"], **named).texts}
+    assert "SYMBOL3" in labels
+    with pytest.raises(KeyError, match="gene-0"):
+        n2s.pl.markers(written, TRIPLE[:2], **named)
+
+
 def test_long_names_narrow_no_panel(written):
     def widths(adata, genes):
         axes = n2s.pl.markers(adata, genes, color="group")

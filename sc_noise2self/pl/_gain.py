@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullFormatter
 
-from .._read import clear_gains, gains_of_genes, positions
+from .._read import clear_gains, gains_of_genes, gene_names, gene_positions
 from ._style import MANY, RED, blue, finish, ink, new_axes
 
 _N_LABELLED = 15
@@ -23,6 +23,7 @@ def gain_per_gene(
     *,
     key: str = "denoised",
     genes: str | Sequence[str] | None = None,
+    gene_symbols: str | None = None,
     ax: Axes | None = None,
     show: bool | None = None,
 ) -> Axes:
@@ -36,6 +37,8 @@ def gain_per_gene(
         Its `key_added`.
     genes
         Names to label, with their error bars; None labels the fifteen that gained most, an empty list none.
+    gene_symbols
+        As in `markers`.
     ax, show
         As in `loss`.
 
@@ -72,7 +75,7 @@ def gain_per_gene(
         most = np.where(clear["gained"], gain - 2 * error, -np.inf)
         labelled = [i for i in np.argsort(-most)[:_N_LABELLED] if clear["gained"][i]]
     else:
-        labelled = list(positions(adata.var_names, genes, "gene"))
+        labelled = list(gene_positions(adata, genes, gene_symbols)[0])
         bars = np.nan_to_num(2 * error[labelled])
         own.errorbar(molecules[labelled], gain[labelled], bars, fmt="o", color=ink(), markersize=3, linewidth=1)
     handles, labels = own.get_legend_handles_labels()
@@ -93,7 +96,7 @@ def gain_per_gene(
         **below,
     )
     own.margins(x=0.12, y=0.1)
-    _label(own, molecules[labelled], gain[labelled], adata.var_names[labelled])
+    _label(own, molecules[labelled], gain[labelled], gene_names(adata, gene_symbols)[labelled])
     finish(ax, show)
     return own
 

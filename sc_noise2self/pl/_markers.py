@@ -14,7 +14,7 @@ from anndata import AnnData
 from matplotlib.axes import Axes
 
 from .._checks import as_positive, check_name, check_number
-from .._read import observed, positions, profiles, record, sizes, values_of
+from .._read import gene_names, gene_positions, observed, profiles, record, sizes, values_of
 from .._slots import in_memory
 from ..methods._profiles import LowRankProfiles
 from ..scales import Log1pCP10k, Scale, as_scale
@@ -35,6 +35,7 @@ def markers(
     key: str = "denoised",
     layer: str | None = None,
     color: str | None = None,
+    gene_symbols: str | None = None,
     panels: Sequence[Panel | int] = ("raw", "denoised"),
     ncols: int | None = None,
     size: float | None = None,
@@ -55,6 +56,8 @@ def markers(
         The layer with the raw counts, if they are not where they were denoised, as after `sc.pp.normalize_total`.
     color
         With two genes: a column of `obs`, of groups or of numbers, or a third gene.
+    gene_symbols
+        Column of `var` by which genes are named, as in scanpy; None takes `var_names`.
     panels
         What to show, in this order: `"raw"`, the counts; `"denoised"`, the result; `"over"`, over-corrected to two
         components, and `"under"`, under-corrected: all components, not shrunk (Noise2Self, Figure 3); or a number
@@ -89,9 +92,9 @@ def markers(
     if not panels:
         raise ValueError(f"panels is empty: pass some of {', '.join(_PANELS)}.")
     _check_drawing(ncols, size)
-    if color is not None and color not in adata.obs and color in adata.var_names:
+    if color is not None and color not in adata.obs and color in gene_names(adata, gene_symbols):
         genes, color = [*genes, color], None
-    columns = positions(adata.var_names, genes, "gene")
+    columns, genes = gene_positions(adata, genes, gene_symbols)
     shown = [_panel(adata, key, columns, panel, layer) for panel in panels]
     numbers = _numbers(adata, genes, color, [values for values, _ in shown])
     groups, colors = (None, {}) if color is None or numbers is not None else groups_and_colors(adata, color)
@@ -128,6 +131,7 @@ def embedding(
     key: str = "denoised",
     layer: str | None = None,
     scale: str | Scale = "log1p_cp10k",
+    gene_symbols: str | None = None,
     ncols: int = 2,
     size: float | None = None,
     ax: Axes | Sequence[Axes] | None = None,
@@ -146,7 +150,7 @@ def embedding(
         Of `scanpy.pl.embedding`: `"umap"`, `"pca"`, ... . Where it was computed from the counts it does not change.
     key
         The `key_added` of `denoise`.
-    layer
+    layer, gene_symbols
         As in `markers`.
     scale
         As in `denoise`. The counts are shown on it as they are.
@@ -191,7 +195,7 @@ def embedding(
     name = f"X_{basis}" if f"X_{basis}" in adata.obsm else basis
     if name not in adata.obsm:
         raise KeyError(f"there is no embedding {basis!r}: adata.obsm has {list(adata.obsm)}. Run sc.tl.{basis} first.")
-    columns = positions(adata.var_names, genes, "gene")
+    columns, genes = gene_positions(adata, genes, gene_symbols)
     raw = _raw(adata, key, columns, own_scale, layer)
     denoised = values_of(adata, key, slice(None), columns, own_scale, layer=layer)
     own = several_axes(ax, 2 * len(genes), 3.4, ncols=ncols, sharing=False).reshape(len(genes), 2)
