@@ -9,9 +9,9 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 # What public functions call what is typed otherwise here, for their messages.
 _TYPED = {
@@ -206,7 +206,7 @@ def _tell(quiet: bool) -> None:
         sc.settings.verbosity = "info"
 
 
-def _made(given: _Named, classes: Mapping[str, Sequence[type]]) -> Any:
+def _made(given: _Named, classes: Mapping[str, Sequence[Callable[..., Any]]]) -> Any:
     """Return the method or scale that was named, with the options set; without any its name.
 
     Values are Python literals, so that `16,32` are two numbers, or else text. What is wrong with a value, the object
@@ -219,7 +219,7 @@ def _made(given: _Named, classes: Mapping[str, Sequence[type]]) -> Any:
             f"--{given.what} {given.name} stands for several, so --set cannot tell which: name each, --{given.what} "
             "again, with its own --set behind it."
         )
-    (made,) = classes[given.name]
+    (made,) = cast("Sequence[type]", classes[given.name])
     known, values = [each.name for each in fields(made)], {}
     for option, value in given.options.items():
         if option not in known:

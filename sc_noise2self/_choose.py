@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice, product
 from typing import Any
 
 import numpy as np
@@ -179,8 +179,8 @@ def _compared(
             bar.update(len(halves))
         scores = _Scores(halves, scored)
         best = []
-        for choice in in_threads(scores.refined, [Choice(learner, learner.settings[0]) for learner in learners]):
-            best.append(choice)
+        for learner in learners:
+            best.append(scores.refined(Choice(learner, learner.settings[0])))
             bar.update()
         scores.add(best, bar)
         tuned = best if average else [max(best, key=scores.mean)]
@@ -245,22 +245,27 @@ class _Scores:
 
     def add(self, choices: Sequence[Choice], bar: tqdm) -> None:
         """Predict and score candidates."""
-        for choice, (found, gain) in zip(choices, in_threads(self._scored, choices), strict=True):
-            self._probabilities[choice.label], self._gains[choice.label] = found, gain
-            self.comparison.add({"label": choice.label}, -gain)
+        found = in_threads(self._scored, product(choices, range(len(self._folds))))
+        for choice in choices:
+            probabilities, gains = zip(*islice(found, len(self._folds)), strict=True)
+            self._probabilities[choice.label] = list(probabilities)
+            self._gains[choice.label] = sum(gains[1:], gains[0])
+            self.comparison.add({"label": choice.label}, -self._gains[choice.label])
             bar.update()
 
-    def _scored(self, choice: Choice) -> tuple[list[np.ndarray], Gain]:
-        found = [self._probabilities_of(choice, i) for i in range(len(self._folds))]
-        first, *others = (fold.gain_of(each) for fold, each in zip(self._folds, found, strict=True))
-        return found, sum(others, first)
+    def _scored(self, about: tuple[Choice, int]) -> tuple[np.ndarray, Gain]:
+        choice, i = about
+        found = self._probabilities_of(choice, i)
+        return found, self._folds[i].gain_of(found)
 
     def refined(self, choice: Choice) -> Choice:
         """Return the choice with the refinement that gains most."""
         profiles = self._predicted(choice, 0)
         if isinstance(choice.learner, MeanLearner) or not isinstance(profiles, ScaledProfiles):
             return choice
-        return replace(choice, refinement=best_refinement(profiles.counts(), self._folds[0], self._parts))
+        refinement, fit = best_refinement(profiles.counts(), self._folds[0], self._parts)
+        self._populations[choice.learner.name, 0] = fit
+        return replace(choice, refinement=refinement)
 
     def _predicted(self, choice: Choice, i: int) -> Profiles:
         fold = self._folds[i]
@@ -274,10 +279,11 @@ class _Scores:
         profiles, fold = self._predicted(choice, i), self._folds[i]
         if choice.refinement == AS_IT_IS or not isinstance(profiles, ScaledProfiles):
             return fold.probabilities(profiles)
-        expected, key = profiles.counts(), (choice.learner.name, i)
+        key = (choice.learner.name, i)
         if key not in self._populations:
-            self._populations[key] = cross_fit(expected, fold, self._parts, choice.refinement.n_populations)
-        return self._populations[key].probabilities(expected, [choice.refinement.height])[0]
+            n_populations = choice.refinement.n_populations
+            self._populations[key] = cross_fit(profiles.counts(), fold, self._parts, n_populations)
+        return self._populations[key].probabilities(profiles.blocks(), [choice.refinement.height])[0]
 
     def mean(self, choice: Choice) -> float:
         """Return the gain of a candidate that was added."""
@@ -311,7 +317,7 @@ class _Prediction:
         for choice, populations in zip(self._choices, self._populations, strict=True):
             profiles = choice.learner.predict(i, choice.setting, seen, cells)
             if (own := populations[i]) is not None and isinstance(profiles, ScaledProfiles):
-                profiles = profiles.of_populations(own).scaled(n_rounds=0)
+                profiles = profiles.of_populations(own)
             found.append(profiles)
         return combine(found, [choice.weight for choice in self._choices])
 

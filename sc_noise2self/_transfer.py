@@ -146,7 +146,7 @@ def _members(models: Sequence[Any], weights: Sequence[float], predict: _Predict,
     """Return the profiles of all cells as members of the result, in one pass over the counts."""
 
     def of_cells(block: Block) -> Partial:
-        found = predict(block.counts, block.cells)
+        found = [profiles.scaled(n_rounds=0) for profiles in predict(block.counts, block.cells)]
         return Partial(rows=[*(own.scores for own in found), *(own.scales() for own in found)])
 
     first = np.arange(2)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
+import numba
 import numpy as np
 import scipy.sparse as sp
 from scipy.special import gammaln
@@ -20,7 +21,6 @@ Link = Literal["log1p", "sqrt", "none", "exp"]
 """From a linear model to rates: the way back from a transform, or the exponential of a log-linear one."""
 _LARGEST = 60.0  # log of a rate, in any unit: beyond, single precision overflows in the sum over genes
 _LIMIT = 60.0  # mean of a Poisson distribution up to which expectations are tabulated
-_BLOCK = 1 << 16  # entries looked up at a time: they and the table stay in the cache
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def rates(link: Link, expectation: np.ndarray) -> np.ndarray:
 
     `expectation` is E[T(counts)], shape (cells, genes), after `Transform.own_depth`, or log rates; it is overwritten
     where that saves a copy. What is returned is known up to one factor per gene and one per cell
-    (`sc_noise2self.methods._profiles`). Below zero, where a linear model may end, it is left as it is. The exact
+    (`sc_noise2self.methods._profiles`). Below zero, where a linear model may end, it stays below zero. The exact
     inverse of the square root is worth up to a third of the held-out gain; that of `log1p` differs from expm1 by little
     more than a factor per gene, and stretches noise.
     """
@@ -84,7 +84,7 @@ def rates(link: Link, expectation: np.ndarray) -> np.ndarray:
         return np.where(expectation < 0, expectation, PoissonExpectation("sqrt").inverse(expectation))
     if link == "log1p":
         np.minimum(expectation, _LARGEST, out=expectation)
-        np.expm1(expectation, out=expectation, where=expectation > 0)
+        np.expm1(expectation, out=expectation)
     return expectation
 
 
@@ -117,14 +117,7 @@ class PoissonExpectation:
         table, slope, step = _inverse_table(self.name, self.scale)
         table, slope = table.astype(z.dtype), slope.astype(z.dtype)
         mean = np.empty(z.shape, z.dtype)
-        flat, out = z.reshape(-1), mean.reshape(-1)
-        for start in range(0, flat.size, _BLOCK):
-            block = slice(start, start + _BLOCK)
-            position = flat[block] * z.dtype.type(1 / step)
-            index = position.astype(np.intp)
-            position -= index
-            np.multiply(slope.take(index, mode="clip"), position, out=out[block])
-            out[block] += table.take(index, mode="clip")
+        _interpolate(z.reshape(-1), table, slope, z.dtype.type(1 / step), mean.reshape(-1))
         large = z >= step * (len(table) - 1)
         if large.any():
             mean[large] = self._invert_expansion(z[large].astype(np.float64))
@@ -144,6 +137,16 @@ class PoissonExpectation:
             slope = 0.5 * np.sqrt(self.scale / mean) if self.name == "sqrt" else self.scale / (1 + self.scale * mean)
             mean = np.maximum(mean + (z - self._expansion(mean)) / slope, _LIMIT / 2)
         return mean
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _interpolate(z: np.ndarray, table: np.ndarray, slope: np.ndarray, per_step: float, out: np.ndarray) -> None:
+    """Set `out` to the values of an evenly spaced table at z >= 0; beyond its end they are those there."""
+    last = len(table) - 1
+    for i in range(len(z)):
+        position = z[i] * per_step
+        index = int(position) if position < last else last
+        out[i] = table[index] + slope[index] * (position - index)
 
 
 @lru_cache(maxsize=64)

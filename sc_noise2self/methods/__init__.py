@@ -5,11 +5,13 @@ A new method is one file, with a frozen dataclass derived from `Method`, and one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 from .._model import State
+from .._transform import TransformName
 from ._autoencoder import Autoencoder, AutoencoderModel
 from ._base import MeanModel, Method, bounded_values
 from ._clusters import Clusters
@@ -18,13 +20,13 @@ from ._neighbors import KNN, Diffusion
 from ._pca import PCA, PCAModel
 from ._profiles import LowRankProfiles, TableProfiles
 
-REGISTRY: dict[str, Sequence[type[Method]]] = {
+REGISTRY: dict[str, Sequence[Callable[[], Method]]] = {
     "pca": [PCA],
     "autoencoder": [Autoencoder],
     "diffusion": [Diffusion],
     "knn": [KNN],
     "clusters": [Clusters],
-    "ensemble": [PCA, Autoencoder, Diffusion],
+    "ensemble": [*(partial(PCA, transform=name) for name in get_args(TransformName)), Autoencoder, Diffusion],
 }
 """What a name stands for: a method at its defaults, or several, of which the mean is taken."""
 

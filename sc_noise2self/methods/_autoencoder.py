@@ -67,8 +67,8 @@ class Autoencoder(Method):
     Parameters
     ----------
     width
-        Width of the bottleneck, or several to compare, from the widest to the first whose gain on molecules set aside
-        is below the best by more than one paired standard error and more than 1 %; the narrowest that is not is taken.
+        Width of the bottleneck, or several to compare, from the narrowest to the first that does not gain more than a
+        narrower one on molecules set aside, by one paired standard error and by 1 %; the narrowest as good is taken.
     loss
         Loss of training: `"multinomial"`, nats per held-out molecule; `"poisson"`; `"negative_binomial"`, with a
         dispersion per gene; `"masked_multinomial"`, genes hidden instead of molecules (Noise2Self, Noise2Void);
@@ -118,7 +118,7 @@ class Autoencoder(Method):
     needs_memory: ClassVar[bool] = False
     can_transfer: ClassVar[bool] = True
 
-    width: int | Sequence[int] = (128, 32, 8, 2)
+    width: int | Sequence[int] = (2, 8, 32, 128)
     loss: str = "multinomial"
     n_seeds: int = 1
     batch_key: str | None = None
@@ -233,7 +233,7 @@ class _AutoencoderLearner(Learner):
 
     def learned(self, setting: Any) -> Learned:
         history = self._fitted.history
-        table = self._choice.comparison.table("one_standard_error", _SEEDS_DIFFER, last=True, gain=True)
+        table = self._choice.comparison.table("one_standard_error", _SEEDS_DIFFER, gain=True)
         values = {
             "table": table.drop(columns=["seconds", "failure"]),
             "epoch_losses": np.array(history.losses),
@@ -252,7 +252,7 @@ class _AutoencoderLearner(Learner):
         *,
         shown: Counts | None = None,
     ) -> _Training:
-        """Train networks from the widest to the first that is worse, and keep the narrowest that is not.
+        """Train networks from the narrowest to the first that is no better, and keep the narrowest as good as any.
 
         `shown` are counts of all cells, where training shows more than these. What needs no more is learned from
         these: the principal components, and when to stop.
@@ -285,7 +285,7 @@ class _AutoencoderLearner(Learner):
             on_device = counts_of_all(shown, self._codes, device, Aside(cells[held], aside))
         comparison, models, histories = Comparison(), [], []
         with _TRAINING, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            for width in sorted(set(widths), reverse=True):
+            for width in sorted(set(widths)):
                 model, history = self._of_width(int(width), plan, on_device, rng)
                 models.append(model)
                 histories.append(history)
@@ -340,7 +340,7 @@ class _AutoencoderLearner(Learner):
     def _gain(self, model: AutoencoderModel, fold: Fold) -> Gain:
         """Return what a model gains on molecules set aside."""
         profiles = model.unscaled(fold.seen, _of_cells(self._codes, fold.cells))
-        return fold.gain(profiles.scaled(n_rounds=int(model.link != "exp")))
+        return fold.gain(profiles.balanced(n_rounds=int(model.link != "exp")))
 
     def _learned_gene_scale(
         self, model: AutoencoderModel, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator
@@ -349,7 +349,7 @@ class _AutoencoderLearner(Learner):
         rows = np.sort(rng.choice(counts.shape[0], min(counts.shape[0], _SCALED_CELLS), replace=False))
         some, codes = counts[rows], _of_cells(self._codes, cells[rows])
         model = replace(model, gene_share=column_sums(some) / max(1, some.sum()))
-        return model.unscaled(some, codes).scaled(n_rounds=2).gene_scale
+        return model.unscaled(some, codes).balanced(n_rounds=2).gene_scale
 
     def _principal_scores(
         self, counts: sp.csr_matrix, device: torch.device, rng: np.random.Generator
@@ -424,7 +424,7 @@ class AutoencoderModel:
     def predict(self, counts: sp.csr_matrix, codes: np.ndarray | None = None) -> LowRankProfiles:
         """Return the denoised profiles of cells with codes of batches; genes keep the scale of the fit."""
         found = self.unscaled(counts, codes, self.gene_scale)
-        return found.checked("the autoencoder's output").of_populations(self.populations).scaled(n_rounds=0)
+        return found.checked("the autoencoder's output").of_populations(self.populations)
 
     @_in_device_memory
     def profiles(self, counts: Counts, codes: np.ndarray | None, refinement: Refinement) -> LowRankProfiles:
@@ -436,7 +436,7 @@ class AutoencoderModel:
         n_cells, n_genes = counts.chunks.shape
         cells = np.arange(0, n_cells, max(1, n_cells * n_genes // SCALED))
         counts_of_some = counts.chunks.take(cells)
-        some = self.predict(counts_of_some, _of_cells(codes, cells)).refined(counts_of_some, refinement)
+        some = self.predict(counts_of_some, _of_cells(codes, cells)).balanced().refined(counts_of_some, refinement)
         return profiles_in_blocks(counts.chunks, counts.size, some, scores)
 
     def unscaled(
@@ -490,7 +490,7 @@ class _Training:
 
 def narrowest_as_good(comparison: Comparison) -> int:
     """Return the row of the narrowest width within one paired standard error of the best, or within 1 % of it."""
-    return comparison.best("one_standard_error", tolerance=_SEEDS_DIFFER, last=True)
+    return comparison.best("one_standard_error", tolerance=_SEEDS_DIFFER)
 
 
 def _enough(counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> tuple[sp.csr_matrix, np.ndarray]:

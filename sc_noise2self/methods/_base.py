@@ -305,7 +305,7 @@ class TrialLearner(Learner):
         profiles = self.method.denoise_counts(counts, rng)
         if not isinstance(profiles, ScaledProfiles) or self.refinement == AS_IT_IS:
             return profiles
-        return profiles.refined(counts.chunks, self.refinement)
+        return profiles.refined(counts.chunks, self.refinement).scaled(n_rounds=0)
 
     def learned(self, setting: Any) -> Learned:
         values = {}

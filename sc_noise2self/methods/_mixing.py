@@ -48,9 +48,10 @@ def dispersion_curves(
         lengths = np.diff(held_out.indptr[rows.start : rows.stop + 1])
         expected[entries] = block[np.repeat(np.arange(len(lengths)), lengths), held_out.indices[entries]]
         _add_to_bins(block, block.view(np.int32), number, total)
-    mean = total / np.where(number > 0, number, 1)
+    gene, bin = np.nonzero(number)
+    number, mean = number[gene, bin], total[gene, bin] / number[gene, bin]
     zeros = [-total.sum(axis=1)]
-    zeros += [-(number * np.log1p(phi * mean)).sum(axis=1) / phi for phi in grid[1:]]
+    zeros += [-np.bincount(gene, number * np.log1p(phi * mean), n_genes) / phi for phi in grid[1:]]
     x = held_out.data.astype(np.int64)
     distinct = np.flatnonzero(np.bincount(x))
     numbers = np.zeros(distinct.max(initial=0) + 1, np.intp)

@@ -178,10 +178,10 @@ class _NeighborsLearner(TrialLearner):
                 moved, before, last = start, 0, -np.inf
                 for t in method.steps:
                     moved, before = walked(walk, moved, t - before), t
-                    profiles = components.profiles(moved, size).scaled(n_rounds=1)
+                    profiles = components.profiles(moved, size).balanced(n_rounds=1)
                     if height is None:
-                        height = max(HEIGHTS, key=lambda h: fold.gain(profiles.raised(h).scaled(n_rounds=0)).mean)
-                    gain = fold.gain(profiles.raised(height).scaled(n_rounds=0))
+                        height = max(HEIGHTS, key=lambda h: fold.gain(profiles.raised(h)).mean)
+                    gain = fold.gain(profiles.raised(height))
                     self._comparison.add(options | {"t": t} if hasattr(method, "t") else options, -gain)
                     if gain.mean < last:
                         break

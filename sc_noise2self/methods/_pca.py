@@ -30,7 +30,9 @@ from ._populations import Populations
 from ._profiles import LowRankProfiles, profiles_in_blocks, ratio
 
 _MOST_COMPONENTS = 100  # learned beyond the mean profile unless another number is asked for
+_COMPARED_TRANSFORMS: Sequence[TransformName] = ("log1p", "none")  # of "auto"; sqrt was best on none of nine data sets
 _COMPARED_CELLS = 5_000  # that settings are compared on
+_COMPARED = 20_000_000  # dense entries of them that the scale of genes is learned from, for that
 _FURTHER_PASSES = 2  # over all cells, for components that start from those of some cells
 SCALED = 100_000_000  # dense entries of the cells that populations, and all but the last scale of genes, look at
 _KEPT = ("gene_weights", "used", "mean", "gene_share")  # of components, in a model file
@@ -39,13 +41,13 @@ _TITLES = {"log1p": "PCA of log1p", "sqrt": "PCA of square roots", "none": "PCA 
 
 @dataclass(frozen=True, kw_only=True)
 class PCA(Method):
-    """PCA regression with shrunken components, in the one transform that gains most: fast, a good first look.
+    """PCA regression with shrunken components, in the transform that gains more: fast, a good first look.
 
     Parameters
     ----------
     transform
-        Scale on which the model is linear: `"log1p"`, `"sqrt"` or `"none"`; `"auto"` compares all three, and an
-        ensemble averages them.
+        Scale on which the model is linear: `"log1p"`, `"sqrt"` or `"none"`; `"auto"` compares log1p and none, between
+        which the square root lies, and an ensemble averages them.
     n_components
         Components learned beyond the mean profile; their weights decide how many matter. None takes 100, or as many as
         there are.
@@ -71,7 +73,7 @@ class PCA(Method):
         return replace(self, n_components=n_components_of(self.n_components, counts))
 
     def learners(self, counts: Counts) -> Sequence[Learner]:
-        transforms = get_args(TransformName) if self.transform == "auto" else (self.transform,)
+        transforms = _COMPARED_TRANSFORMS if self.transform == "auto" else (self.transform,)
         assert self.n_components is not None  # checked
         return [PCALearner(name, self.n_components, counts.used) for name in transforms]
 
@@ -102,11 +104,17 @@ class Shrinkage:
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """Components of one half, the half, and the worth of components by fold, shape (folds, k)."""
+    """Components of one half, the half, the worth of components by fold, shape (folds, k), and the scale of genes."""
 
     components: Components
     half: Fold
     worth: np.ndarray
+    gene_scale: np.ndarray | None = None
+
+    def profiles(self, setting: Shrinkage, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
+        """Return the profiles of cells, which have no scale yet; a fold's weights are learned from the other fold."""
+        weights = np.array([setting.weights(fold, noise=1) for fold in self.worth])
+        return self.components.weighted_profiles(seen, weights[1 - folds_of(cells)], self.gene_scale)
 
 
 class PCALearner(Learner):
@@ -123,13 +131,16 @@ class PCALearner(Learner):
         super().__init__(f"pca {transform}")
         self._title = _TITLES[transform]
         self._learn = partial(learn_components, transform=transform, n_components=n_components, used=used)
-        self._gene_scales: list[np.ndarray] = []
         self._edge: float | None = None
 
     def learn(self, half: Fold, rng: np.random.Generator) -> None:
+        """Learn from a half; the settings that are compared share the scale that genes have in the first."""
         (components,) = self._learn(half.seen, rng=rng, n_passes=3)
         products = components.products(half.seen, half.held_out, folds_of(half.cells))
-        self._fits.append(_Fit(components, half, worth_from(*products)))
+        fit = _Fit(components, half, worth_from(*products))
+        some = half.of_cells(np.arange(0, len(half.cells), max(1, np.prod(half.seen.shape) // _COMPARED)))
+        scaled = fit.profiles(self.settings[0], some.seen, some.cells).balanced(n_rounds=1)
+        self._fits.append(replace(fit, gene_scale=scaled.gene_scale))
 
     def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
         """Start each half from what some of its own cells gave, which has seen nothing of the other half."""
@@ -143,21 +154,21 @@ class PCALearner(Learner):
         self._edge = noise_edge(fits[0].components, chunks, halves_of(keys[:1]))
 
     def predict(self, half: int, setting: Shrinkage, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
-        scale = self._gene_scales[half] if self._gene_scales else None
-        weights = self._weights(half, setting, cells)
-        return self._fits[half].components.weighted_profiles(seen, weights, scale).scaled(n_rounds=int(scale is None))
+        return self._fits[half].profiles(setting, seen, cells)
 
     def settle(self, setting: Shrinkage, sample: Sample) -> None:
         """Learn the scale of genes."""
+        fits = [replace(fit, gene_scale=None) for fit in self._fits]
 
         def totals(cells: np.ndarray, parts: list[sp.csr_matrix]) -> Partial:
-            weights = [self._weights(i, setting, cells) for i in range(len(parts))]
-            each = zip(self._fits, parts, weights, strict=True)
-            return Partial([fit.components.weighted_profiles(seen, own).scale_cells() for fit, seen, own in each])
+            return Partial(
+                [fit.profiles(setting, seen, cells).scale_cells() for fit, seen in zip(fits, parts, strict=True)]
+            )
 
-        shares = [fit.components.gene_share for fit in self._fits]
-        found = zip(shares, sample.run(totals).sums, strict=True)
-        self._gene_scales = [ratio(share * total.sum(), total) for share, total in found]
+        found = zip(fits, sample.run(totals).sums, strict=True)
+        self._fits = [
+            replace(fit, gene_scale=ratio(fit.components.gene_share * total.sum(), total)) for fit, total in found
+        ]
 
     def refit(self, counts: Counts, setting: Shrinkage, rng: np.random.Generator) -> LowRankProfiles:
         """Return the profiles, the components starting from those of a half, in two passes or a few more.
@@ -192,11 +203,6 @@ class PCALearner(Learner):
         }
         return Learned(title, f"{title} ({rank} components worth more than noise, {setting})", rank, values)
 
-    def _weights(self, half: int, setting: Shrinkage, cells: np.ndarray) -> np.ndarray:
-        """Return the weight of each component in each cell; a fold's own are learned from the other fold."""
-        weights = np.array([setting.weights(fold, noise=1) for fold in self._fits[half].worth])
-        return weights[1 - folds_of(cells)]
-
     def _full_weights(self, setting: Shrinkage) -> np.ndarray:
         """Return the weight of each component in a fit to all molecules, shape (k,)."""
         return setting.weights(self._worth(), noise=0.5)
@@ -222,7 +228,7 @@ class PCAModel:
     def predict(self, counts: sp.csr_matrix, codes: np.ndarray | None = None) -> LowRankProfiles:
         """Return the denoised profiles of cells, CSR of shape (cells, genes); genes keep the scale of the fit."""
         found = self.components.weighted_profiles(counts, self.weights, self.gene_scale)
-        return found.checked("the output of the PCA").of_populations(self.populations).scaled(n_rounds=0)
+        return found.checked("the output of the PCA").of_populations(self.populations)
 
     def learned(self) -> Learned:
         """Return what is worth writing down."""

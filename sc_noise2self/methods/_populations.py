@@ -21,7 +21,7 @@ from other cells, since they would repeat its own counts in small populations.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any, NamedTuple
@@ -51,7 +51,8 @@ _in_any_order = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath
 PHI = np.concatenate([[0], np.geomspace(0.003, 1e4, 15)])
 """The grid of phi; the last is a Gamma distribution of nearly 0 or nearly any rate."""
 HEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0)
-_STEPS = 200  # of expectation maximisation, at most
+_BLOCK = 1 << 20  # dense entries rebuilt at a time, 4 MB
+_STEPS = 50  # of expectation maximisation, at most; 20 to 1 000 gain the same on four data sets, to 0.001
 _STILL = 1e-4  # change of a prior that ends it
 _KEPT = ("centers", "factors", "shares")
 _LARGEST = np.float32(1e6)  # factor
@@ -130,14 +131,16 @@ class Populations:
         np.sqrt(points, out=points)
         return np.argmin(length * np.square(self.centers).sum(axis=1) - 2 * (points @ self.centers.T), axis=1)
 
-    def refine(self, rates: np.ndarray, population: np.ndarray, size: np.ndarray) -> tuple[Scales, np.ndarray]:
-        """Make refined expected counts of rates of all genes, in place.
+    def refine(
+        self, rates: np.ndarray, population: np.ndarray, size: np.ndarray, sums: np.ndarray | None = None
+    ) -> Scales:
+        """Make refined expected counts of rates of all genes, in place; return both scales of cells.
 
-        Returns both scales of cells, and what the genes of each population's cells add up to, (populations, genes).
+        What the genes of each population's cells add up to is added to `sums`, float64 of shape (populations, genes).
         """
-        scales, sums = np.empty((2, len(rates)), np.float32), np.zeros(self.factors.shape)
+        scales, sums = np.empty((2, len(rates)), np.float32), np.empty((0, 0)) if sums is None else sums
         _refine(rates, population, self.factors, self.shares, np.float32(self.height), size, scales, sums)
-        return (scales[0], scales[1]), sums
+        return scales[0], scales[1]
 
     def refine_scaled(
         self, rates: np.ndarray, population: np.ndarray, size: np.ndarray, scales: Scales, genes: Index
@@ -187,10 +190,13 @@ def _refine(
                 row[g] = _raised(row[g] * scale, n * share[g], height)
                 raised += row[g]
             scales[1, i] = last = np.float32(n / raised)
-        own = sums[population[i]]
-        for g in range(len(row)):
-            row[g] *= last
-            own[g] += row[g]
+        if last != _ONE:
+            for g in range(len(row)):
+                row[g] *= last
+        if len(sums):
+            own = sums[population[i]]
+            for g in range(len(row)):
+                own[g] += row[g]
 
 
 @_compiled
@@ -224,13 +230,12 @@ def _probabilities(
     shares: np.ndarray,
     heights: np.ndarray,
     size: np.ndarray,
-    cells: np.ndarray,
     indptr: np.ndarray,
     genes: np.ndarray,
     out: np.ndarray,
 ) -> None:
     """Set `out`, shape (heights, entries), to the probabilities of entries of these cells, as `_refine` has them."""
-    for i in cells:
+    for i in range(len(rates)):
         row, factor, share, n = rates[i], factors[population[i]], shares[population[i]], size[i]
         total = 0.0
         for g in range(len(row)):
@@ -249,6 +254,13 @@ def _probabilities(
                     out[h, entry] = max(row[g] * factor[g], _ZERO) / total
                 else:
                     out[h, entry] = _raised(row[g] * factor[g] * scale, n * share[g], height) / raised
+
+
+def rows_of(n_cells: int, n_genes: int) -> Iterator[slice]:
+    """Yield slices of cells, whose dense rows are a block."""
+    step = max(1, _BLOCK // max(1, n_genes))
+    for start in range(0, n_cells, step):
+        yield slice(start, min(start + step, n_cells))
 
 
 def roots(expected: np.ndarray) -> np.ndarray:
@@ -364,51 +376,65 @@ class CrossFit:
     """Populations of the cells of a fold, what holds for a half of the cells learned from the other half."""
 
     fold: Fold
-    labels: np.ndarray  # the population of each cell
-    halves: Sequence[np.ndarray]  # of the cells, by position
-    populations: Sequence[Populations]  # of each half
+    own: np.ndarray  # of each cell, its population's row among the factors
+    factors: np.ndarray  # of both halves, shape (2 x populations, genes)
+    shares: np.ndarray
 
     @classmethod
     def learned(cls, expected: np.ndarray, fold: Fold, halves: Sequence[np.ndarray], labels: np.ndarray) -> CrossFit:
-        """Return the populations with these labels; `expected` are dense expected counts of the cells."""
-        n_populations = int(labels.max()) + 1
-        found = []
-        for other in reversed(halves):
-            own = labels[other]
-            observed, given = (sums_of(values[other], own, n_populations) for values in (fold.seen, expected))
-            found.append(populations_of(observed, given, np.zeros(given.shape, np.float32), 0.0))
-        return cls(fold, labels, halves, found)
+        """Return the populations with these labels; `expected` are dense expected counts of the cells.
 
-    def probabilities(self, expected: np.ndarray, heights: Sequence[float]) -> np.ndarray:
-        """Return the probability of each held-out entry, shape (heights, entries), from counts before refinement."""
+        `halves` are numbers of cells in the fold.
+        """
+        n_populations, own = int(labels.max()) + 1, labels.copy()
+        for i, half in enumerate(halves):
+            own[half] += i * n_populations
+
+        def from_cells(cells: np.ndarray) -> Populations:
+            observed, given = (sums_of(values[cells], labels[cells], n_populations) for values in (fold.seen, expected))
+            return populations_of(observed, given, np.zeros(given.shape, np.float32), 0.0)
+
+        found = list(in_threads(from_cells, reversed(halves)))
+        return cls(
+            fold, own, *(np.concatenate([getattr(each, name) for each in found]) for name in ("factors", "shares"))
+        )
+
+    def probabilities(self, blocks: Iterable[tuple[slice, np.ndarray]], heights: Sequence[float]) -> np.ndarray:
+        """Return the probability of each held-out entry, shape (heights, entries), from counts before refinement.
+
+        `blocks` are (cells, their expected counts), as `Profiles.blocks` yields them.
+        """
         size, held_out = row_sums(self.fold.seen).astype(np.float32), self.fold.held_out
         out, levels = np.empty((len(heights), held_out.nnz)), np.array(heights, np.float32)
 
-        def of_part(part: tuple[np.ndarray, Populations]) -> None:
-            cells, own = part
-            of_populations = (self.labels, own.factors, own.shares)
-            _probabilities(expected, *of_populations, levels, size, cells, held_out.indptr, held_out.indices, out)
+        def of_block(block: tuple[slice, np.ndarray]) -> None:
+            rows, expected = block
+            of_cells = expected, self.own[rows], self.factors, self.shares, levels, size[rows]
+            _probabilities(*of_cells, held_out.indptr[rows.start : rows.stop + 1], held_out.indices, out)
 
-        for _ in in_threads(of_part, list(zip(self.halves, self.populations, strict=True))):
+        for _ in in_threads(of_block, blocks):
             pass
         return out
 
 
-def best_refinement(expected: np.ndarray, fold: Fold, halves: Sequence[np.ndarray]) -> Refinement:
-    """Return the number of populations and the height of the floor that gain most on held-out molecules.
+def best_refinement(expected: np.ndarray, fold: Fold, halves: Sequence[np.ndarray]) -> tuple[Refinement, CrossFit]:
+    """Return the number of populations and the height of the floor that gain most on held-out molecules, and these.
 
     Every height is tried for one population, two, four and on until two in a row gain nothing more.
     """
     sketch = sketch_of(roots(expected))
-    best, most = AS_IT_IS, -np.inf
+    blocks = [(rows, expected[rows]) for rows in rows_of(*expected.shape)]
+    fit = CrossFit.learned(expected, fold, halves, clusters_of(sketch, 1))
+    best, best_fit, most = AS_IT_IS, fit, -np.inf
     n_populations = 1
-    while n_populations <= 4 * best.n_populations and n_populations * _LEAST_CELLS <= max(len(sketch), _LEAST_CELLS):
-        fit = CrossFit.learned(expected, fold, halves, clusters_of(sketch, n_populations))
-        gains = [fold.gain_of(each).mean for each in fit.probabilities(expected, HEIGHTS)]
+    while True:
+        gains = [fold.gain_of(each).mean for each in fit.probabilities(blocks, HEIGHTS)]
         if max(gains) > most:
-            best, most = Refinement(n_populations, HEIGHTS[int(np.argmax(gains))]), max(gains)
+            best, best_fit, most = Refinement(n_populations, HEIGHTS[int(np.argmax(gains))]), fit, max(gains)
         n_populations *= 2
-    return best
+        if n_populations > 4 * best.n_populations or n_populations * _LEAST_CELLS > len(sketch):
+            return best, best_fit
+        fit = CrossFit.learned(expected, fold, halves, clusters_of(sketch, n_populations))
 
 
 def cross_fit(expected: np.ndarray, fold: Fold, halves: Sequence[np.ndarray], n_populations: int) -> CrossFit:

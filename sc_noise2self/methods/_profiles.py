@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -23,20 +24,21 @@ from ._populations import (
     nested_factors,
     populations_of,
     roots,
+    rows_of,
     sketch_of,
     sums_of,
 )
 
-_BLOCK = 1 << 20  # dense entries rebuilt at a time, 4 MB
 _CLUSTERED = 20_000_000  # dense entries of the cells that populations are found among
 
 # Outputs whose rate, scaled and added over genes, is far from float32's end.
 _LARGEST_OUTPUT: dict[Link, float] = {"exp": 1e4, "log1p": 60.0, "sqrt": 1e12, "none": 1e12}
 _CHECKED = 5_000_000  # dense entries checked at a time
 
-UNKNOWN = -1  # population of a cell that is to be found when it is scaled
-_TOTALS_OFF = 1e-3  # how far genes may be from their totals, on average, where these count as right
+UNKNOWN = -1  # population, or scale before the floor, of a cell that is to be found when the cell is first read
+_TOTALS_OFF = 3e-3  # how far genes may be from their totals, on average, where these count as right
 _MOST_ROUNDS = 100
+_LONGEST_STEP = 10  # what is missing of a gene's total, that often
 
 _SCALES = ("cell_scale", "row_scale", "population")  # of cells, as they are kept
 N_SCALES = len(_SCALES)
@@ -67,9 +69,7 @@ class Profiles(ABC):
 
     def rows(self) -> Iterator[slice]:
         """Yield slices of cells, each as long as a block."""
-        step = max(1, _BLOCK // max(1, self.shape[1]))
-        for start in range(0, self.shape[0], step):
-            yield slice(start, min(start + step, self.shape[0]))
+        return rows_of(*self.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ class ScaledProfiles(Profiles):
     """Expected counts row_scale * max(cell_scale * factor * gene_scale * rates, floor), from rates of any kind.
 
     The corner of the maximum is rounded. The factor of a gene, and the floor, are those of the cell's
-    population (`sc_noise2self.methods._populations`).
+    population (`sc_noise2self.methods._populations`). Cells without a scale are given one when they are first read.
     """
 
     gene_scale: np.ndarray  # gives every gene its observed total
@@ -104,7 +104,7 @@ class ScaledProfiles(Profiles):
         Those of linear models may be below 0, which counts as 0.
         """
 
-    def _rates_to_scale(self, rows: slice) -> np.ndarray:
+    def _rates_to_scale(self, rows: Index) -> np.ndarray:
         """Return the rates of cells whose scale is about to be set."""
         return self._rates(rows, slice(None))
 
@@ -117,11 +117,8 @@ class ScaledProfiles(Profiles):
         own = self.populations.times(self.gene_scale)
 
         def of_rows(rows: slice) -> np.ndarray:
-            block = self._rates_to_scale(rows)
-            if self.population[rows.start] == UNKNOWN:
-                self.population[rows] = own.nearest(block * self.gene_scale)
-            found = self.population[rows].astype(np.intp)
-            (self.cell_scale[rows], self.row_scale[rows]), sums = own.refine(block, found, self.size[rows])
+            sums = np.zeros(own.factors.shape)
+            self._scale_rows(own, rows, sums)
             return sums
 
         totals = np.zeros(own.factors.shape)
@@ -129,39 +126,73 @@ class ScaledProfiles(Profiles):
             totals += of_block
         return totals
 
+    def _scale_rows(self, own: Populations, rows: Index, sums: np.ndarray | None = None) -> np.ndarray:
+        """Set the scales of cells and return their expected counts, as `Populations.refine` does."""
+        block = self._rates_to_scale(rows)
+        if (self.population[rows] == UNKNOWN).any():
+            self.population[rows] = own.nearest(block * self.gene_scale)
+        found = self.population[rows].astype(np.intp)
+        self.cell_scale[rows], self.row_scale[rows] = own.refine(block, found, self.size[rows], sums)
+        return block
+
     def scaled(self, n_rounds: int | None = None) -> Self:
         """Return these profiles, every gene with its share of all molecules and every cell with its size.
 
+        `n_rounds` is that of `balanced`; with 0 genes keep `gene_scale`.
+        """
+        self.balanced(n_rounds)
+        if (self.cell_scale == UNKNOWN).any():
+            self.scale_cells()
+        return self
+
+    def balanced(self, n_rounds: int | None = None) -> Self:
+        """Return these profiles, every gene with its share of all molecules.
+
         Going back from a transform is right up to a factor per gene; the observed totals say which. Genes and cells
-        are scaled in turn (iterative proportional fitting), cells last, one pass over blocks of cells a round.
+        are scaled in turn (iterative proportional fitting), one pass over blocks of cells a round. A floor does not
+        grow with a gene's scale: so how a total answered to the step before says how far to go (secant method).
 
         Parameters
         ----------
         n_rounds
-            Rounds; None makes as many as it takes until gene totals are right to 0.1 % on average, two or three on
-            real data, a hundred at most. With 0 genes keep `gene_scale`.
+            Rounds; None makes as many as it takes until gene totals are right to 0.3 % on average, two or three on
+            real data, some more with a high floor, a hundred at most.
         """
         target = self.gene_share * float(self.size.sum())
+        steps = _Steps(target)
         for _ in range(_MOST_ROUNDS if n_rounds is None else n_rounds):
             totals = self.scale_cells()
             if n_rounds is None and _mean_deviation(totals, target) <= _TOTALS_OFF:
                 return self
             # What is scaled must not change which population a cell belongs to.
             scale = self.gene_scale if len(self.populations.factors) == 1 else self.populations.factors
-            scale *= ratio(target, totals)
-        self.scale_cells()
+            scale *= steps.next(totals)
+            self.cell_scale.fill(UNKNOWN)
         return self
 
-    def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
-        out = self._rates(cells, genes)
-        scales = (np.asarray(self.cell_scale[cells]), np.asarray(self.row_scale[cells]))
-        population = np.asarray(self.population[cells]).astype(np.intp)
+    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         own = self.populations.times(self.gene_scale)
+        for rows in self.rows():
+            yield rows, self._counts(own, rows, slice(None))
+
+    def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
+        return self._counts(self.populations.times(self.gene_scale), cells, genes)
+
+    def _counts(self, own: Populations, cells: Index, genes: Index) -> np.ndarray:
+        cell_scale = np.asarray(self.cell_scale[cells])
+        if (cell_scale == UNKNOWN).any():
+            return self._scale_rows(own, cells)[:, genes]
+        out = self._rates(cells, genes)
+        population = np.asarray(self.population[cells]).astype(np.intp)
+        scales = cell_scale, np.asarray(self.row_scale[cells])
         own.refine_scaled(out, population, self.size[cells], scales, genes)
         return out
 
     def scales(self) -> np.ndarray:
-        """Return what is kept of cells beside scores: both scales and the population, float32 of shape (cells, 3)."""
+        """Return what is kept of cells beside scores: both scales and the population, float32 of shape (cells, 3).
+
+        The cells are scaled: `scaled` was called.
+        """
         return np.stack([getattr(self, name) for name in _SCALES], axis=1)
 
     def scales_of_genes(self) -> np.ndarray:
@@ -175,22 +206,23 @@ class ScaledProfiles(Profiles):
         """Return these profiles refined by populations that were learned elsewhere; cells have no scale yet."""
         if populations.changes_nothing:
             return self
-        population, cell_scale, row_scale = np.zeros((3, len(self.size)), np.float32)
-        population += UNKNOWN if len(populations.factors) > 1 else 0
-        return replace(self, populations=populations, population=population, cell_scale=cell_scale, row_scale=row_scale)
+        scales = _no_scales_of_cells(len(self.size))
+        if len(populations.factors) > 1:
+            scales["population"] += UNKNOWN
+        return replace(self, populations=populations, **scales)
 
     def raised(self, height: float) -> Self:
         """Return these profiles with a floor of the mean profile; cells have no scale yet."""
         return self.of_populations(replace(self.populations, height=height))
 
     def refined(self, observed: sp.csr_matrix | Chunks, refinement: Refinement, n_rounds: int | None = None) -> Self:
-        """Return these profiles, scaled, by what their populations say; `observed` they were predicted from.
+        """Return these profiles, whose genes are scaled, by what populations say; from `observed` they were predicted.
 
-        `n_rounds` is that of `scaled`.
+        `n_rounds` is that of `balanced`.
         """
         if refinement == AS_IT_IS:
             return self
-        plain = replace(self, gene_scale=self.gene_scale.copy()).scaled(n_rounds)
+        plain = replace(self, gene_scale=self.gene_scale.copy())
         centers = _centers_of(plain, refinement.n_populations)
         n_populations, ones = len(centers), np.ones(centers.shape, np.float32)
         found = plain.of_populations(Populations(centers, ones, ones, 0.0)) if n_populations > 1 else plain
@@ -202,10 +234,14 @@ class ScaledProfiles(Profiles):
 
         molecules = as_chunks(observed).run(of_block).sums[0]
         populations = populations_of(molecules, expected, centers, refinement.height)
+        out = replace(plain.of_populations(populations), population=found.population)
         if n_populations > 1 and refinement.height:
-            expected = plain.of_populations(populations).sums_of_populations()
-            populations = replace(populations, factors=populations.factors * nested_factors(molecules, expected))
-        return plain.of_populations(populations).scaled(n_rounds)
+            # Factors are in the profiles, so what is learned of them now goes into these.
+            np.multiply(
+                populations.factors, nested_factors(molecules, out.sums_of_populations()), out=populations.factors
+            )
+            out.cell_scale.fill(UNKNOWN)
+        return out.balanced(n_rounds)
 
 
 def _centers_of(profiles: ScaledProfiles, n_populations: int) -> np.ndarray:
@@ -238,6 +274,11 @@ class LowRankProfiles(ScaledProfiles):
     scores: np.ndarray
     loadings: np.ndarray
 
+    @cached_property
+    def _factors(self) -> np.ndarray:
+        """The loadings, shape (k, genes), row by row, which products with a few cells at a time read fastest."""
+        return np.ascontiguousarray(self.loadings.T)
+
     @classmethod
     def unscaled(
         cls,
@@ -268,10 +309,11 @@ class LowRankProfiles(ScaledProfiles):
         return self
 
     def _rates(self, cells: Index, genes: Index) -> np.ndarray:
-        return rates(self.link, self.scores[cells] @ self.loadings[genes].T)
+        loadings = self._factors if isinstance(genes, slice) and genes == slice(None) else self.loadings[genes].T
+        return rates(self.link, self.scores[cells] @ loadings)
 
-    def _rates_to_scale(self, rows: slice) -> np.ndarray:
-        linear = self.scores[rows] @ self.loadings.T
+    def _rates_to_scale(self, rows: Index) -> np.ndarray:
+        linear = self.scores[rows] @ self._factors
         if self.link == "exp":
             # The level of a cell's log rates is arbitrary: with the largest at 0 their sum is a number.
             level = linear.max(axis=1)
@@ -314,8 +356,40 @@ def _no_scales(
     """Return the attributes of `ScaledProfiles` before cells are scaled."""
     gene_share, size = gene_share.astype(np.float32), size.astype(np.float32)
     gene_scale = (gene_share > 0) * np.float32(1 if gene_scale is None else gene_scale)
-    cell_scale, row_scale, population = np.zeros((3, len(size)), np.float32)
+    cell_scale, row_scale, population = _no_scales_of_cells(len(size)).values()
     return gene_scale, cell_scale, row_scale, gene_share, size, population, Populations.one(gene_share)
+
+
+def _no_scales_of_cells(n_cells: int) -> dict[str, Any]:
+    """Return the attributes of cells by their names in `_SCALES`, before they are scaled."""
+    return {name: np.full(n_cells, 0 if name == "population" else UNKNOWN, np.float32) for name in _SCALES}
+
+
+class _Steps:
+    """What scales of genes are multiplied by, round after round, so that totals become what they should be.
+
+    A total is F + A s in the scale s of its gene, of what is at the floor and what is above it. How it answered to the
+    last step tells the share that is above (the secant method), unless it came no nearer.
+    """
+
+    def __init__(self, target: np.ndarray) -> None:
+        self._target, self._above = target, np.ones_like(target)
+        self._before: tuple[np.ndarray, ...] | None = None
+
+    def next(self, totals: np.ndarray) -> np.ndarray:
+        """Return the next step, from the totals that the last has led to."""
+        there = (totals > 0) & (self._target > 0)
+        found = np.where(there, totals, 1)
+        wanted = np.where(there, self._target, 1) / found
+        if self._before is not None:
+            last_found, last_wanted, last_step = self._before
+            moved = np.abs(last_step - 1) > _TOTALS_OFF
+            told = (1 - last_found / found) / np.where(moved, 1 - 1 / last_step, 1)
+            nearer = np.abs(wanted - 1) <= np.abs(last_wanted - 1)
+            self._above = np.clip(np.where(nearer, np.where(moved, told, self._above), 1), 1 / _LONGEST_STEP, 1)
+        step = np.maximum(1 + (wanted - 1) / self._above, wanted / _LONGEST_STEP)
+        self._before = found, wanted, step
+        return np.where(there, step, 0).astype(np.float32)
 
 
 def mean_profiles(size: np.ndarray, totals: np.ndarray) -> LowRankProfiles:
@@ -334,35 +408,34 @@ def profiles_in_blocks(
     """Return the profiles of all cells, every gene with its share of all molecules.
 
     Scores are made in one pass over the counts; of a Dask array they are not kept, but made where they are read. Then
-    there are two passes over the profiles where gene totals are right to 0.3 % on average by the scale that genes have
-    in the profiles of `some` cells, else one or two more. `scores_of` returns the scores of a block.
+    there is one pass over the profiles where gene totals are right to 0.3 % on average by the scale that genes have in
+    the profiles of `some` cells, else one or two more. `scores_of` returns the scores of a block.
     """
     (all_scores,) = chunks.rows(lambda block: Partial(rows=(scores_of(block),)), (some.scores.shape[1],))
     gene_scale, populations, target = some.gene_scale, some.populations, some.gene_share * size.sum()
 
     def unscaled(scores: np.ndarray, size: np.ndarray) -> LowRankProfiles:
         """Return the profiles of cells, which have no scale yet."""
-        scales: dict[str, Any] = {name: np.zeros(len(size), np.float32) for name in _SCALES}
-        found = replace(some, scores=scores, size=size.astype(np.float32), gene_scale=gene_scale, **scales)
-        return found.of_populations(populations)
+        of_cells = _no_scales_of_cells(len(size)) | {"scores": scores, "size": size.astype(np.float32)}
+        return replace(some, gene_scale=gene_scale, **of_cells).of_populations(populations)
 
     def of_block(block: Block) -> LowRankProfiles:
         return unscaled(scores_of(block), row_sums(block.counts))
 
+    steps = _Steps(target)
     for _ in range(_MOST_ROUNDS):
         if isinstance(all_scores, np.ndarray):
-            totals = unscaled(all_scores, size).scale_cells()
+            found = unscaled(all_scores, size)
+            totals = found.scale_cells()
         else:
             totals = chunks.run(lambda block: Partial([of_block(block).scale_cells()])).sums[0]
-        if len(populations.factors) == 1:
-            gene_scale = gene_scale * ratio(target, totals)
-        else:
-            populations = replace(populations, factors=populations.factors * ratio(target, totals))
-        if _mean_deviation(totals, target) <= 3 * _TOTALS_OFF:
+        if _mean_deviation(totals, target) <= _TOTALS_OFF:
             break
+        if len(populations.factors) == 1:
+            gene_scale = gene_scale * steps.next(totals)
+        else:
+            populations = replace(populations, factors=populations.factors * steps.next(totals))
     if isinstance(all_scores, np.ndarray):
-        found = unscaled(all_scores, size)
-        found.scale_cells()
         return found
 
     def of_cells(block: Block) -> Partial:
