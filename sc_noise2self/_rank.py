@@ -23,6 +23,7 @@ from ._checks import (
 from ._random import RandomState, as_generator
 from ._slots import check_key, committed, marked
 from ._split import checked_phi
+from ._threads import one_blas_thread
 from ._transform import TransformName
 from ._warnings import warn
 from .methods._rank_curve import MAX_RANK, Protocol, learned_shape, rank_curve
@@ -118,7 +119,8 @@ def select_rank(
     max_rank = bounded("max_rank", max_rank, MAX_RANK, *learned_shape(protocol, *chunks.shape))
     start = logg.info(f"selecting the rank of {describe_counts(adata, layer)}")
     about: dict[str, Any] = {"protocol": protocol, "transform": transform, "center": center, "n_splits": n_splits}
-    curve = rank_curve(chunks, max_rank, rng, phi=phi, **about)
+    with one_blas_thread():
+        curve = rank_curve(chunks, max_rank, rng, phi=phi, **about)
     if not curve.beats_none:
         warn(
             "no rank predicts held-out molecules better than rank 0 by more than the error: the counts show no "

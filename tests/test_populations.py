@@ -107,7 +107,7 @@ def test_refined_profiles_keep_sizes_and_gene_totals_and_stand_above_the_floor(k
     found = plain.refined(counts, refinement)
     expected = found.counts()
     np.testing.assert_allclose(expected.sum(axis=1), size, rtol=1e-4)
-    assert np.mean(np.abs(expected.sum(axis=0) / totals - 1)[totals > 0]) < 3.1e-3
+    assert np.mean(np.abs(expected.sum(axis=0) / totals - 1)[totals > 0]) < 1.1e-3
     own = found.populations
     m = size[:, None] * own.shares[found.population.astype(int)]
     assert (expected >= found.row_scale[:, None] * own.height * m / (1 + m) * 0.999).all()

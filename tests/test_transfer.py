@@ -100,8 +100,8 @@ def test_the_width_is_chosen_and_recorded():
     n2s.denoise(adata, replace(METHOD, width=[16, 1]))
     learned = adata.uns["denoised"]["learned"]["autoencoder"]
     table = learned["table"]
-    assert list(table["width"]) == [1, 16]
-    assert table["gain"][1] > table["gain"][0] + table["error"][0]
+    assert list(table["width"]) == [16, 1]
+    assert table["gain"][0] > table["gain"][1] + table["error"][1]
     assert list(adata.uns["denoised"]["members"]["rank"]) == [16]
     ax = n2s.pl.loss(adata, key="denoised", show=False)
     assert ax.get_xlabel() == "width"
@@ -116,7 +116,7 @@ def test_of_very_many_cells_some_choose_and_all_are_fitted(monkeypatch):
     adata = cells(300, 0, batch_effect=1)
     n2s.denoise(adata, replace(METHOD, width=[16, 1], batch_key="batch"))
     record = adata.uns["denoised"]
-    assert list(record["learned"]["autoencoder"]["table"]["width"]) == [1, 16]
+    assert list(record["learned"]["autoencoder"]["table"]["width"]) == [16, 1]
     assert len(record["learned"]["autoencoder"]["epoch_losses"]) == 40
     assert record["gain_cells"] == record["n_cells"] == 300  # and all are measured
     assert adata.layers["denoised"].shape == adata.shape

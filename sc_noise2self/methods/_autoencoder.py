@@ -67,8 +67,8 @@ class Autoencoder(Method):
     Parameters
     ----------
     width
-        Width of the bottleneck, or several to compare, from the narrowest to the first that does not gain more than a
-        narrower one on molecules set aside, by one paired standard error and by 1 %; the narrowest as good is taken.
+        Width of the bottleneck, or several to compare, from the widest to the first whose gain on molecules set aside
+        is below the best by more than one paired standard error and more than 1 %; the narrowest that is not is taken.
     loss
         Loss of training: `"multinomial"`, nats per held-out molecule; `"poisson"`; `"negative_binomial"`, with a
         dispersion per gene; `"masked_multinomial"`, genes hidden instead of molecules (Noise2Self, Noise2Void);
@@ -118,7 +118,7 @@ class Autoencoder(Method):
     needs_memory: ClassVar[bool] = False
     can_transfer: ClassVar[bool] = True
 
-    width: int | Sequence[int] = (2, 8, 32, 128)
+    width: int | Sequence[int] = (128, 32, 8, 2)
     loss: str = "multinomial"
     n_seeds: int = 1
     batch_key: str | None = None
@@ -233,7 +233,7 @@ class _AutoencoderLearner(Learner):
 
     def learned(self, setting: Any) -> Learned:
         history = self._fitted.history
-        table = self._choice.comparison.table("one_standard_error", _SEEDS_DIFFER, gain=True)
+        table = self._choice.comparison.table("one_standard_error", _SEEDS_DIFFER, last=True, gain=True)
         values = {
             "table": table.drop(columns=["seconds", "failure"]),
             "epoch_losses": np.array(history.losses),
@@ -252,7 +252,7 @@ class _AutoencoderLearner(Learner):
         *,
         shown: Counts | None = None,
     ) -> _Training:
-        """Train networks from the narrowest to the first that is no better, and keep the narrowest as good as any.
+        """Train networks from the widest to the first that is worse, and keep the narrowest that is not.
 
         `shown` are counts of all cells, where training shows more than these. What needs no more is learned from
         these: the principal components, and when to stop.
@@ -285,7 +285,7 @@ class _AutoencoderLearner(Learner):
             on_device = counts_of_all(shown, self._codes, device, Aside(cells[held], aside))
         comparison, models, histories = Comparison(), [], []
         with _TRAINING, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            for width in sorted(set(widths)):
+            for width in sorted(set(widths), reverse=True):
                 model, history = self._of_width(int(width), plan, on_device, rng)
                 models.append(model)
                 histories.append(history)
@@ -490,7 +490,7 @@ class _Training:
 
 def narrowest_as_good(comparison: Comparison) -> int:
     """Return the row of the narrowest width within one paired standard error of the best, or within 1 % of it."""
-    return comparison.best("one_standard_error", tolerance=_SEEDS_DIFFER)
+    return comparison.best("one_standard_error", tolerance=_SEEDS_DIFFER, last=True)
 
 
 def _enough(counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) -> tuple[sp.csr_matrix, np.ndarray]:

@@ -282,7 +282,7 @@ def clusters_of(sketch: np.ndarray, n_clusters: int) -> np.ndarray:
         return np.zeros(len(sketch), np.intp)
     with _CLUSTERING, warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # there may be fewer distinct points
-        labels = KMeans(n_clusters, n_init=1, random_state=0).fit_predict(sketch)
+        labels = KMeans(n_clusters, n_init=10, random_state=0).fit_predict(sketch)
     return np.unique(labels, return_inverse=True)[1]
 
 

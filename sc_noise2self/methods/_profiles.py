@@ -36,7 +36,7 @@ _LARGEST_OUTPUT: dict[Link, float] = {"exp": 1e4, "log1p": 60.0, "sqrt": 1e12, "
 _CHECKED = 5_000_000  # dense entries checked at a time
 
 UNKNOWN = -1  # population, or scale before the floor, of a cell that is to be found when the cell is first read
-_TOTALS_OFF = 3e-3  # how far genes may be from their totals, on average, where these count as right
+_TOTALS_OFF = 1e-3  # how far genes may be from their totals, on average, where these count as right
 _MOST_ROUNDS = 100
 _LONGEST_STEP = 10  # what is missing of a gene's total, that often
 
@@ -155,7 +155,7 @@ class ScaledProfiles(Profiles):
         Parameters
         ----------
         n_rounds
-            Rounds; None makes as many as it takes until gene totals are right to 0.3 % on average, two or three on
+            Rounds; None makes as many as it takes until gene totals are right to 0.1 % on average, two or three on
             real data, some more with a high floor, a hundred at most.
         """
         target = self.gene_share * float(self.size.sum())
@@ -408,7 +408,7 @@ def profiles_in_blocks(
     """Return the profiles of all cells, every gene with its share of all molecules.
 
     Scores are made in one pass over the counts; of a Dask array they are not kept, but made where they are read. Then
-    there is one pass over the profiles where gene totals are right to 0.3 % on average by the scale that genes have in
+    there is one pass over the profiles where gene totals are right to 0.1 % on average by the scale that genes have in
     the profiles of `some` cells, else one or two more. `scores_of` returns the scores of a block.
     """
     (all_scores,) = chunks.rows(lambda block: Partial(rows=(scores_of(block),)), (some.scores.shape[1],))

@@ -17,6 +17,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from .._blocks import Block, Chunks, Partial
+from .._threads import in_threads
 
 N_PASSES = 4  # products with the Gram matrix
 _OVERSAMPLES = 20
@@ -70,9 +71,9 @@ def components_of(
             basis.append(block)
             of_basis.append((found if row is None else found - np.outer(row, row @ block)).astype(block.dtype))
         if i < n_passes - 1:
-            blocks = [_beyond(basis, of_basis[-1]) for basis, of_basis in zip(bases, products, strict=True)]
+            blocks = list(in_threads(lambda both: _beyond(both[0], both[1][-1]), zip(bases, products, strict=True)))
     both = zip(bases, products, strict=True)
-    return [_ritz(np.hstack(basis), np.hstack(of_basis), n_components) for basis, of_basis in both]
+    return list(in_threads(lambda each: _ritz(np.hstack(each[0]), np.hstack(each[1]), n_components), both))
 
 
 def _ritz(basis: np.ndarray, product: np.ndarray, n_components: int) -> tuple[np.ndarray, np.ndarray]:
