@@ -85,10 +85,9 @@ def select(
 ) -> Selection:
     """Return the best of what methods offer, or the best mean of all (`average`, the mean profile among them).
 
-    Of a mean every learner is tuned, else the best one alone. Where fewer cells are enough for every method to be
-    compared, a random choice of them is used; what is chosen then learns from all. Every split is used in both
-    directions. `mix` measures what mixing the counts back in gains. The mean profile takes the place of a
-    choice that does not beat it.
+    Every learner is tuned. Where fewer cells are enough for every method to be compared, a random choice of them is
+    used; what is chosen then learns from all. Every split is used in both directions. `mix` measures what mixing the
+    counts back in gains. The mean profile takes the place of a choice that does not beat it.
     """
     learners, average = learners_of(methods, counts, average)
     chunks = counts.chunks
@@ -169,8 +168,7 @@ def _compared(
         for learner in learners:
             learner.prepare(counts, cells, rng)
             bar.update()
-        further = [len(learner.settings) - 1 for learner in learners]
-        bar.total += sum(further) if average else max(further)
+        bar.total += sum(len(learner.settings) - 1 for learner in learners)
         # Random numbers are drawn in order, whichever thread is first.
         tasks = [(learner, [np.random.default_rng(rng.integers(2**63)) for _ in halves]) for learner in learners]
         together = [task for task in tasks if not task[0].learns_alone]
@@ -183,11 +181,10 @@ def _compared(
             best.append(scores.refined(Choice(learner, learner.settings[0])))
             bar.update()
         scores.add(best, bar)
-        tuned = best if average else [max(best, key=scores.mean)]
-        candidates = [[replace(choice, setting=each) for each in choice.learner.settings] for choice in tuned]
+        candidates = [[replace(choice, setting=each) for each in choice.learner.settings] for choice in best]
         scores.add([candidate for of_one in candidates for candidate in of_one[1:]], bar)
         best = [max(of_one, key=scores.mean) for of_one in candidates]
-    return scores, scores.weighted(best) if average else tuple(best)
+    return scores, scores.weighted(best) if average else (max(best, key=scores.mean),)
 
 
 def _learn(halves: Sequence[Fold], about: tuple[Learner, Sequence[np.random.Generator]]) -> None:

@@ -108,7 +108,7 @@ def report(
     Gain ...
     Of 765 genes ...
     >>> n2s.report(adata, as_frame=True).loc["candidates", "value"].item()
-    8.0
+    14.0
     """
     given = {"groupby": groupby is not None, "detail": detail, "as_frame": as_frame}
     for name in ("detail", "as_frame"):

@@ -85,7 +85,7 @@ def test_report_of_nothing_gained(adata):
     with pytest.warns(UserWarning, match="no candidate"):
         n2s.denoise(null)
     text = n2s.report(null, detail=True)
-    assert text.startswith("The mean profile of the counts in X, which none of 8 candidates beats")
+    assert text.startswith("The mean profile of the counts in X, which none of 14 candidates beats")
     assert "predicted no better than by one mean profile" in text
     assert "No gene is predicted better than its mean." in text
     with pytest.raises(KeyError, match="there is no result 'denoised'"):
@@ -139,7 +139,7 @@ def test_report_is_three_short_lines_that_say_what_to_do(pbmc):
     done, gained, genes = n2s.report(pbmc).split("\n")
     assert max(map(len, (done, gained, genes))) < 160
     assert done.startswith("PCA of log1p (")
-    assert done.endswith("of the counts in X, the best of 8 candidates.")
+    assert done.endswith("of the counts in X, the best of 14 candidates.")
     assert gained.startswith(f"Gain {record['gain']:.3f} +- {record['gain_error']:.3f} nats per held-out molecule")
     assert "in 700 cells; 90 % intervals held 90." in gained
     n_gained = (pbmc.var["denoised_gain"] > 2 * pbmc.var["denoised_gain_error"]).sum()
@@ -179,7 +179,7 @@ def test_report_as_a_frame_has_a_row_for_each_figure(pbmc):
     assert found["of"]["gain"] == "the 700 cells that were denoised"
     genes = [name for name in found.index if name.startswith("genes ")]
     assert found["value"][genes].sum() == 765
-    assert (found["value"]["candidates"], found["value"]["warnings"]) == (8, 0)
+    assert (found["value"]["candidates"], found["value"]["warnings"]) == (14, 0)
 
 
 def test_report_shows_its_figures_in_a_notebook(adata):

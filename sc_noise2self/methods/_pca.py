@@ -32,7 +32,6 @@ from ._profiles import LowRankProfiles, profiles_in_blocks, ratio
 _MOST_COMPONENTS = 100  # learned beyond the mean profile unless another number is asked for
 _COMPARED_TRANSFORMS: Sequence[TransformName] = ("log1p", "none")  # of "auto"; sqrt was best on none of nine data sets
 _COMPARED_CELLS = 5_000  # that settings are compared on
-_COMPARED = 20_000_000  # dense entries of them that the scale of genes is learned from, for that
 _FURTHER_PASSES = 2  # over all cells, for components that start from those of some cells
 SCALED = 100_000_000  # dense entries of the cells that populations, and all but the last scale of genes, look at
 _KEPT = ("gene_weights", "used", "mean", "gene_share")  # of components, in a model file
@@ -104,7 +103,7 @@ class Shrinkage:
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """Components of one half, the half, the worth of components by fold, shape (folds, k), and the scale of genes."""
+    """Components of one half, the half, the worth of components by fold, shape (folds, k), and genes' settled scale."""
 
     components: Components
     half: Fold
@@ -134,13 +133,9 @@ class PCALearner(Learner):
         self._edge: float | None = None
 
     def learn(self, half: Fold, rng: np.random.Generator) -> None:
-        """Learn from a half; the settings that are compared share the scale that genes have in the first."""
         (components,) = self._learn(half.seen, rng=rng, n_passes=3)
         products = components.products(half.seen, half.held_out, folds_of(half.cells))
-        fit = _Fit(components, half, worth_from(*products))
-        some = half.of_cells(np.arange(0, len(half.cells), max(1, np.prod(half.seen.shape) // _COMPARED)))
-        scaled = fit.profiles(self.settings[0], some.seen, some.cells).balanced(n_rounds=1)
-        self._fits.append(replace(fit, gene_scale=scaled.gene_scale))
+        self._fits.append(_Fit(components, half, worth_from(*products)))
 
     def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
         """Start each half from what some of its own cells gave, which has seen nothing of the other half."""
@@ -154,7 +149,8 @@ class PCALearner(Learner):
         self._edge = noise_edge(fits[0].components, chunks, halves_of(keys[:1]))
 
     def predict(self, half: int, setting: Shrinkage, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
-        return self._fits[half].profiles(setting, seen, cells)
+        fit = self._fits[half]
+        return fit.profiles(setting, seen, cells).balanced(n_rounds=int(fit.gene_scale is None))
 
     def settle(self, setting: Shrinkage, sample: Sample) -> None:
         """Learn the scale of genes."""
