@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice, product
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -242,12 +242,14 @@ class _Scores:
 
     def add(self, choices: Sequence[Choice], bar: tqdm) -> None:
         """Predict and score candidates."""
-        found = in_threads(self._scored, product(choices, range(len(self._folds))))
-        for choice in choices:
-            probabilities, gains = zip(*islice(found, len(self._folds)), strict=True)
-            self._probabilities[choice.label] = list(probabilities)
-            self._gains[choice.label] = sum(gains[1:], gains[0])
-            self.comparison.add({"label": choice.label}, -self._gains[choice.label])
+        tasks = list(product(choices, range(len(self._folds))))
+        found: dict[str, list[tuple[np.ndarray, Gain]]] = {choice.label: [] for choice in choices}
+        for (choice, _), scored in zip(tasks, in_threads(self._scored, tasks), strict=True):
+            found[choice.label].append(scored)
+        for label, of_folds in found.items():
+            probabilities, gains = zip(*of_folds, strict=True)
+            self._probabilities[label], self._gains[label] = list(probabilities), sum(gains[1:], gains[0])
+            self.comparison.add({"label": label}, -self._gains[label])
             bar.update()
 
     def _scored(self, about: tuple[Choice, int]) -> tuple[np.ndarray, Gain]:
