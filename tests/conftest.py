@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import anndata as ad
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -25,6 +26,13 @@ ARRAY_TYPES = {
     "dense": np.asarray,
     "fortran": np.asfortranarray,
 }
+
+
+@pytest.fixture(autouse=True)
+def no_figure_is_left():
+    """Close figures after each test: twenty that are open make the next one warn, in whichever test it is."""
+    yield
+    plt.close("all")
 
 
 @pytest.fixture(params=list(ARRAY_TYPES))
