@@ -22,7 +22,7 @@ from sc_noise2self.methods._populations import (
     factors_of,
     sums_of,
 )
-from sc_noise2self.methods._profiles import LowRankProfiles, TableProfiles
+from sc_noise2self.methods._profiles import UNKNOWN, LowRankProfiles, TableProfiles, _Steps
 
 
 def test_the_factor_is_the_posterior_mean_of_the_true_rate_over_the_expected():
@@ -117,6 +117,44 @@ def test_refined_profiles_keep_sizes_and_gene_totals_and_stand_above_the_floor(k
     # A network's rates come without the scale that gives genes their totals.
     unscaled = replace(plain, gene_scale=plain.gene_scale * rng.gamma(2, 0.5, 60).astype(np.float32)).balanced()
     np.testing.assert_allclose(unscaled.refined(counts, refinement).counts(), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("refinement", [AS_IT_IS, Refinement(1, 0.5), Refinement(4, 1.0)], ids=str)
+@pytest.mark.parametrize("link", ["none", "log1p", "sqrt", "exp"])
+def test_cells_that_are_scaled_when_they_are_read_are_those_that_were_scaled_before(link, refinement):
+    counts = poisson_counts(low_rank_profiles(50, 30, 3, seed=0), depth=300, seed=1).tolil()
+    counts[7] = 0  # an empty cell
+    counts = counts.tocsr()
+    size, totals = (np.asarray(counts.sum(axis)).ravel() for axis in (1, 0))
+    rng = np.random.default_rng(0)
+    loadings = rng.normal(size=(30, 4)).astype(np.float32)
+    loadings[:, -1] = 1  # the level of log rates
+    scores = rng.normal(size=(50, 4)).astype(np.float32)
+    plain = LowRankProfiles.unscaled(link, scores, loadings, size, totals / totals.sum()).balanced()
+    learned = plain.refined(counts, refinement).populations
+    before, lazy = (plain.of_cells(np.arange(50)).of_populations(learned) for _ in range(2))
+    before.scale_cells()
+    lazy.cell_scale.fill(UNKNOWN)
+    some, genes = np.array([9, 7, 2]), np.array([4, 0])
+    expected = before.counts()
+    np.testing.assert_allclose(lazy.counts(some, genes), expected[some][:, genes], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(lazy.counts(slice(3, 9)), expected[3:9], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.concatenate([block for _, block in lazy.blocks()]), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(lazy.scales(), before.scales(), rtol=1e-5)
+    assert (lazy.counts(np.array([7])) == 0).all()
+
+
+def test_steps_to_gene_totals_are_few_where_a_floor_holds_most_of_a_gene():
+    """In as many rounds proportional steps are not there, above all where little of a gene is above its floor."""
+    total = np.full(5, 100.0)
+    floor, above = np.array([0.0, 30, 60, 90, 99]), np.array([50.0, 200, 10, 4, 3])
+    steps, secant, proportional = _Steps(total), np.ones(5), np.ones(5)
+    for _ in range(8):
+        secant *= steps.next(floor + above * secant)
+        proportional *= total / (floor + above * proportional)
+    off, plainly_off = (np.mean(np.abs((floor + above * scale) / total - 1)) for scale in (secant, proportional))
+    assert off < 1e-3 < 5e-3 < plainly_off
+    assert (_Steps(np.array([0.0, 5])).next(np.array([3.0, 0])) == 0).all()  # nothing to have, nothing to scale
 
 
 @pytest.mark.parametrize("height", [0.0, 0.25, 1.0])

@@ -176,7 +176,7 @@ class PCALearner(Learner):
         (components,) = self._learn(chunks, rng=rng, n_passes=_FURTHER_PASSES + 1, starts=starts)
         step = max(1, chunks.shape[0] * chunks.shape[1] // SCALED)
         counts_of_some = chunks.take(np.arange(0, chunks.shape[0], step))
-        some = components.weighted_profiles(counts_of_some, weights).scaled().refined(counts_of_some, self.refinement)
+        some = components.weighted_profiles(counts_of_some, weights).balanced().refined(counts_of_some, self.refinement)
 
         def scores(block: Block) -> np.ndarray:
             return components.weighted_profiles(block.counts, weights).scores
