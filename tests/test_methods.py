@@ -429,8 +429,13 @@ def place(slot):
 
 
 HOME = Path(n2s.__file__).parent
+# An ensemble of all methods is written as any ensemble is, and takes minutes.
 WRITERS = {
-    **{f"denoise {name}": lambda adata, name=name: n2s.denoise(adata, METHODS[name]) for name in METHODS},
+    **{
+        f"denoise {name}": lambda adata, name=name: n2s.denoise(adata, METHODS[name])
+        for name in METHODS
+        if name != "all"
+    },
     "denoise mix": lambda adata: n2s.denoise(adata, n2s.PCA(transform="log1p"), mix=True),
     "denoise factors": lambda adata: n2s.denoise(adata, n2s.PCA(transform="sqrt"), write_layer=False),
     "select_rank": lambda adata: n2s.select_rank(adata, max_rank=5),
@@ -489,7 +494,7 @@ def test_an_interrupt_leaves_the_old_or_the_new(writer):
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("earlier", [False, True], ids=["fresh", "earlier result"])
 def test_many_interrupts_leave_the_old_or_the_new(writer, earlier):
-    interrupted(WRITERS[writer], beginning(earlier), n_writing=10, n_random=2)
+    interrupted(WRITERS[writer], beginning(earlier), n_writing=5, n_random=1)
 
 
 def beginning(earlier):

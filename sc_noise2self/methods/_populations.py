@@ -153,6 +153,8 @@ class Populations:
 @_inlined
 def _raised(rate: np.float32, mean: np.float32, height: np.float32) -> np.float32:
     """Return the larger of a rate and the floor, the corner rounded; without a floor, of the rate and 0."""
+    if height == 0:
+        return max(rate, _ZERO)
     floor = height * (mean / (_ONE + mean))
     above, corner = rate - floor, ROUNDING * floor * floor
     half = _HALF * (abs(above) + np.sqrt(above * above + corner))  # (above + sqrt(...)) / 2, without cancellation
@@ -177,20 +179,14 @@ def _refine(
             row[g] *= factor[g]
             total += max(row[g], _ZERO)
         scales[0, i] = scale = np.float32(n / total if total > 0 else 0)
-        scales[1, i] = last = _ONE
-        if scale == 0:
-            for g in range(len(row)):
-                row[g] = n * share[g]
-        elif height == 0:
-            for g in range(len(row)):
-                row[g] = max(row[g], _ZERO) * scale
-        else:
+        scales[1, i] = _ONE
+        for g in range(len(row)):
+            row[g] = _raised(row[g] * scale, n * share[g], height) if scale > 0 else n * share[g]
+        if scale > 0 and height > 0:
             raised = 0.0
             for g in range(len(row)):
-                row[g] = _raised(row[g] * scale, n * share[g], height)
                 raised += row[g]
             scales[1, i] = last = np.float32(n / raised)
-        if last != _ONE:
             for g in range(len(row)):
                 row[g] *= last
         if len(sums):
@@ -214,12 +210,8 @@ def _apply(
         row, factor, share, n = rates[i], factors[population[i]], shares[population[i]], size[i]
         scale = cell_scale[i]
         for g in range(len(row)):
-            if scale == 0:
-                row[g] = n * share[g]
-            elif height == 0:
-                row[g] = max(row[g] * factor[g], _ZERO) * scale
-            else:
-                row[g] = _raised(row[g] * factor[g] * scale, n * share[g], height) * row_scale[i]
+            refined = _raised(row[g] * factor[g] * scale, n * share[g], height) * row_scale[i]
+            row[g] = refined if scale > 0 else n * share[g]
 
 
 @_in_any_order
@@ -242,18 +234,17 @@ def _probabilities(
             total += max(row[g] * factor[g], _ZERO)
         scale = np.float32(n / total if total > 0 else 0)
         for h in range(len(heights)):
-            height, raised = heights[h], np.float64(0)
+            height, raised = heights[h], np.float64(n)
             if scale > 0 and height > 0:
+                raised = 0.0
                 for g in range(len(row)):
                     raised += _raised(row[g] * factor[g] * scale, n * share[g], height)
             for entry in range(indptr[i], indptr[i + 1]):
                 g = genes[entry]
-                if scale == 0:
-                    out[h, entry] = share[g] if n > 0 else 0
-                elif height == 0:
-                    out[h, entry] = max(row[g] * factor[g], _ZERO) / total
-                else:
+                if scale > 0:
                     out[h, entry] = _raised(row[g] * factor[g] * scale, n * share[g], height) / raised
+                else:
+                    out[h, entry] = share[g] if n > 0 else 0
 
 
 def rows_of(n_cells: int, n_genes: int) -> Iterator[slice]:
