@@ -177,8 +177,8 @@ def _compared(
             bar.update(len(halves))
         scores = _Scores(halves, scored)
         best = []
-        for learner in learners:
-            best.append(scores.refined(Choice(learner, learner.settings[0])))
+        for choice in in_threads(scores.refined, (Choice(learner, learner.settings[0]) for learner in learners)):
+            best.append(choice)
             bar.update()
         scores.add(best, bar)
         candidates = [[replace(choice, setting=each) for each in choice.learner.settings] for choice in best]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import anndata as ad
@@ -542,7 +542,7 @@ def test_profiles_are_scaled_on_a_device_as_on_the_processor(n_populations, heig
         return found.of_populations(Populations(*(each.astype(np.float32) for each in own), height))
 
     here = profiles()
-    there = DeviceProfiles(**{each.name: getattr(profiles(), each.name) for each in fields(here)}, device=CPU)
+    there = DeviceProfiles.on(CPU, profiles())
     for _ in range(2):  # populations are found, then known
         np.testing.assert_allclose(there.sums_of_populations(), here.sums_of_populations(), rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(there.population, here.population)

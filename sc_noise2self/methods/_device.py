@@ -6,6 +6,7 @@ It needs PyTorch.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Self
 
 import numpy as np
 import scipy.sparse as sp
@@ -24,6 +25,12 @@ class DeviceProfiles(LowRankProfiles):
     """Expected counts from factors of log rates, the same as those of `LowRankProfiles` to rounding."""
 
     device: torch.device
+
+    @classmethod
+    def on(cls, device: torch.device, profiles: LowRankProfiles) -> Self:
+        """Return profiles whose cells are scaled on a device."""
+        given = {each.name: getattr(profiles, each.name) for each in fields(profiles) if each.init}
+        return cls(**given, device=device)
 
     def sums_of_populations(self) -> np.ndarray:
         own = self.populations.times(self.gene_scale)
@@ -109,4 +116,4 @@ def on_device(profiles: LowRankProfiles, device: torch.device) -> LowRankProfile
     """Return profiles whose cells are scaled on a device; those of squared errors stay with the processor."""
     if device.type == "cpu" or profiles.link != "exp":
         return profiles
-    return DeviceProfiles(**{each.name: getattr(profiles, each.name) for each in fields(profiles)}, device=device)
+    return DeviceProfiles.on(device, profiles)

@@ -236,7 +236,7 @@ def _probabilities(
         for h in range(len(heights)):
             height, raised = heights[h], np.float64(n)
             if scale > 0 and height > 0:
-                raised = 0.0
+                raised = np.float64(0)
                 for g in range(len(row)):
                     raised += _raised(row[g] * factor[g] * scale, n * share[g], height)
             for entry in range(indptr[i], indptr[i + 1]):
@@ -307,10 +307,12 @@ def factors_of(observed: np.ndarray, expected: np.ndarray) -> np.ndarray:
     def of_population(k: int) -> np.ndarray:
         x, m = observed[k, order, None], expected[k, order, None]
         shape = 1 / phi
-        log = np.log1p(phi * m)
+        log, log_m = np.log1p(phi * m), np.log(m)
         curves = np.empty((len(order), len(PHI)))
-        curves[:, :1] = x * np.log(m) - m
-        curves[:, 1:] = gammaln(x + shape) - gammaln(shape) + x * (np.log(phi * m) - log) - shape * log
+        curves[:, :1] = x * log_m - m
+        distinct, number = np.unique(x, return_inverse=True)
+        gammas = gammaln(distinct[:, None] + shape) - gammaln(shape)
+        curves[:, 1:] = gammas[number.ravel()] + x * (np.log(phi) + log_m - log) - shape * log
         curves -= curves.max(axis=1, keepdims=True)
         found = np.empty(len(order))
         values = (1 + PHI * x) / (1 + PHI * m)

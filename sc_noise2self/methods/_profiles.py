@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
@@ -30,6 +30,7 @@ from ._populations import (
 )
 
 _CLUSTERED = 20_000_000  # dense entries of the cells that populations are found among
+_KEPT = 20_000_000  # and of profiles whose rates are kept from one pass to the next, 80 MB
 
 # Outputs whose rate, scaled and added over genes, is far from float32's end.
 _LARGEST_OUTPUT: dict[Link, float] = {"exp": 1e4, "log1p": 60.0, "sqrt": 1e12, "none": 1e12}
@@ -88,6 +89,7 @@ class ScaledProfiles(Profiles):
     population: np.ndarray  # of each cell, whole numbers
     populations: Populations
     source: ClassVar[str]  # what rates are made of, with a row for each cell
+    _kept: dict[tuple[int, int], np.ndarray] | None = field(default=None, init=False)  # rates by block, once `balanced`
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -107,6 +109,15 @@ class ScaledProfiles(Profiles):
     def _rates_to_scale(self, rows: Index) -> np.ndarray:
         """Return the rates of cells whose scale is about to be set."""
         return self._rates(rows, slice(None))
+
+    def _kept_rates(self, rows: Index) -> np.ndarray:
+        """Do the same, and keep them where `balanced` said that another pass follows."""
+        if self._kept is None or not isinstance(rows, slice):
+            return self._rates_to_scale(rows)
+        key = rows.start, rows.stop
+        if key not in self._kept:
+            self._kept[key] = self._rates_to_scale(rows)
+        return self._kept[key].copy()
 
     def scale_cells(self) -> np.ndarray:
         """Set the scales that give every cell its size, in one pass; return what each gene adds up to, float64."""
@@ -128,7 +139,7 @@ class ScaledProfiles(Profiles):
 
     def _scale_rows(self, own: Populations, rows: Index, sums: np.ndarray | None = None) -> np.ndarray:
         """Set the scales of cells and return their expected counts, as `Populations.refine` does."""
-        block = self._rates_to_scale(rows)
+        block = self._kept_rates(rows)
         if (self.population[rows] == UNKNOWN).any():
             self.population[rows] = own.nearest(block * self.gene_scale)
         found = self.population[rows].astype(np.intp)
@@ -158,6 +169,8 @@ class ScaledProfiles(Profiles):
             Rounds; None makes as many as it takes until gene totals are right to 0.1 % on average, two or three on
             real data, some more with a high floor, a hundred at most.
         """
+        if n_rounds != 0 and len(self.size) * len(self.gene_share) <= _KEPT:
+            object.__setattr__(self, "_kept", {})
         target = self.gene_share * float(self.size.sum())
         steps = _Steps(target)
         for _ in range(_MOST_ROUNDS if n_rounds is None else n_rounds):
