@@ -235,7 +235,7 @@ def _made(given: _Named, classes: Mapping[str, Sequence[Callable[..., Any]]]) ->
 
 def _names_of_options(named: Sequence[_Named]) -> dict[str, str]:
     """Return the options that were set, where a message names them, and as they are typed."""
-    return {f"{option}(?= is |=)": f"--set {option}" for each in named for option in each.options}
+    return {f"{re.escape(option)}(?= is |=)": f"--set {option}" for each in named for option in each.options}
 
 
 def _as_typed(message: str, names: Mapping[str, str]) -> str:

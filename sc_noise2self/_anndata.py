@@ -20,6 +20,7 @@ from ._split import split_matrix
 from ._warnings import warn
 
 _LARGE = 10_000  # a count, and the end of a histogram
+_SAMPLED = 100_000  # entries, of a block
 _READS = 10  # a median non-zero count above this is not seen with UMIs
 _BARCODE = re.compile(r"[ACGT]{12,}(-\d+)?")
 _HOUSEKEEPING = {"ACTB", "GAPDH", "MALAT1", "Actb", "Gapdh", "Malat1"}
@@ -159,7 +160,7 @@ def as_counts(
     _warn_if_transposed(adata)
     _warn_if_reads(histogram, name)
     _warn_if_empty(size)
-    read = {each: _read_labels(adata, each, argument) for each in columns}
+    read = {each: read_labels(adata, each, argument) for each in columns}
     names = adata.obs_names, adata.var_names
     return Counts(chunks, size, totals, int(n_entries[0]), *names, read_mask(adata, mask_var), read)
 
@@ -236,7 +237,7 @@ def _warn_if_empty(size: np.ndarray) -> None:
         warn(f"{n} cell(s) hold no molecule and stay zero: remove them with sc.pp.filter_cells(adata, min_counts=1).")
 
 
-def _read_labels(adata: AnnData, key: str, argument: str) -> pd.Series:
+def read_labels(adata: AnnData, key: str, argument: str) -> pd.Series:
     """Return the batch or group of each cell, categorical, without categories that no cell has."""
     check_name(argument, key)
     if key not in adata.obs:
@@ -258,7 +259,10 @@ def _warn_if_transposed(adata: AnnData) -> None:
 
 def _histogram(values: np.ndarray) -> np.ndarray:
     """Return how many of a sample of the counts are 0, 1, ..., and as large as the last or larger."""
-    sample = values.reshape(-1)[:: max(1, values.size // 100_000)]
+    step = max(1, values.size // _SAMPLED)
+    some = np.arange(0, values.size, step)
+    some += np.arange(len(some)) % step  # not the same genes of every cell of a dense matrix
+    sample = values.reshape(-1)[np.minimum(some, values.size - 1)]
     return np.bincount(np.minimum(sample.astype(np.float64), _LARGE).astype(np.intp), minlength=_LARGE + 1)
 
 

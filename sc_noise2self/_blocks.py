@@ -284,7 +284,7 @@ class OnDask(Chunks):
     def __init__(self, array: dask.array.Array, rows: int | None = None) -> None:
         super().__init__(array.shape, rows)
         chunks = array.chunks[0]
-        if array.numblocks[1] > 1 or any(n % self._rows for n in chunks[:-1]):
+        if array.numblocks[1] > 1 or 0 in chunks or any(n % self._rows for n in chunks[:-1]):
             blocks_each = max(1, round(float(np.median(chunks)) / self._rows))
             array = array.rechunk((blocks_each * self._rows, -1))
         self._array = array

@@ -21,7 +21,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 from scanpy import logging as logg
 
-from ._anndata import read_csr
+from ._anndata import read_csr, read_labels
 from ._blocks import Counts
 from ._checks import as_positive, check_flag, check_one_of, describe_counts, seed_of
 from ._choose import denoised
@@ -174,7 +174,7 @@ def calibrate(
         values = sp.csr_matrix(check_counts(data, largest=SINGLE), dtype=np.float32)
 
     splits = [folds_of(partition, values, rng) for _ in range(n_splits)]
-    runner = _Runner(method, _as_counts(adata, values), int(rng.integers(1 << 63)))
+    runner = _Runner(method, _about(adata, values, method, candidates), int(rng.integers(1 << 63)))
     compared = compare(candidates, splits, loss, predictor=runner.on, groups=groups, n_jobs=n_jobs, prefer=prefer)
     table, split_losses = compared.table(rule, gain=loss == "poisson"), compared.split_losses()
     row = int(np.argmax(table["chosen"]))
@@ -269,12 +269,24 @@ def _read_array(data: Any, method: Method) -> np.ndarray:
     return as_numbers(data, "the data hold")
 
 
-def _as_counts(adata: AnnData | None, values: Any) -> Counts | None:
-    """Return what methods are told besides counts; a matrix has numbers for names, and an array needs none."""
+def _about(adata: AnnData | None, values: Any, method: Method, candidates: Sequence[Parameters]) -> Counts | None:
+    """Return what methods are told besides counts: names (numbers, of a matrix) and columns; an array needs nothing."""
     if isinstance(values, np.ndarray):
         return None
-    counts = Counts.of(values)
-    return counts if adata is None else replace(counts, cell_names=adata.obs_names, gene_names=adata.var_names)
+    about = Counts.of(sp.csr_matrix(values.shape, dtype=values.dtype))
+    of_each: list[Any] = [method] if isinstance(method, Function) else [_set(method, each) for each in candidates]
+    wanted = dict.fromkeys(name for each in of_each for name in each.columns)
+    if adata is None:
+        if wanted:
+            raise ValueError(f"batch_key is {next(iter(wanted))!r}, a column of obs: pass an AnnData object.")
+        return about
+    columns = {name: read_labels(adata, name, "batch_key") for name in wanted}
+    return replace(about, cell_names=adata.obs_names, gene_names=adata.var_names, columns=columns)
+
+
+def _set(method: Any, parameters: Parameters) -> Any:
+    """Return a method with these options."""
+    return replace(method, **parameters)
 
 
 def _groups(method: Any, candidates: Sequence[Parameters]) -> list[list[int]]:
@@ -286,7 +298,7 @@ def _groups(method: Any, candidates: Sequence[Parameters]) -> list[list[int]]:
         name = type(method).__name__
         raise ValueError(f"{name} has no field {', '.join(unknown)}: its fields are {', '.join(known)}.")
     for each in candidates:
-        replace(method, **each)  # it checks itself
+        _set(method, each)  # it checks itself
     return [[i] for i in range(len(candidates))]
 
 
@@ -309,7 +321,7 @@ class _Runner:
     def _rows(self, seen: sp.csr_matrix, parameters: Parameters) -> Rows:
         assert self.counts is not None  # methods denoise counts
         counts = self.counts.part(seen.copy(), np.arange(seen.shape[0]))
-        method = replace(self.method, **parameters).checked(counts)
+        method = _set(self.method, parameters).checked(counts)
         profiles = denoised([method], counts, np.random.default_rng(self.seed))
         return checked_rows(profiles, type(method).__name__, counts)
 

@@ -341,7 +341,7 @@ class Measurement:
     """The held-out gain of predictions and of their genes, on the cells of a sample: one pass each."""
 
     def __init__(self, sample: Sample) -> None:
-        totals = sample.totals()
+        totals = sample.totals
         check_enough([total.sum() for total in totals], len(sample.cells))
         self._sample = sample
         self._gains = GeneGains([total / total.sum() for total in totals], [totals[i ^ 1] for i in range(len(totals))])

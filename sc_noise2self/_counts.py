@@ -14,7 +14,7 @@ import scipy.sparse as sp
 CountMatrix: TypeAlias = np.ndarray | sp.csr_matrix | sp.csc_matrix | sp.csr_array | sp.csc_array
 """Cells x genes: dense, or compressed sparse by row or column, `scipy`'s matrices and arrays alike."""
 
-_BLOCK = 1 << 20  # entries checked at a time
+_BLOCK = 1 << 20  # entries at a time
 SINGLE = 2**24  # up to here single precision, which denoisers work in, holds every whole number
 
 
@@ -127,7 +127,14 @@ def row_sums(counts: CountMatrix) -> np.ndarray:
 
 def column_sums(counts: CountMatrix) -> np.ndarray:
     """Return the molecules of each gene, float64 of shape (genes,)."""
-    return np.asarray(counts.sum(axis=0, dtype=np.float64)).ravel()
+    if isinstance(counts, np.ndarray) or counts.format != "csr":
+        return np.asarray(counts.sum(axis=0, dtype=np.float64)).ravel()
+    # SciPy adds up in single precision, which holds sums up to 2^24.
+    out = np.zeros(counts.shape[1])
+    for start in range(0, int(counts.indptr[-1]), _BLOCK):
+        some = slice(start, min(start + _BLOCK, int(counts.indptr[-1])))
+        out += np.bincount(counts.indices[some], counts.data[some], minlength=len(out))
+    return out
 
 
 def _first_wrong(values: np.ndarray, largest: int) -> int | None:

@@ -242,6 +242,8 @@ def check_room(adata: AnnData, methods: Sequence[Method], counts: Counts, write_
     """Refuse what does not fit in memory, or cannot be made of counts that are not in memory."""
     if not write_layer and not all(method.has_factors for method in methods):
         raise ValueError("write_layer=False was given with a function, which has no factors: leave it out.")
+    if copy and adata.isbacked:
+        raise ValueError("copy=True was given with a backed object: leave it out, the file itself is not written to.")
     if isinstance(counts.chunks, InMemory):
         if write_layer:
             check_fits_memory(*counts.chunks.shape)
@@ -251,8 +253,6 @@ def check_room(adata: AnnData, methods: Sequence[Method], counts: Counts, write_
             f"{whole[0]!r} needs all counts in memory, and these are not: load them, adata = adata.to_memory(), or "
             "take a method that reads them in pieces, such as 'pca'."
         )
-    if copy and adata.isbacked:
-        raise ValueError("copy=True was given with a backed object: leave it out, the file itself is not written to.")
     if write_layer:
         require_dask()
 
@@ -278,7 +278,8 @@ def result_of(
     """Return all that is to be written, `fields` by their names in `Result`, with the layer where one is wanted."""
     where = {} if layer is None else {"layer": layer}
     fields["params"] = {**where, **fields["params"], "random_state": seed_of(random_state)}
-    result = Result(size=counts.size, totals=counts.totals, scale=scale.settled(counts.size), **fields)
+    depth = float(np.median(counts.size[counts.size > 0]))
+    result = Result(size=counts.size, totals=counts.totals, depth=depth, scale=scale.settled(depth), **fields)
     if result.params["mix"]:
         cell_scale, mixed = scales_of_cells(counts.chunks, result.profiles, result.phi)
         result = replace(result, cell_scale=cell_scale, mixed=mixed)

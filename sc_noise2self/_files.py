@@ -28,7 +28,7 @@ from ._checks import check_flag, check_name
 from ._denoise import denoise
 from ._memory import check_fits_disk
 from ._progress import progress_bar
-from ._read import profiles, sizes
+from ._read import profiles, record, sizes
 from ._replace import check_target, replaced
 from ._report import report
 from ._slots import check_key_name, kind_of
@@ -109,7 +109,11 @@ def denoise_file(
         denoise(adata, method, layer=layer, key_added=key_added, write_layer=in_memory, **options)
         reported = report(adata, key=key_added)
         scale = as_scale(options.get("scale", "counts"))
-        with replaced(target, overwrite=overwrite, like=source) as partial, _readable(source, OSError):
+        with (
+            _removed_on_failure(options.get("save_model")),
+            replaced(target, overwrite=overwrite, like=source) as partial,
+            _readable(source, OSError),
+        ):
             start = logg.info(f"writing {target}")
             if source.suffix == target.suffix:
                 _copy_file(source, partial)
@@ -121,6 +125,17 @@ def denoise_file(
                     _write_layer(out["layers"], adata, key_added, scale, check)
             logg.info("    written", time=start)
     return reported
+
+
+@contextmanager
+def _removed_on_failure(model: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Remove the model that was just saved where the result that it belongs to cannot be written."""
+    try:
+        yield
+    except BaseException:
+        if model is not None:
+            Path(model).unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -331,7 +346,7 @@ def _write_layer(out: Any, adata: AnnData, key: str, scale: Scale, check: Callab
         ad.io.write_elem(out, key, adata.layers[key])
         return
     rebuilt, size = profiles(adata, key), sizes(adata, key)
-    scale = scale.settled(size)
+    scale = scale.settled(record(adata, key)["depth"])
     # Parts that are as few as allowed and equal: the last one wastes no disk.
     n_rows, n_columns = (-(-n // -(-n // most)) for n, most in ((adata.n_obs, _ROWS), (adata.n_vars, _COLUMNS)))
     made = _create(out, key, adata.shape, np.float32, (n_rows, n_columns))

@@ -118,7 +118,7 @@ def rank_genes_groups(
     check_ranking(adata, key_added, groups_added, _METHOD)
     start = logg.info(f"ranking genes of {describe_counts(adata, layer)}")
     with one_blas_thread():
-        method = method.with_rank(counts, rng)
+        method = method.with_rank(counts, rng, overdispersion)
         if overdispersion is None:
             overdispersion = overdispersion_within(method.graph(counts, rng).labels(resolution), counts)
         labels, _, held_out = clustered_by_half(method, counts, overdispersion, rng)

@@ -127,8 +127,12 @@ def strata_of(values: np.ndarray, n: int = _N_STRATA) -> np.ndarray:
 
 
 def sampled_genes(totals: np.ndarray, n_cells: int, n_each: int, rng: np.random.Generator) -> np.ndarray:
-    """Return genes drawn at random for each cell, as many of each tenth by expression: (cells, tenths, n_each)."""
+    """Return genes drawn at random for each cell, as many of each tenth by expression: (cells, tenths, n_each).
+
+    Where a tenth has no gene it has -1.
+    """
     present = np.flatnonzero(totals)
-    strata = strata_of(totals[present])
-    drawn = [rng.choice(present[strata == i], (n_cells, n_each)) for i in range(_N_STRATA) if (strata == i).any()]
-    return np.stack(drawn, axis=1)
+    strata, out = strata_of(totals[present]), np.full((n_cells, _N_STRATA, n_each), -1)
+    for i in np.unique(strata):
+        out[:, i] = rng.choice(present[strata == i], (n_cells, n_each))
+    return out

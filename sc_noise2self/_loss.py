@@ -181,6 +181,7 @@ class GeneGains:
                 p = np.multiply(block, (1 / np.where(totals[i] > 0, totals[i], 1))[:, None], out=block)
                 entry = x[rows].tocoo()
                 likelihood = log_ratio(p[entry.row, entry.col].astype(np.float64), g[entry.col])
+                likelihood *= (totals[i] > 0)[entry.row]  # a cell of which nothing was seen has the mean profile
                 likelier.append((entry, entry.data * likelihood))
                 nats -= np.multiply(p, predicted[:, [i]], out=p)
             for entry, gained in likelier:

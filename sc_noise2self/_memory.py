@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
+
+_OF_CONTAINERS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Where a container says what it may have, what it has, and what of that is files that were read; both versions."""
 
 
 def check_fits_memory(n_cells: int, n_genes: int) -> None:
@@ -32,14 +37,13 @@ def available_memory() -> int:
     import psutil
 
     free = int(psutil.virtual_memory().available)
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        if os.path.exists(limit) and os.path.exists(used):
-            allowed = Path(limit).read_text().strip()
+    for folder, limit, used, cached in _OF_CONTAINERS:
+        if all((folder / name).exists() for name in (limit, used, "memory.stat")):
+            allowed = (folder / limit).read_text().strip()
             if allowed != "max":
-                free = min(free, int(allowed) - int(Path(used).read_text()))
+                stat = dict(line.split(maxsplit=1) for line in (folder / "memory.stat").read_text().splitlines())
+                # Files that were read stay in memory until it is wanted.
+                free = min(free, int(allowed) - int((folder / used).read_text()) + int(stat.get(cached, 0)))
     return free
 
 

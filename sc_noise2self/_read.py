@@ -133,7 +133,7 @@ def values_of(
 ) -> np.ndarray:
     """Return denoised values by position, float32 of shape (cells asked, genes asked); see `get.denoised`."""
     size, written = sizes(adata, key), record(adata, key)
-    scale = scale.settled(size)
+    scale = scale.settled(written["depth"])
     has_factors = bool(written["has_factors"])
     if source == "factors" or (source is None and has_factors):
         return scale.apply(profiles(adata, key, layer).counts(rows, columns), size[rows])

@@ -217,10 +217,9 @@ def _how(written: Mapping[str, Any], *, brief: bool = False) -> str:
     if len(parts) > 1:
         names = [str(title) for title in members["title"]] if brief else parts
         parts = [f"{weight:.0%} {part}" for weight, part in zip(members["weight"], names, strict=True)]
+    what = f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
     source = f"the counts in layer {params['layer']!r}" if "layer" in params else "the counts in X"
-    how = f"{', '.join(parts[:-1])} and {parts[-1]} of" if len(parts) > 1 else f"{parts[0]} of"
-    if "model" in params:
-        how = f"A model fitted to other cells, {parts[0]}, applied to"
+    how = f"A model fitted to other cells, {what}, applied to" if "model" in params else f"{what} of"
     mixed = ", with each cell's own count of a gene mixed back in" if params["mix"] else ""
     return f"{how[0].upper()}{how[1:]} {source}{mixed}"
 

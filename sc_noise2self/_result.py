@@ -62,6 +62,7 @@ class Result:
     gene_gains: tuple[np.ndarray, np.ndarray]  # the gain of each gene and its error, shape (genes,)
     size: np.ndarray  # molecules of each cell and of each gene, by which the counts are known again
     totals: np.ndarray
+    depth: float  # median of `size`, by which a scale is settled
     warnings: Sequence[str]
     phi: np.ndarray
     coverage: Coverage
@@ -128,6 +129,7 @@ def _record(result: Result, factors: GeneFactors) -> dict[str, Any]:
     return {
         "method": result.method,
         "params": dict(result.params),
+        "depth": result.depth,
         "scale": result.scale.name,
         "scale_params": result.scale.params,
         "scale_meaning": result.scale.meaning,

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import chain, islice
 from queue import SimpleQueue
-from threading import Event, Thread, local
+from threading import Thread, local
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -96,12 +96,12 @@ def one_blas_thread() -> Iterator[None]:
 
 
 def _ask(user: _User, begins: bool) -> None:
-    done = Event()
+    done: Future[None] = Future()
     _requests.put((user, begins, done))
-    done.wait()
+    done.result()
 
 
-def _keep(requests: SimpleQueue[tuple[_User, bool, Event]]) -> None:
+def _keep(requests: SimpleQueue[tuple[_User, bool, Future[None]]]) -> None:
     """Set and lift the limit as users begin and end; one that an interrupt kept from ending is forgotten by itself."""
     users: WeakSet[_User] = WeakSet()
     limit: Any = None
@@ -115,8 +115,10 @@ def _keep(requests: SimpleQueue[tuple[_User, bool, Event]]) -> None:
             elif not users and limit is not None:
                 limit.restore_original_limits()
                 limit = None
-        finally:
-            done.set()
+        except Exception as error:  # is the caller's: this thread serves others too
+            done.set_exception(error)
+        else:
+            done.set_result(None)
 
 
 def _start_keeper() -> None:
@@ -124,6 +126,11 @@ def _start_keeper() -> None:
     global _requests  # noqa: PLW0603
     _requests = SimpleQueue()
     Thread(target=_keep, args=(_requests,), daemon=True).start()
+
+
+def one_openmp_thread() -> Any:
+    """Return a context in which loops of OpenMP, such as scikit-learn's, use this thread alone."""
+    return _controller().limit(limits=1, user_api="openmp")
 
 
 def _limit() -> Any:
@@ -140,7 +147,7 @@ def _start() -> None:
     _limit()  # until the thread ends
 
 
-_requests: SimpleQueue[tuple[_User, bool, Event]]
+_requests: SimpleQueue[tuple[_User, bool, Future[None]]]
 _start_keeper()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_start_keeper)

@@ -12,7 +12,7 @@ from itertools import product
 import numpy as np
 import scipy.sparse as sp
 
-from ._counts import column_sums, row_sums
+from ._counts import row_sums
 from ._intervals import Belief, Coverage, sampled_genes
 from ._threads import in_threads
 from .methods._base import Sample
@@ -44,7 +44,7 @@ class Dispersions:
         def curves(about: tuple[int, int]) -> np.ndarray:
             fold, i = about
             seen, cells = halves[i]
-            own = np.flatnonzero(folds_of(cells) == fold)
+            own = np.flatnonzero((folds_of(cells) == fold) & (row_sums(seen) > 0))
             profiles = predict(i, seen[own], cells[own])
             return dispersion_curves(profiles, halves[i ^ 1][0][own], row_sums(seen[own]))
 
@@ -76,7 +76,7 @@ class Dispersions:
         step = -(-len(cells) // _COVERED_CELLS)
         seen, held_out, cells = seen[::step], held_out[::step], cells[::step]
         size, depth = row_sums(seen), row_sums(held_out)
-        genes = sampled_genes(column_sums(seen) + column_sums(held_out), len(cells), _GENES_EACH, rng)
+        genes = sampled_genes(np.sum(sample.totals[:2], axis=0), len(cells), _GENES_EACH, rng)
         uniform, integrals = rng.random(genes.shape), np.full(genes.shape, np.nan)
         folds = folds_of(cells)
         for fold in (0, 1):
@@ -98,4 +98,5 @@ class Dispersions:
                 belief = Belief.around(expected, phi, evidence).times((depth[at] / size[at] * scale[rows])[:, None])
                 count = np.take_along_axis(held_out[at].toarray(), flat, axis=1)
                 integrals[at] = belief.probability_integral(count, uniform[at].reshape(flat.shape)).reshape(shape)
+        integrals[genes < 0] = np.nan
         return Coverage(cells, integrals, size + depth)

@@ -16,6 +16,7 @@ from ._checks import check_number, check_one_of
 from ._read import Source, beliefs, gene_factors, gene_positions, positions, profiles, record, sizes, values_of
 from ._result import GeneFactors, Result
 from ._slots import as_array, in_memory
+from ._threads import in_threads
 from .methods._profiles import MixedProfiles, Profiles
 from .scales import Scale, as_scale
 
@@ -104,7 +105,7 @@ def interval(
     adata, genes, cells, scale, key, gene_symbols
         As in `denoised`.
     level
-        Probability, above 0 and at most 1; the interval leaves half of the rest on each side.
+        Probability, above 0 and below 1; the interval leaves half of the rest on each side.
     predictive
         The interval of a fresh count of the cell at its own depth instead, which adds the noise of counting. It is what
         held-out counts are scored against; whole numbers, with `scale="counts"` alone.
@@ -140,7 +141,7 @@ def interval(
     (columns, names), rows = gene_positions(adata, genes, gene_symbols), positions(adata.obs_names, cells, "cell")
     belief = beliefs(adata, key, rows, columns)
     size = sizes(adata, key)
-    own_scale = own_scale.settled(size)
+    own_scale = own_scale.settled(record(adata, key)["depth"])
     ends = [own_scale.apply(end, size[rows]) for end in belief.interval(level, predictive=predictive)]
     low, high = (pd.DataFrame(end, index=adata.obs_names[rows], columns=names) for end in ends)
     return low, high
@@ -222,7 +223,7 @@ def lazy(adata: AnnData, *, key: str = "denoised", scale: str | Scale = "counts"
     """
     require_dask()
     size = sizes(adata, key)
-    own_scale = as_scale(scale).settled(size)
+    own_scale = as_scale(scale).settled(record(adata, key)["depth"])
     if record(adata, key)["params"]["mix"]:
         return _lazy(profiles(adata, key), size, own_scale)
     factors = gene_factors(adata, key)
@@ -236,7 +237,14 @@ def layer_of(result: Result, counts: Counts) -> Any:
     if result.cell_scale is not None:
         found = MixedProfiles(found, counts.chunks, result.phi, result.cell_scale)
     if isinstance(counts.chunks, InMemory):
-        return scale.apply(found.counts(), size)
+        out = np.empty(found.shape, np.float32)
+
+        def fill(rows: slice) -> None:
+            out[rows] = scale.apply(found.counts(rows), size[rows])
+
+        for _ in in_threads(fill, found.rows()):
+            pass
+        return out
     if result.cell_scale is not None or not result.factored:
         return _lazy(found, size, scale)
     factors = GeneFactors.of(result)

@@ -99,7 +99,13 @@ class Fold:
         return held_out_probabilities(profiles, self.held_out)
 
     def gain_of(self, probabilities: np.ndarray) -> Gain:
-        """Return the held-out gain of a prediction from its probabilities."""
+        """Return the held-out gain of a prediction from its probabilities.
+
+        A cell of which nothing was seen is predicted by the mean profile, whoever predicts.
+        """
+        if (unseen := row_sums(self.seen) == 0).any():
+            own = np.repeat(unseen, np.diff(self.held_out.indptr))
+            probabilities = np.where(own, self.share[self.held_out.indices], probabilities)
         return held_out_gain(probabilities, self.held_out, self.share)
 
     def gain(self, profiles: Profiles) -> Gain:

@@ -48,8 +48,8 @@ class Scale(ABC):
             Molecules of each cell, shape (cells,); an empty cell stays 0.
         """
 
-    def settled(self, size: np.ndarray) -> Scale:
-        """Return the scale with what it leaves to the cells settled; `size` has the molecules of each."""
+    def settled(self, depth: float) -> Scale:
+        """Return the scale with what it leaves open settled, by the median molecules of the cells denoised."""
         return self
 
     def of_observed(self) -> Scale:
@@ -130,9 +130,9 @@ class ExpectedLog1pCP10k(Scale):
             raise ValueError(f"depth is {self.depth!r}: pass a number of molecules above 0, or None for the median.")
         object.__setattr__(self, "depth", float(self.depth))
 
-    def settled(self, size: np.ndarray) -> Scale:
+    def settled(self, depth: float) -> Scale:
         """See `Scale`."""
-        return replace(self, depth=float(np.median(size[size > 0]))) if self.depth is None else self
+        return replace(self, depth=depth) if self.depth is None else self
 
     def of_observed(self) -> Scale:
         """See `Scale`; counts are a sample themselves."""
@@ -141,7 +141,7 @@ class ExpectedLog1pCP10k(Scale):
     def apply(self, counts: np.ndarray, size: np.ndarray) -> np.ndarray:
         """See `Scale`."""
         if self.depth is None:
-            return self.settled(size).apply(counts, size)
+            return self.settled(float(np.median(size[size > 0]))).apply(counts, size)
         counts, expectation = Rates().apply(counts, size), PoissonExpectation("log1p", 1e4 / self.depth)
         for cell in counts:
             cell[:] = expectation(cell * self.depth)

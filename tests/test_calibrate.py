@@ -1111,3 +1111,14 @@ def test_a_notebook_shows_what_was_chosen_and_the_table():
     assert shown.count("<b>") == 1
     assert shown.count("<tr") == 3
     assert "0.75" in shown
+
+
+def test_a_method_is_told_its_batches(counts):
+    pytest.importorskip("torch")
+    method = n2s.Autoencoder(width=4, n_hidden=16, n_components=5, n_epochs=2, device="cpu", batch_key="batch")
+    adata = ad.AnnData(counts.copy())
+    adata.obs["batch"] = pd.Categorical(np.where(np.arange(adata.n_obs) % 2, "a", "b"))
+    found = n2s.calibrate(adata, method, {"width": [2, 4]})
+    assert (found.table["failure"] == "").all()
+    with pytest.raises(ValueError, match="batch_key is 'batch', a column of obs: pass an AnnData object"):
+        n2s.calibrate(counts, method, {"width": [2, 4]})

@@ -237,6 +237,19 @@ def test_layers_of_disk_and_dask_are_lazy(counts, tmp_path, few_cells):
     )
     with pytest.raises(ValueError, match="copy=True was given with a backed object"):
         n2s.denoise(backed, copy=True)
+    backed.layers["counts"] = counts.copy()  # in memory, as anndata keeps the layers of a backed object
+    with pytest.raises(ValueError, match="copy=True was given with a backed object"):
+        n2s.denoise(backed, layer="counts", copy=True)
+
+
+def test_a_dask_array_may_have_empty_chunks(counts):
+    array = da.from_array(counts, chunks=(46, -1), asarray=False)[np.arange(230) >= 92]
+    array.compute_chunk_sizes()
+    assert array.chunks[0] == (0, 0, 46, 46, 46)
+    whole, lazy = ad.AnnData(counts[92:]), ad.AnnData(array)
+    for adata in (whole, lazy):
+        n2s.denoise(adata, write_layer=False)
+    np.testing.assert_allclose(n2s.get.denoised(lazy), n2s.get.denoised(whole), rtol=1e-4, atol=1e-6)
 
 
 def test_what_is_wrong_is_named_wherever_it_is(counts, tmp_path):

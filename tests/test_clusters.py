@@ -809,3 +809,11 @@ def test_genes_of_a_mask_may_hold_nothing():
 def test_one_cluster_alone_is_compared_with_nothing():
     adata, _, _ = grouped(n_cells=60, n_genes=40, depth=400)
     assert n2s.select_resolution(adata, [0]) == 0  # where a warning would be an error
+
+
+def test_clusters_of_one_seed_and_phi_are_the_same_whoever_asks():
+    adata = n2s.datasets.pbmc68k_reduced()
+    phi = np.full(adata.n_vars, 0.3)
+    n2s.cluster_support(adata, 1.0, overdispersion=phi)
+    n2s.rank_genes_groups(adata, 1.0, overdispersion=phi)
+    assert list(adata.obs["cluster_support"]) == list(adata.obs["n2s_groups"])

@@ -1,6 +1,8 @@
 """`denoise` and `select_rank` on AnnData: what is written, what is left alone, what is refused and how."""
 
 import sys
+import tracemalloc
+from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -10,7 +12,12 @@ import scipy.sparse as sp
 from helpers import layer_names
 
 import sc_noise2self as n2s
+from sc_noise2self._anndata import as_counts
+from sc_noise2self._counts import column_sums
+from sc_noise2self._memory import available_memory
 from sc_noise2self._read import profiles
+from sc_noise2self.get import layer_of
+from sc_noise2self.methods._populations import clusters_of
 
 SLOTS = ("layers", "obsm", "varm", "obs", "var", "uns", "obsp", "varp")
 
@@ -554,3 +561,75 @@ def test_an_old_generator_of_numpy_is_drawn_from(adata):
     np.testing.assert_array_equal(first.obsm["denoised"], same.obsm["denoised"])
     assert first.uns["denoised"]["gain"] != other.uns["denoised"]["gain"]
     assert first.uns["denoised"]["params"]["random_state"] == "generator"
+
+
+@pytest.mark.parametrize("n_molecules", [6, 8])
+def test_cells_whose_half_is_empty_cost_nothing(n_molecules):
+    rng = np.random.default_rng(0)
+    profile = rng.dirichlet(np.full(30, 0.5), 2)
+    kinds, alike = np.arange(2000) % 2, np.zeros(2000, int)
+    adata, null = (
+        ad.AnnData(sp.csr_matrix(rng.multinomial(n_molecules, profile[kind]), dtype=np.float32))
+        for kind in (kinds, alike)
+    )
+    n2s.denoise(adata)
+    assert adata.uns["denoised"]["beats_mean"]
+    with pytest.warns(UserWarning, match="no candidate predicts held-out molecules better"):
+        n2s.denoise(null)
+    assert null.uns["denoised"]["gain"] > -0.02
+    np.testing.assert_allclose(null.var["denoised_gain"].fillna(0), 0, atol=1e-5)
+
+
+def test_a_scale_is_that_of_all_cells_that_were_denoised(adata):
+    n2s.denoise(adata, write_layer=False)
+    scale = "expected_log1p_cp10k"
+    deep = np.argsort(adata.obs["denoised_size"].to_numpy())[-40:]
+    some = adata[deep].copy()
+    whole = n2s.get.denoised(adata, scale=scale)
+    np.testing.assert_array_equal(n2s.get.denoised(some, scale=scale), whole.iloc[deep])
+    low, high = n2s.get.interval(some, some.var_names[:3], scale=scale)
+    low_of_all, high_of_all = n2s.get.interval(adata, adata.var_names[:3], scale=scale)
+    np.testing.assert_array_equal(low, low_of_all.iloc[deep])
+    np.testing.assert_array_equal(high, high_of_all.iloc[deep])
+
+
+def test_totals_of_genes_are_exact_beyond_single_precision():
+    counts = sp.csr_matrix(np.full((200, 3), 2**17 + 1, np.float32))
+    np.testing.assert_array_equal(column_sums(counts), 200 * (2**17 + 1))
+
+
+def test_reads_are_seen_in_a_dense_matrix_of_any_width():
+    counts = np.full((2, 150_000), 40, np.float32).reshape(3000, 100)
+    counts[:, 0] = 1
+    with pytest.warns(UserWarning, match="looks like reads"):
+        n2s.split_molecules(ad.AnnData(counts))
+
+
+def test_clusters_are_no_more_than_cells():
+    assert len(np.unique(clusters_of(np.arange(12.0).reshape(3, 4), 8))) == 3
+
+
+@pytest.mark.parametrize(("limit", "free"), [("max", 10_000), ("5000", 1500)])
+def test_memory_of_a_container_counts_and_files_that_were_read_do_not(limit, free, tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text("4500\n")
+    (tmp_path / "memory.stat").write_text("anon 3000\ninactive_file 1000\n")
+    places = ((tmp_path, "memory.max", "memory.current", "inactive_file"),)
+    monkeypatch.setattr("sc_noise2self._memory._OF_CONTAINERS", places)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10_000))
+    assert available_memory() == free
+
+
+def test_a_layer_takes_its_own_memory_and_no_more(adata):
+    big = ad.AnnData(sp.vstack([adata.X] * 40, format="csr"))
+    n2s.denoise(big, [n2s.PCA(transform="log1p"), n2s.PCA(transform="sqrt")], write_layer=False)
+    counts = as_counts(big, None)
+    n_bytes = 4 * big.n_obs * big.n_vars
+    result = SimpleNamespace(
+        profiles=profiles(big), size=counts.size, scale=n2s.scales.Log1pCP10k(), cell_scale=None, factored=True
+    )
+    tracemalloc.start()
+    layer_of(result, counts)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert n_bytes < peak < 1.2 * n_bytes + 60e6  # and blocks

@@ -551,6 +551,7 @@ def test_an_interrupt_of_the_command_line_is_a_line(source, monkeypatch, capsys)
         (["--key-added", "a/b"], "--key-added is 'a/b': pass a name"),
         (["--method", "nonsense"], "--method is 'nonsense': pass one of pca, "),
         (["--set", "width=3"], "--set width=3 is no option of pca: those are transform, "),
+        (["--set", "a(b=3"], "--set a(b=3 is no option of pca: those are transform, "),
         (
             ["--method", "knn", "--set", "n_pcs"],
             "--set n_pcs: pass OPTION=VALUE, e.g. --method autoencoder --set width",
@@ -716,3 +717,17 @@ def test_a_file_of_an_old_anndata_is_named_as_one(source):
     edited(source, old)
     with pytest.raises(ValueError, match=r"as anndata wrote it before 0\.7: read the file with anndata.read_h5ad"):
         n2s.denoise_file(source, source.with_name("out.h5ad"), layer="counts")
+
+
+def test_a_model_goes_with_the_result_that_cannot_be_written(source, monkeypatch):
+    def fails(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    target, model = source.with_name("out.h5ad"), source.with_name("m.npz")
+    with pytest.raises(OSError, match="could not be written"):
+        n2s.denoise_file(source, target, layer="counts", write_layer=False, save_model=model)
+    monkeypatch.undo()
+    assert listed(source.parent) == ["in.h5ad"]
+    n2s.denoise_file(source, target, layer="counts", write_layer=False, save_model=model)
+    assert model.exists()

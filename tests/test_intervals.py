@@ -156,3 +156,10 @@ def test_a_report_by_group_adds_up_to_the_gain(denoised):
     assert len(table) == 10
     with pytest.raises(KeyError, match="there is no column 'nothing'"):
         n2s.report(one, groupby="nothing")
+
+
+@pytest.mark.parametrize("level", [0, 1, 1.5])
+def test_a_level_is_between_0_and_1(denoised, level):
+    adata = denoised if hasattr(denoised, "obs") else denoised[0]
+    with pytest.raises(ValueError, match="level is"):
+        n2s.get.interval(adata, list(adata.var_names[:2]), level=level)

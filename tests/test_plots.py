@@ -498,3 +498,15 @@ def test_plots_are_shown_where_scanpy_would(written, monkeypatch, autoshow):
     assert len(shown) == autoshow
     n2s.pl.spectrum(written, key="denoised", show=True)
     assert len(shown) == autoshow + 1
+
+
+def test_a_tree_of_clusters_is_no_curve(_written):
+    with pytest.raises(KeyError, match="is a tree of clusters, not a curve: sc_noise2self.pl.cluster_support draws it"):
+        n2s.pl.loss(_written, key="cluster_support")
+
+
+def test_an_embedding_may_be_a_table(_written):
+    table = _written.copy()
+    table.obsm["X_umap"] = pd.DataFrame(_written.obsm["X_umap"], index=_written.obs_names, columns=["x", "y"])
+    drawn = [n2s.pl.embedding(adata, "gene-0", show=False)[0, 1].collections[0] for adata in (_written, table)]
+    np.testing.assert_array_equal(*(points.get_offsets() for points in drawn))

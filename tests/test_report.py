@@ -118,6 +118,16 @@ def test_report_of_some_cells_and_of_genes_that_are_not_scored(adata):
     assert "are predicted worse: do not trust the pattern of either." in n2s.report(adata, detail=True)
 
 
+def test_report_of_several_models_names_them_all(adata, tmp_path):
+    old, new = adata[:200].copy(), adata[200:].copy()
+    n2s.denoise(old, [n2s.PCA(transform="log1p"), n2s.PCA(transform="none")], save_model=tmp_path / "m.npz")
+    n2s.denoise_with(new, tmp_path / "m.npz")
+    members = new.uns["denoised"]["members"]
+    assert len(members["described"]) > 1
+    parts = [f"{weight:.0%} {part}" for weight, part in zip(members["weight"], members["described"], strict=True)]
+    assert f"other cells, {', '.join(parts[:-1])} and {parts[-1]}, applied to" in n2s.report(new, detail=True)
+
+
 def test_report_of_a_model_applied_to_other_cells(adata, tmp_path):
     pytest.importorskip("torch")
     old, new = adata[:200].copy(), adata[200:].copy()

@@ -380,6 +380,7 @@ def with_values(scale="counts", seed=0):
         gene_gains=(ones, 0.1 * ones),
         size=size,
         totals=totals,
+        depth=float(np.median(size)),
         warnings=[],
         layer=scale.apply(values.astype(np.float32), size),
     )

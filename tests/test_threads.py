@@ -27,6 +27,20 @@ def test_the_limit_lasts_for_the_last_of_its_users():
     assert blas_threads() == before
 
 
+def test_a_limit_that_cannot_be_set_is_the_callers_error_and_nobody_elses(monkeypatch):
+    def fails():
+        raise OSError("no such library")
+
+    before = blas_threads()
+    with monkeypatch.context() as patch:
+        patch.setattr("sc_noise2self._threads._limit", fails)
+        with pytest.raises(OSError, match="no such library"), one_blas_thread():
+            pass
+    with one_blas_thread():
+        assert set(blas_threads()) == {1}
+    assert blas_threads() == before
+
+
 def test_results_come_in_order_and_no_item_is_lost():
     for n in (0, 1, 2, 3, 50):
         assert list(in_threads(lambda i: i * i, range(n))) == [i * i for i in range(n)]

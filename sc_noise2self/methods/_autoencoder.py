@@ -80,7 +80,7 @@ class Autoencoder(Method):
         Column of `obs` with each cell's batch: the decoder then knows it, so that the code of a cell need not. Expected
         counts are still those of the cell's own batch.
     device
-        `"auto"`, CUDA where there is one; `"cpu"`, which never touches it; or any that PyTorch knows.
+        `"auto"`, CUDA where there is one; `"cpu"`, which never touches it; or a GPU by name, as `"cuda:1"`.
     n_components
         Principal scores that a cell enters by. None takes 100, or as many as there are.
     n_hidden

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from itertools import product
 from typing import Any, ClassVar, Self
 
@@ -195,8 +196,9 @@ class Sample:
         counts = self.chunks.take(np.arange(0, len(self.cells), step))
         return [(half, cells) for key in self.keys for half in halves(counts, key, cells)]
 
+    @cached_property
     def totals(self) -> list[np.ndarray]:
-        """Return the molecules of each gene in each half."""
+        """The molecules of each gene in each half: one pass."""
         return list(self.run(lambda _, parts: Partial([column_sums(part) for part in parts])).sums)
 
 
@@ -238,7 +240,7 @@ class MeanLearner(Learner):
         self._fits.append(column_sums(half.seen))
 
     def settle(self, setting: Any, sample: Sample) -> None:
-        self._fits = sample.totals()
+        self._fits = sample.totals
 
     def predict(self, half: int, setting: Any, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
         return mean_profiles(row_sums(seen), self._fits[half])

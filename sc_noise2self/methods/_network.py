@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._blocks import Counts as AllCounts
-from .._blocks import InMemory
 from .._memory import available_memory
 from .._threads import read_ahead
 
@@ -206,17 +205,16 @@ AnyCounts = Counts | StreamedCounts
 
 
 def counts_of_all(counts: AllCounts, batch: np.ndarray | None, device: torch.device, aside: Aside) -> AnyCounts:
-    """Return counts of all cells to train on: on the device where they fit, else streamed.
+    """Return counts of all cells to train on: on a GPU where they fit, else streamed."""
+    if not _fits(counts, device):
+        return StreamedCounts(counts, batch, device, aside)
+    parts = counts.chunks.in_turn(lambda block: Packed.of(aside.taken_from(block.counts, block.cells)))
+    return Counts(parts, counts.n_entries, counts.chunks.shape[1], batch, device)
 
-    Of a processor the memory is that which counts are read in pieces to save.
-    """
-    chunks = counts.chunks
-    if device.type == "cpu" and not isinstance(chunks, InMemory):
-        return StreamedCounts(counts, batch, device, aside)
-    if _BYTES * counts.n_entries > _MOST_OF_DEVICE * free_memory(device):
-        return StreamedCounts(counts, batch, device, aside)
-    parts = chunks.in_turn(lambda block: Packed.of(aside.taken_from(block.counts, block.cells)))
-    return Counts(parts, counts.n_entries, chunks.shape[1], batch, device)
+
+def _fits(counts: AllCounts, device: torch.device) -> bool:
+    """Whether a device holds all counts; a processor does not, so that cells come in one order wherever counts are."""
+    return device.type != "cpu" and _BYTES * counts.n_entries <= _MOST_OF_DEVICE * free_memory(device)
 
 
 def free_memory(device: torch.device) -> int:

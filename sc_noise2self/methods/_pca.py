@@ -229,7 +229,7 @@ class PCAModel:
     def learned(self) -> Learned:
         """Return what is worth writing down."""
         rank, title = int((self.weights > 0.5).sum()), _TITLES[self.components.transform.name]
-        return Learned(title, f"{title} ({rank} components worth more than noise)", rank, {"weights": self.weights})
+        return Learned(title, f"{title} ({rank} components of a weight above 1/2)", rank, {"weights": self.weights})
 
     def state(self) -> State:
         """Return what a model file keeps of it."""

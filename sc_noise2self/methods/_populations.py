@@ -35,7 +35,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from .._counts import row_sums
 from .._model import State
-from .._threads import in_threads
+from .._threads import in_threads, one_openmp_thread
 from ..partitions import Fold
 
 Index = slice | np.ndarray
@@ -269,9 +269,11 @@ def sketch_of(points: np.ndarray) -> np.ndarray:
 
 def clusters_of(sketch: np.ndarray, n_clusters: int) -> np.ndarray:
     """Return the cluster of each point by k-means, numbered from 0 without gaps, shape (points,)."""
-    if n_clusters == 1:
+    n_clusters = min(n_clusters, len(sketch))
+    if n_clusters <= 1:
         return np.zeros(len(sketch), np.intp)
-    with _CLUSTERING, warnings.catch_warnings():
+    # With one thread the rounding of its sums is the same, however many there are.
+    with _CLUSTERING, one_openmp_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # there may be fewer distinct points
         labels = KMeans(n_clusters, n_init=10, random_state=0).fit_predict(sketch)
     return np.unique(labels, return_inverse=True)[1]

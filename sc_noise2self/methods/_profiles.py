@@ -47,6 +47,10 @@ N_SCALES = len(_SCALES)
 Index = slice | np.ndarray
 
 
+def _is_all(index: Index) -> bool:
+    return isinstance(index, slice) and index == slice(None)
+
+
 class Profiles(ABC):
     """Expected counts of every cell at its own depth, of shape (cells, genes), rebuilt on request."""
 
@@ -154,6 +158,7 @@ class ScaledProfiles(Profiles):
         self.balanced(n_rounds)
         if (self.cell_scale == UNKNOWN).any():
             self.scale_cells()
+        object.__setattr__(self, "_kept", None)
         return self
 
     def balanced(self, n_rounds: int | None = None) -> Self:
@@ -189,7 +194,17 @@ class ScaledProfiles(Profiles):
             yield rows, self._counts(own, rows, slice(None))
 
     def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
-        return self._counts(self.populations.times(self.gene_scale), cells, genes)
+        own = self.populations.times(self.gene_scale)
+        if self._kept is None or not (_is_all(cells) and _is_all(genes)):
+            return self._counts(own, cells, genes)
+        out = np.empty(self.shape, np.float32)  # block by block, as the rates are kept
+
+        def fill(rows: slice) -> None:
+            out[rows] = self._counts(own, rows, genes)
+
+        for _ in in_threads(fill, self.rows()):
+            pass
+        return out
 
     def _counts(self, own: Populations, cells: Index, genes: Index) -> np.ndarray:
         cell_scale = np.asarray(self.cell_scale[cells])
@@ -320,7 +335,7 @@ class LowRankProfiles(ScaledProfiles):
         return self
 
     def _rates(self, cells: Index, genes: Index) -> np.ndarray:
-        loadings = self._factors if isinstance(genes, slice) and genes == slice(None) else self.loadings[genes].T
+        loadings = self._factors if _is_all(genes) else self.loadings[genes].T
         return rates(self.link, self.scores[cells] @ loadings)
 
     def _rates_to_scale(self, rows: Index) -> np.ndarray:

@@ -126,6 +126,8 @@ def _run(adata: AnnData, key: str, member: str | None, *, is_alone: bool) -> _Ru
         return _of_ranks(written)
     if kind == "select_resolution":
         return _of_resolutions(written, is_alone)
+    if kind == "cluster_support":
+        raise KeyError(f"result {key!r} is a tree of clusters, not a curve: sc_noise2self.pl.cluster_support draws it.")
     found = [written] if "table" in written else [learned[name] for name in ([member] if member else learned)]
     table = next((each["table"] for each in found if "table" in each), None)
     if table is None:

@@ -202,7 +202,7 @@ def embedding(
     area = point_size(adata.n_obs, size, 30)
     for row, gene, before, after in zip(own, genes, raw.T, denoised.T, strict=True):
         top = max(float(np.quantile(before, 0.99)), float(np.quantile(after, 0.99))) or 1.0
-        small = AnnData(np.column_stack([before, after]), obsm={name: adata.obsm[name]})
+        small = AnnData(np.column_stack([before, after]), obsm={name: np.asarray(adata.obsm[name])})
         small.var_names = ["raw", "denoised"]
         for single, what in zip(row, small.var_names, strict=True):
             given = {"colorbar_loc": "right" if what == "denoised" else None, "size": area, **options}
