@@ -37,11 +37,11 @@ from ._overdispersion import overdispersion_within
 from ._random import RandomState, as_generator
 from ._recipe import as_recipe, described_recipe
 from ._slots import check_ranking, committed, marked
+from ._split import checked_phi
 from ._threads import one_blas_thread
 from .methods._clusters import as_groups, clustered_by_half, molecules_of
 
 _METHOD = "sc_noise2self score test"
-_LARGEST = 1e12  # phi, as where molecules are split
 _LEAST = 1e-9  # added to rates before their ratio is taken, as scanpy does
 _POISSON = 1e-6  # of the variance over the mean less 1, that makes no difference
 
@@ -122,7 +122,7 @@ def rank_genes_groups(
         if overdispersion is None:
             overdispersion = overdispersion_within(method.graph(counts, rng).labels(resolution), counts)
         labels, _, held_out = clustered_by_half(method, counts, overdispersion, rng)
-    phi_of_half = 2 * np.broadcast_to(np.minimum(overdispersion, _LARGEST), (held_out.shape[1],))
+    phi_of_half = 2 * checked_phi(overdispersion, held_out.shape[1])
     tested = scored_clusters(labels, held_out, phi_of_half)
     groups = as_groups(labels)
     record = {

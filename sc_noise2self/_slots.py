@@ -11,12 +11,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData, ImplicitModificationWarning
+
+from ._version import __version__
 
 Kind = Literal["denoise", "calibrate", "select_rank", "select_resolution", "cluster_support", "rank_genes_groups"]
 _IN_WORDS = {"denoise": "result", "calibrate": "calibration", "select_rank": "rank"}
@@ -44,7 +45,7 @@ _OF_SCANPY = {
 
 def marked(kind: Kind, record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record for `.uns` that says which function wrote it; it needs `params`."""
-    return {"kind": kind, "version": version("sc-noise2self"), **record}
+    return {"kind": kind, "version": __version__, **record}
 
 
 def kind_of(adata: AnnData, key: str) -> Kind | None:

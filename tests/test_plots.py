@@ -473,13 +473,27 @@ def test_spectrum_has_the_noise_edge_where_components_stop_to_gain(written):
         n2s.pl.spectrum(null, key="null")
 
 
-def test_the_noise_edge_is_the_largest_singular_value_of_noise(simulated):
-    from sc_noise2self._blocks import InMemory
-    from sc_noise2self.methods._components import halves_of, learn_components, noise_edge
+@pytest.mark.parametrize("n_cells", [40, 300])
+def test_the_noise_edge_is_the_largest_singular_value_of_noise(simulated, n_cells):
+    from sc_noise2self._split import halves
+    from sc_noise2self.methods._components import learn_components, noise_edge, noise_squares
 
-    chunks, halves = InMemory(n2s.null_counts(simulated), rows=100), halves_of([5])
-    first, _ = learn_components(chunks, "log1p", 20, np.random.default_rng(0), parts=halves)
-    assert noise_edge(first, chunks, halves) == pytest.approx(first.singular_values[0], rel=0.05)
+    null = n2s.null_counts(simulated[:n_cells])
+    pair = halves(null, 5, np.arange(n_cells))
+    (first,) = learn_components(pair[0], "log1p", 20, np.random.default_rng(0))
+    edge = noise_edge(noise_squares(first, *pair), n_cells)
+    assert edge == pytest.approx(first.singular_values[0], rel=0.08)
+
+
+def test_the_noise_edge_follows_the_law_of_marchenko_and_pastur():
+    from sc_noise2self.methods._components import noise_edge
+
+    rng = np.random.default_rng(0)
+    for scale in (np.ones(400), rng.uniform(0.5, 1.5, 400)):
+        noise = rng.normal(size=(600, 400)) * scale
+        edge = noise_edge(np.square(noise).sum(axis=0), 600)
+        assert edge == pytest.approx(np.linalg.norm(noise, 2), rel=0.03)
+    assert noise_edge(np.full(400, 600.0), 600) == pytest.approx(np.sqrt(600) + np.sqrt(400), rel=1e-6)
 
 
 @pytest.mark.parametrize("autoshow", [True, False])
@@ -500,13 +514,13 @@ def test_plots_are_shown_where_scanpy_would(written, monkeypatch, autoshow):
     assert len(shown) == autoshow + 1
 
 
-def test_a_tree_of_clusters_is_no_curve(_written):
+def test_a_tree_of_clusters_is_no_curve(written):
     with pytest.raises(KeyError, match="is a tree of clusters, not a curve: sc_noise2self.pl.cluster_support draws it"):
-        n2s.pl.loss(_written, key="cluster_support")
+        n2s.pl.loss(written, key="cluster_support")
 
 
-def test_an_embedding_may_be_a_table(_written):
-    table = _written.copy()
-    table.obsm["X_umap"] = pd.DataFrame(_written.obsm["X_umap"], index=_written.obs_names, columns=["x", "y"])
-    drawn = [n2s.pl.embedding(adata, "gene-0", show=False)[0, 1].collections[0] for adata in (_written, table)]
+def test_an_embedding_may_be_a_table(written):
+    table = written.copy()
+    table.obsm["X_umap"] = pd.DataFrame(written.obsm["X_umap"], index=written.obs_names, columns=["x", "y"])
+    drawn = [n2s.pl.embedding(adata, "gene-0", show=False)[0, 1].collections[0] for adata in (written, table)]
     np.testing.assert_array_equal(*(points.get_offsets() for points in drawn))

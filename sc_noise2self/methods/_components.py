@@ -217,33 +217,49 @@ def worth_from(products: np.ndarray, squares: np.ndarray) -> np.ndarray:
     return products / np.where(squares > 0, squares, 1)
 
 
-def worth_of_halves(pair: Sequence[Components], chunks: Chunks, key: int) -> list[np.ndarray]:
-    """Return the worth of the components of both halves of a split, learned from all cells: one pass."""
+def worth_of_halves(pair: Sequence[Components], chunks: Chunks, key: int) -> tuple[list[np.ndarray], float]:
+    """Return the worth of the components of both halves of a split, learned from all cells, and the noise edge.
+
+    One pass.
+    """
 
     def of_block(block: Block) -> Partial:
         half1, half2 = halves(block.counts, key, block.cells)
         folds = folds_of(block.cells)
         directions = ((half1, half2), (half2, half1))
-        return Partial([each for own, two in zip(pair, directions, strict=True) for each in own.products(*two, folds)])
+        sums = [each for own, two in zip(pair, directions, strict=True) for each in own.products(*two, folds)]
+        return Partial([*sums, noise_squares(pair[0], half1, half2)])
 
-    sums = chunks.run(of_block).sums
-    return [worth_from(*sums[:2]), worth_from(*sums[2:])]
+    *sums, squares = chunks.run(of_block).sums
+    return [worth_from(*sums[:2]), worth_from(*sums[2:])], noise_edge(squares, chunks.shape[0])
 
 
-def noise_edge(components: Components, chunks: Chunks, parts: Parts) -> float:
+def noise_squares(components: Components, half1: sp.csr_matrix, half2: sp.csr_matrix) -> np.ndarray:
+    """Return the sum over cells of each used gene's squared noise, shape (genes used,), weighted as the components are.
+
+    The components are those of the first of two even halves. These differ by nothing but noise, and (z1 - z2) / sqrt(2)
+    has as much of it as z1.
+    """
+    z1, z2 = (components.of_used_genes(half) for half in (half1, half2))
+    return column_sums(sp.csr_matrix((z1 - z2).power(2))) / 2
+
+
+def noise_edge(squares: np.ndarray, n_cells: int) -> float:
     """Return the largest singular value that noise alone reaches, in the units of `singular_values`.
 
-    The components are those of the first of two parts of an even split. These differ by nothing but noise, and
-    (z1 - z2) / sqrt(2) has as much of it as z1: its largest singular value is the noise edge, whatever the distribution
-    of the noise over cells and genes. The seed is its own: what is only reported must not move other draws.
+    With S_g the sum of gene g's squares, its square is the least of a (1 + sum_g S_g / (a - S_g) / cells) over a above
+    the largest S_g: the edge of the law of Marchenko & Pastur (1967) for genes of different variances. On seven data
+    sets it is 0.96 to 1.00 of the largest singular value of the difference of halves.
     """
+    squares = squares[squares > 0]
+    if not len(squares):
+        return 0.0
 
-    def difference(block: Block) -> list[sp.csr_matrix]:
-        z1, z2 = (components.of_used_genes(part) for part in parts(block))
-        return [sp.csr_matrix(z1 - z2)]
+    def squared(log_beyond: float) -> float:
+        a = squares.max() * (1 + np.exp(log_beyond))
+        return float(a * (1 + (squares / (a - squares)).sum() / n_cells))
 
-    start = start_block(int(components.used.sum()), 1, np.random.default_rng(0))
-    return float(components_of(chunks, difference, [start], 1)[0][0][0]) / 2**0.5
+    return scipy.optimize.minimize_scalar(squared, bounds=(-20, 20), method="bounded").fun ** 0.5
 
 
 def folds_of(cells: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, Self, get_args
 import numpy as np
 import scipy.sparse as sp
 
-from .._blocks import Block, Chunks, Counts, InMemory, Partial
+from .._blocks import Block, Chunks, Counts, Partial
 from .._checks import bounded, check_one_of
 from .._model import State
 from .._transform import Transform, TransformName
@@ -22,6 +22,7 @@ from ._components import (
     halves_of,
     learn_components,
     noise_edge,
+    noise_squares,
     shrinkage,
     worth_from,
     worth_of_halves,
@@ -139,14 +140,14 @@ class PCALearner(Learner):
 
     def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
         """Start each half from what some of its own cells gave, which has seen nothing of the other half."""
-        fits = []
+        fits, edges = [], []
         for key, *pair in zip(keys, self._fits[::2], self._fits[1::2], strict=True):
             starts = [fit.components.used_vectors for fit in pair]
             learned = self._learn(chunks, rng=rng, parts=halves_of([key]), n_passes=_FURTHER_PASSES, starts=starts)
-            worths = worth_of_halves(learned, chunks, key)
+            worths, edge = worth_of_halves(learned, chunks, key)
+            edges.append(edge)
             fits += [_Fit(own, fit.half, worth) for own, fit, worth in zip(learned, pair, worths, strict=True)]
-        self._fits = fits
-        self._edge = noise_edge(fits[0].components, chunks, halves_of(keys[:1]))
+        self._fits, self._edge = fits, edges[0]
 
     def predict(self, half: int, setting: Shrinkage, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
         fit = self._fits[half]
@@ -188,8 +189,7 @@ class PCALearner(Learner):
     def learned(self, setting: Shrinkage) -> Learned:
         worth, fit, edge = self._worth(), self._fits[0], self._edge
         if edge is None:
-            seen, held_out = InMemory(fit.half.seen), fit.half.held_out
-            edge = noise_edge(fit.components, seen, lambda block: [block.counts, held_out[block.cells]])
+            edge = noise_edge(noise_squares(fit.components, fit.half.seen, fit.half.held_out), len(fit.half.cells))
         rank, title = int((shrinkage(worth, 0.5) > 0.5).sum()), self._title
         values = {
             "worth": worth,
