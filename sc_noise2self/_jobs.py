@@ -18,6 +18,8 @@ from joblib import cpu_count
 from joblib.externals.loky import BrokenProcessPool, ProcessPoolExecutor
 from joblib.externals.loky.backend.reduction import dumps
 
+from ._threads import alone
+
 Prefer = Literal["processes", "threads"]
 Item = TypeVar("Item")
 Out = TypeVar("Out")
@@ -62,9 +64,12 @@ def in_jobs(
         finally:
             idle.put(process)
 
+    def in_thread(item: Item) -> Out:
+        return alone(lambda: work(item))  # starts no more threads: there are enough
+
     pool = ThreadPoolExecutor(n_jobs)
     try:
-        futures = {pool.submit(in_process if processes else work, item): item for item in items}
+        futures = {pool.submit(in_process if processes else in_thread, item): item for item in items}
         for future in as_completed(futures):
             try:
                 out: Out | Exception = future.result()
