@@ -10,7 +10,7 @@ from helpers import low_rank_profiles, poisson_counts
 from scipy.stats import gamma, kstest, nbinom
 
 import sc_noise2self as n2s
-from sc_noise2self._intervals import LEVELS, Belief, strata_of
+from sc_noise2self._intervals import LEVELS, Belief, sampled_genes, strata_of
 
 LEVEL_ERRORS = 3.5  # binomial standard errors
 
@@ -163,3 +163,15 @@ def test_a_level_is_between_0_and_1(denoised, level):
     adata = denoised if hasattr(denoised, "obs") else denoised[0]
     with pytest.raises(ValueError, match="level is"):
         n2s.get.interval(adata, list(adata.var_names[:2]), level=level)
+
+
+@pytest.mark.parametrize("n_genes", [3, 10, 40])
+def test_genes_are_sampled_from_the_tenths_that_a_report_shows(n_genes):
+    totals = np.random.default_rng(0).permutation(np.arange(n_genes + 2))  # one gene has no molecule
+    drawn = sampled_genes(totals, 50, 4, np.random.default_rng(1))
+    present = np.flatnonzero(totals)
+    strata = dict(zip(present, strata_of(totals[present]), strict=True))
+    assert drawn.shape == (50, 10, 4)
+    for tenth in range(10):
+        expected = {gene for gene, stratum in strata.items() if stratum == tenth} or {-1}
+        assert set(drawn[:, tenth].ravel()) <= expected

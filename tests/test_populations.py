@@ -197,3 +197,12 @@ def test_no_method_gives_a_cell_the_genes_of_another_species(method):
         given = ["pca", "knn", n2s.Autoencoder(width=8, n_epochs=10)]
     n2s.denoise(adata, given)
     assert foreign_share(adata.layers["denoised"], cells, genes) < 1e-4
+
+
+@pytest.mark.parametrize("method", [n2s.PCA(transform="log1p"), n2s.Diffusion(n_pcs=5, n_neighbors=8)])
+def test_rates_that_are_kept_change_no_value(adata, method, monkeypatch):
+    found = [n2s.denoise(adata, method, copy=True)]
+    monkeypatch.setattr("sc_noise2self.methods._profiles._KEPT", 0)
+    found.append(n2s.denoise(adata, method, copy=True))
+    np.testing.assert_array_equal(*(each.layers["denoised"] for each in found))
+    np.testing.assert_array_equal(*(each.uns["denoised"]["candidates"]["gain"] for each in found))
