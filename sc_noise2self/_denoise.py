@@ -21,11 +21,11 @@ from . import _model
 from ._anndata import as_counts
 from ._blocks import Counts, InMemory
 from ._checks import as_positive, check_flag, check_name, describe_counts, describe_mask, seed_of
-from ._choose import Selection, select
+from ._choose import Selection, numbered, select
 from ._memory import check_fits_memory
 from ._random import RandomState, as_generator
 from ._replace import check_target
-from ._result import Member, Result, write
+from ._result import Member, Result, weights_by, write
 from ._slots import check_key
 from ._threads import one_blas_thread
 from ._warnings import recorded_warnings, warn
@@ -33,7 +33,7 @@ from .get import layer_of, require_dask
 from .methods import as_methods, is_ensemble
 from .methods._base import Method
 from .methods._mixing import scales_of_cells
-from .methods._profiles import in_memory
+from .methods._profiles import in_memory, parts_of
 from .scales import Scale, as_scale
 
 
@@ -228,7 +228,7 @@ def denoise(
     target = adata.copy() if copy else adata
     with write(target, key_added, result):
         if save_model is not None and selection.beats_mean:
-            _model.save(save_model, _saved(selection, counts))
+            _model.save(save_model, _saved(selection, result, counts))
     logg.info(
         f"    {_described(result)}: {selection.gain}",
         time=start,
@@ -291,14 +291,16 @@ def result_of(
 
 
 def _members(selection: Selection, counts: Counts, rng: np.random.Generator, mix: bool) -> list[Member]:
-    """Return what was chosen, fitted to all molecules; in memory where counts are mixed in."""
-    fitted = selection.refit(counts, rng)
-    if mix:
-        fitted = [in_memory(profiles) for profiles in fitted]
-    return [
-        Member(each.learner.name, str(each.setting), each.weight, profiles, each.learner.learned(each.setting))
-        for each, profiles in zip(selection.choices, fitted, strict=True)
-    ]
+    """Return what was chosen, fitted to all molecules, each part of a mean; in memory where counts are mixed in."""
+    members: list[Member] = []
+    for choice, fitted in zip(selection.choices, selection.refit(counts, rng), strict=True):
+        learned = choice.learner.learned(choice.setting)
+        for profiles, share in parts_of(fitted):
+            own = in_memory(profiles) if mix else profiles
+            members.append(Member(choice.learner.kind, str(choice.setting), choice.weight * share, own, learned))
+            learned = replace(learned, values={})  # once is enough
+    names = numbered([member.name for member in members])
+    return [replace(member, name=name) for member, name in zip(members, names, strict=True)]
 
 
 def _candidates(selection: Selection) -> pd.DataFrame:
@@ -308,12 +310,13 @@ def _candidates(selection: Selection) -> pd.DataFrame:
     return table.assign(chosen=table["label"].isin(chosen))
 
 
-def _saved(selection: Selection, counts: Counts) -> _model.Saved:
+def _saved(selection: Selection, result: Result, counts: Counts) -> _model.Saved:
     """Return what a model file keeps."""
-    states = tuple(choice.learner.state() for choice in selection.choices)
+    states = tuple(state for choice in selection.choices for state in choice.learner.states())
     column = next(iter(counts.columns.values()), None)
     batches = () if column is None else tuple(str(name) for name in column.cat.categories)
-    return _model.Saved(states, tuple(selection.weights), np.array(counts.gene_names, dtype=str), batches)
+    weights = tuple(float(each.weight) for each in result.members)
+    return _model.Saved(states, weights, np.array(counts.gene_names, dtype=str), batches)
 
 
 def _options(method: Method) -> dict[str, Any]:
@@ -333,6 +336,5 @@ def _plain(value: Any) -> Any:
 def _described(result: Result) -> str:
     if not result.beats_mean:
         return "the mean profile, which nothing beats; the best of what was tried"
-    return "; ".join(
-        ("" if each.weight == 1 else f"{each.weight:.2f} x ") + each.learned.described for each in result.members
-    )
+    weights = weights_by([each.learned.described for each in result.members], [each.weight for each in result.members])
+    return "; ".join(name if len(weights) == 1 else f"{weight:.2f} x {name}" for name, weight in weights.items())

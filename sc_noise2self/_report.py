@@ -14,6 +14,7 @@ from ._checks import check_flag
 from ._intervals import strata_of
 from ._loss import Score
 from ._read import clear_gains, gains_of_genes, record, sizes
+from ._result import weights_by
 from ._slots import in_memory
 
 
@@ -213,10 +214,11 @@ def _paragraph(adata: AnnData, key: str, figures: pd.DataFrame) -> str:
 def _how(written: Mapping[str, Any], *, brief: bool = False) -> str:
     """Return what was done to which counts; of several members, `brief` gives their titles alone."""
     params, members = written["params"], written["members"]
-    parts = [str(described) for described in members["described"]]
+    weights = weights_by(members["described"], members["weight"])
+    parts = list(weights)
     if len(parts) > 1:
-        names = [str(title) for title in members["title"]] if brief else parts
-        parts = [f"{weight:.0%} {part}" for weight, part in zip(members["weight"], names, strict=True)]
+        weights = weights_by(members["title"], members["weight"]) if brief else weights
+        parts = [f"{weight:.0%} {part}" for part, weight in weights.items()]
     what = f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
     source = f"the counts in layer {params['layer']!r}" if "layer" in params else "the counts in X"
     how = f"A model fitted to other cells, {what}, applied to" if "model" in params else f"{what} of"
@@ -229,7 +231,7 @@ def _chosen(written: Mapping[str, Any], *, brief: bool = False) -> str:
     if tried and not written["beats_mean"]:
         beats = f"none of {tried} candidates beats" if tried > 1 else "the one candidate does not beat"
         return f", which {beats} by molecules held out"
-    one = len(written["members"]["described"]) == 1
+    one = len(set(written["members"]["described"])) == 1
     by = "" if brief else " by molecules held out"
     return f", the best of {tried} candidates{by}" if tried > 1 and one else ""
 

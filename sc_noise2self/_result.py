@@ -164,6 +164,14 @@ def _record(result: Result, factors: GeneFactors) -> dict[str, Any]:
     }
 
 
+def weights_by(names: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
+    """Return what the weights of members of the same name add up to."""
+    found: dict[str, float] = {}
+    for name, weight in zip(names, weights, strict=True):
+        found[str(name)] = found.get(str(name), 0.0) + float(weight)
+    return found
+
+
 def plain_table(table: pd.DataFrame) -> pd.DataFrame:
     """Return a table as files keep it: whatever is no number or truth value as text."""
     return table.apply(lambda column: column.map(str) if column.dtype == object else column)

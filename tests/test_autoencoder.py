@@ -76,7 +76,9 @@ def fit(counts, width=16, *, used=None, batch=None, seed=0, **options):
     rng = np.random.default_rng(seed)
     learner.prepare(counts, np.arange(counts.shape[0]), rng)
     profiles = learner.refit(about, learner.settings[0], rng)
-    return Fitted(profiles, learner.learned(learner.settings[0]), AutoencoderModel.from_state(learner.state(), "cpu"))
+    return Fitted(
+        profiles, learner.learned(learner.settings[0]), AutoencoderModel.from_state(learner.states()[0], "cpu")
+    )
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ from ._base import Learned, Learner, Method, as_several, bounded_values, set_asi
 from ._components import learn_components
 from ._pca import SCALED, n_components_of
 from ._populations import Populations, Refinement
-from ._profiles import LowRankProfiles, profiles_in_blocks
+from ._profiles import LowRankProfiles, Profiles, combine, profiles_in_blocks
 from ._svd import gram_product
 
 if TYPE_CHECKING:
@@ -221,18 +221,29 @@ class _AutoencoderLearner(Learner):
     def predict(self, half: int, setting: Any, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
         return self._fits[half].predict(seen, _of_cells(self._codes, cells))
 
-    def refit(self, counts: Counts, setting: Any, rng: np.random.Generator) -> LowRankProfiles:
-        n_cells = counts.chunks.shape[0]
+    def refit(self, counts: Counts, setting: Any, rng: np.random.Generator) -> Profiles:
+        """Return the mean of the networks of all molecules and of each half, weighted by the molecules they learned.
+
+        Where there were more cells than the halves were learned from, the network of all stands alone.
+        """
+        n_cells, of_halves = counts.chunks.shape[0], self._fits
         if n_cells > _LEARNED_CELLS:
-            cells = np.sort(rng.choice(n_cells, _LEARNED_CELLS, replace=False))
+            cells, of_halves = np.sort(rng.choice(n_cells, _LEARNED_CELLS, replace=False)), []
             self._fitted = self._fit(counts.chunks.take(cells), cells, (self.width,), rng, shown=counts)
-        profiles = self._fitted.model.profiles(counts, self._codes, self.refinement)
+        whole = self._fitted.model
+        fitted = [whole, *(replace(half, gene_share=whole.gene_share) for half in of_halves)]
+        weights = np.array([1.0, *(0.5 for _ in of_halves)])
+        profiles = [model.profiles(counts, self._codes, self.refinement) for model in fitted]
         # gives these cells the same
-        self.model = replace(self._fitted.model, gene_scale=profiles.gene_scale, populations=profiles.populations)
-        return profiles
+        self.models = [
+            replace(model, gene_scale=own.gene_scale, populations=own.populations)
+            for model, own in zip(fitted, profiles, strict=True)
+        ]
+        return combine(profiles, (weights / weights.sum()).tolist())
 
     def learned(self, setting: Any) -> Learned:
-        history = self._fitted.history
+        history, n_networks = self._fitted.history, len(self.models)
+        networks = f", the mean of {n_networks} networks" if n_networks > 1 else ""
         table = self._choice.comparison.table("one_standard_error", _SEEDS_DIFFER, last=True, gain=True)
         values = {
             "table": table.drop(columns=["seconds", "failure"]),
@@ -240,7 +251,7 @@ class _AutoencoderLearner(Learner):
             "checked_epochs": np.array(history.checked),
             "checked_gains": np.array(history.gains),
         }
-        return Learned(self._options.title, self._options.described(setting), self.width, values)
+        return Learned(self._options.title, self._options.described(f"{setting}{networks}"), self.width, values)
 
     @_in_device_memory
     def _fit(

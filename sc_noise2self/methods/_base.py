@@ -115,13 +115,13 @@ class Learner(ABC):
     It has the name that tables and results give it. `cells` says which of all cells those of some counts are.
     """
 
-    model: Any  # what `refit` fitted, where the method can transfer
+    models: Sequence[Any]  # what `refit` fitted, where the method can transfer: one of each part of a mean
     enough_cells: int | None = None  # to choose by; None where more always tell more
     predicts_others: bool = True  # whether what was learned from some cells predicts others
     learns_alone: bool = True  # else it learns in a thread beside others
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.kind = self.name = name  # the name is numbered where several are of one kind
         self._fits: list[Any] = []  # what each half gave
         self.refinement = AS_IT_IS  # of the profiles that `refit` returns; chosen by the loss
 
@@ -153,15 +153,15 @@ class Learner(ABC):
 
     @abstractmethod
     def refit(self, counts: Counts, setting: Any, rng: np.random.Generator) -> Profiles:
-        """Return profiles of all cells, fitted to all molecules."""
+        """Return profiles of all cells, fitted to all molecules; they may be a mean of several."""
 
     @abstractmethod
     def learned(self, setting: Any) -> Learned:
         """Return what is worth writing down."""
 
-    def state(self) -> State:
-        """Return what was refitted, for a model file, where the method can transfer."""
-        return self.model.state()
+    def states(self) -> list[State]:
+        """Return what was refitted, for a model file, where the method can transfer: one of each part of a mean."""
+        return [model.state() for model in self.models]
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,11 +246,11 @@ class MeanLearner(Learner):
         return mean_profiles(row_sums(seen), self._fits[half])
 
     def refit(self, counts: Counts, setting: Any, rng: np.random.Generator) -> LowRankProfiles:
-        self.model = MeanModel(counts.totals / counts.totals.sum())
+        self.models = [MeanModel(counts.totals / counts.totals.sum())]
         return mean_profiles(counts.size, counts.totals)
 
     def learned(self, setting: Any) -> Learned:
-        return self.model.learned()
+        return self.models[0].learned()
 
 
 class TrialLearner(Learner):

@@ -183,7 +183,7 @@ class PCALearner(Learner):
             return components.weighted_profiles(block.counts, weights).scores
 
         profiles = profiles_in_blocks(chunks, counts.size, some, scores)
-        self.model = PCAModel(components, weights, profiles.gene_scale, profiles.populations)
+        self.models = [PCAModel(components, weights, profiles.gene_scale, profiles.populations)]
         return profiles
 
     def learned(self, setting: Shrinkage) -> Learned:

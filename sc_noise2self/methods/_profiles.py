@@ -514,6 +514,13 @@ def combine(profiles: Sequence[Profiles], weights: Sequence[float]) -> Profiles:
     return profiles[0] if len(profiles) == 1 else WeightedProfiles(tuple(profiles), tuple(weights))
 
 
+def parts_of(profiles: Profiles) -> list[tuple[Profiles, float]]:
+    """Return what profiles are the mean of, each with its weight; themselves where they are no mean."""
+    if isinstance(profiles, WeightedProfiles):
+        return list(zip(profiles.members, profiles.weights, strict=True))
+    return [(profiles, 1.0)]
+
+
 @dataclass(frozen=True, eq=False)
 class MixedProfiles(Profiles):
     """Denoised profiles with the observed counts mixed back in, see `sc_noise2self.methods._mixing`."""
