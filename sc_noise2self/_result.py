@@ -174,7 +174,13 @@ def weights_by(names: Sequence[str], weights: Sequence[float]) -> dict[str, floa
 
 def plain_table(table: pd.DataFrame) -> pd.DataFrame:
     """Return a table as files keep it: whatever is no number or truth value as text."""
-    return table.apply(lambda column: column.map(str) if column.dtype == object else column)
+
+    def plain(column: pd.Series) -> pd.Series:
+        if isinstance(column.dtype, pd.StringDtype):  # pandas 3 takes None among strings for what is missing
+            return column.fillna("None")
+        return column.map(str) if column.dtype == object else column
+
+    return table.apply(plain)
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,7 +36,7 @@ _OF_SCANPY = {
     **dict.fromkeys(("iroot", "dpt_changepoints", "dpt_grouptips"), "sc.tl.dpt"),
     "PCs": "sc.pp.pca",
     "hvg": "sc.pp.highly_variable_genes",
-    "diffmap_evals": "sc.tl.diffmap",
+    **dict.fromkeys(("diffmap", "diffmap_evals"), "sc.tl.diffmap"),
     "rank_genes_groups": "sc.tl.rank_genes_groups",
     "rank_genes_groups_filtered": "sc.tl.filter_rank_genes_groups",
     "spatial": "sc.read_visium",

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import scanpy as sc
 import scipy.sparse as sp
-from anndata import AnnData
+from anndata import AnnData, read_h5ad
 
 
 def pbmc68k_reduced() -> AnnData:
@@ -67,7 +67,7 @@ def paul15() -> AnnData:
         If the file downloaded is another one, or there is no connection.
     """
     if folder := os.environ.get("SC_NOISE2SELF_DATA"):
-        found = sc.read_h5ad(Path(folder) / "paul15_myeloid.h5ad")
+        found = read_h5ad(Path(folder) / "paul15_myeloid.h5ad")
         x, cells, genes, clusters = found.X, found.obs_names, found.var_names, found.obs["cluster_id"].to_numpy()
     else:
         x, cells, genes, clusters = _read_paul15(_fetch(_PAUL15, _PAUL15_SHA256, "paul15/paul15.h5"))

@@ -77,11 +77,10 @@ def denoised(
     (700, 2)
     """
     own_scale = as_scale(scale)
-    if source is not None:
-        check_one_of("source", source, get_args(Source))
+    _check_source(source)
     (columns, names), rows = gene_positions(adata, genes, gene_symbols), positions(adata.obs_names, cells, "cell")
     values = values_of(adata, key, rows, columns, own_scale, source=source)
-    return pd.DataFrame(values, index=adata.obs_names[rows], columns=names)
+    return pd.DataFrame(values, index=adata.obs_names[rows], columns=names, copy=False)
 
 
 def interval(
@@ -182,12 +181,14 @@ def adata(
     >>> n2s.get.adata(adata, ["CD79A", "NKG7"], scale="log1p_cp10k").shape
     (700, 2)
     """
-    values = denoised(adata, genes, cells=cells, key=key, scale=scale, source=source, gene_symbols=gene_symbols)
-    rows, (columns, _) = positions(adata.obs_names, cells, "cell"), gene_positions(adata, genes, gene_symbols)
+    own_scale = as_scale(scale)
+    _check_source(source)
+    (columns, _), rows = gene_positions(adata, genes, gene_symbols), positions(adata.obs_names, cells, "cell")
+    values = values_of(adata, key, rows, columns, own_scale, source=source)
     obs, var = in_memory(adata.obs).iloc[rows].copy(), in_memory(adata.var).iloc[columns].copy()
     obs.index, var.index = obs.index.astype(str), var.index.astype(str)  # anndata takes no other
     obsm = {name: value.iloc[rows] if hasattr(value, "iloc") else value[rows] for name, value in adata.obsm.items()}
-    return AnnData(values.to_numpy(), obs=obs, var=var, obsm=obsm, uns=deepcopy(dict(adata.uns)))
+    return AnnData(values, obs=obs, var=var, obsm=obsm, uns=deepcopy(dict(adata.uns)))
 
 
 def lazy(adata: AnnData, *, key: str = "denoised", scale: str | Scale = "counts") -> dask.array.Array:
@@ -229,6 +230,11 @@ def lazy(adata: AnnData, *, key: str = "denoised", scale: str | Scale = "counts"
     factors = gene_factors(adata, key)
     scores, scales = (as_array(adata.obsm[name]) for name in (key, f"{key}_scale"))
     return _lazy_factors(factors, scores, scales, size, own_scale)
+
+
+def _check_source(source: Source | None) -> None:
+    if source is not None:
+        check_one_of("source", source, get_args(Source))
 
 
 def layer_of(result: Result, counts: Counts) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 # Workers share the cores, and threads of PyTorch that wait for a core keep it busy. Set before anything imports it.
@@ -13,10 +14,15 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import scanpy as sc
 import scipy.sparse as sp
-from helpers import low_rank_profiles, poisson_counts
+from helpers import low_rank_profiles, poisson_counts, scanpy_settings
 
 mpl.use("agg")
+
+# A shell starts what runs in its background deaf to an interrupt, which tests send to themselves.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ARRAY_TYPES = {
     "csr_matrix": sp.csr_matrix,
@@ -73,6 +79,18 @@ def _pbmc() -> ad.AnnData:
 @pytest.fixture
 def pbmc(_pbmc) -> ad.AnnData:
     return _pbmc.copy()
+
+
+@pytest.fixture
+def scanpy2():
+    """The defaults that scanpy 2 will have, where scanpy is 1.13 or newer with the extra `scanpy2`."""
+    if not hasattr(sc, "Preset"):
+        pytest.skip("scanpy has no presets before 1.13")
+    try:
+        with scanpy_settings(preset=sc.Preset.ScanpyV2Preview):
+            yield
+    except ImportError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

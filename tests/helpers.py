@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import logging
+from contextlib import contextmanager
+
 import numpy as np
+import scanpy as sc
 import scipy.sparse as sp
 
 from sc_noise2self.methods._components import learn_components
@@ -29,6 +34,32 @@ def dense(x) -> np.ndarray:
 def layer_names(adata) -> set[str]:
     """Names of the layers; anndata lists X among them as None since 0.13."""
     return set(adata.layers) - {None}
+
+
+@contextmanager
+def scanpy_settings(**values):
+    """Change settings of scanpy, and set them back: the way of scanpy itself is another one from 1.13 on."""
+    before = {name: getattr(sc.settings, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(sc.settings, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(sc.settings, name, value)
+
+
+@contextmanager
+def said_by_scanpy(verbosity):
+    """Listen to what is logged; another `logfile` under pytest has scanpy 1.13 write a file named like a stream."""
+    said, root = io.StringIO(), sc.settings._root_logger
+    listener = logging.StreamHandler(said)
+    root.addHandler(listener)
+    try:
+        with scanpy_settings(verbosity=verbosity):
+            yield said
+    finally:
+        root.removeHandler(listener)
 
 
 def divergence(truth: np.ndarray, denoised) -> float:

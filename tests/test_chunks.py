@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from helpers import dense, low_rank_profiles, poisson_counts
+from helpers import dense, low_rank_profiles, poisson_counts, scanpy_settings
 
 import sc_noise2self as n2s
 from sc_noise2self import _progress
@@ -313,13 +313,10 @@ class Bars:
 
 @pytest.mark.parametrize("verbosity", [0, 1, 2])
 def test_bars_say_what_is_being_done(counts, verbosity, few_cells, monkeypatch, capsys, tmp_path):
-    import scanpy as sc
-
     bars = Bars(monkeypatch)
-    monkeypatch.setattr(sc.settings, "_verbosity", sc.settings.verbosity)  # is set back
-    sc.settings.verbosity = verbosity
     adata = on_disk(counts, tmp_path, ".h5ad")
-    n2s.denoise(adata, ["pca", n2s.KNN(n_pcs=5, n_neighbors=8)], write_layer=False)
+    with scanpy_settings(verbosity=verbosity):
+        n2s.denoise(adata, ["pca", n2s.KNN(n_pcs=5, n_neighbors=8)], write_layer=False)
     said = capsys.readouterr()
     if verbosity < 1:
         assert (said.out, said.err, bars.shown) == ("", "", [])

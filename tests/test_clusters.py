@@ -1,7 +1,6 @@
 """Clusters by scanpy's recipe, and what the molecules say of them: resolution, support, and tests without circles."""
 
 import importlib
-import io
 import sys
 import threading
 import warnings
@@ -14,7 +13,7 @@ import pytest
 import scanpy as sc
 import scipy.sparse as sp
 import scipy.stats
-from helpers import dense, low_rank_profiles, poisson_counts
+from helpers import dense, low_rank_profiles, poisson_counts, said_by_scanpy
 from promises import difference, documented_warnings, fingerprint
 from scipy.cluster.hierarchy import is_valid_linkage
 from sklearn.metrics import adjusted_rand_score
@@ -665,12 +664,9 @@ def test_groups_of_overdispersion_are_named_as_they_were_given(tmp_path):
     np.testing.assert_allclose(n2s.overdispersion(lazy, "group"), n2s.overdispersion(adata, "group"), rtol=1e-6)
 
 
-def test_equal_cells_are_clustered_without_a_word(monkeypatch):
-    said = io.StringIO()
-    monkeypatch.setattr(sc.settings, "_logfile", sc.settings.logfile)  # is set back
-    sc.settings.logfile = said
+def test_equal_cells_are_clustered_without_a_word():
     x = np.repeat(np.random.default_rng(0).poisson(2, (2, 12)), 20, axis=0).astype(np.float32)
-    with sc.settings.verbosity.override("hint"), documented_warnings():
+    with said_by_scanpy("hint") as said, documented_warnings():
         for function in few_words(ad.AnnData(x)).values():
             function(n_pcs=1, n_neighbors=3)
         graph = Graph.of(
@@ -679,6 +675,15 @@ def test_equal_cells_are_clustered_without_a_word(monkeypatch):
         assert len(np.unique(graph.labels(0.5)[:20])) == 1
     assert "Leiden" not in said.getvalue()  # of an object that nobody sees
     assert "are not supported" in said.getvalue()
+
+
+def test_clusters_are_found_with_the_defaults_of_scanpy_2(scanpy2):
+    adata, groups, _ = grouped()
+    n2s.cluster_support(adata, 0.5, n_pcs=3)
+    assert adjusted_rand_score(groups, adata.obs["cluster_support"]) > 0.95
+    assert n2s.select_resolution(adata, [0, 0.5], n_pcs=3) == 0.5
+    n2s.rank_genes_groups(adata, 0.5, n_pcs=3)
+    assert set(sc.get.rank_genes_groups_df(adata, group="0")["names"]) == set(adata.var_names)
 
 
 def test_clusters_that_do_not_differ_are_drawn():

@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 import scanpy as sc
+from helpers import scanpy_settings
 
 import sc_noise2self as n2s
 from sc_noise2self import datasets
@@ -52,9 +53,8 @@ def downloaded(tmp_path, monkeypatch):
     monkeypatch.delenv("SC_NOISE2SELF_DATA", raising=False)
     monkeypatch.setattr(datasets, "_PAUL15_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     monkeypatch.setattr(datasets, "_PAUL15", "https://localhost:1/nowhere")
-    before, sc.settings.datasetdir = sc.settings.datasetdir, tmp_path
-    yield path
-    sc.settings.datasetdir = before
+    with scanpy_settings(datasetdir=tmp_path):
+        yield path
 
 
 def test_paul15_reads_the_raw_counts_of_the_file(downloaded):

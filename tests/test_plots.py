@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
-from helpers import poisson_counts
+from helpers import poisson_counts, scanpy_settings
 from matplotlib.testing.compare import compare_images
 
 import sc_noise2self as n2s
@@ -101,18 +101,16 @@ PICTURES = {
 
 STYLES = {
     "default": lambda: None,
-    "scanpy": sc.set_figure_params,
+    "scanpy": lambda: sc.set_figure_params(vector_friendly=False),  # that is no rcParam, and would stay
     "dark": lambda: plt.style.use("dark_background"),
 }
 
 
 @pytest.fixture(params=STYLES)
 def style(request):
-    before = sc.settings._vector_friendly
     with mpl.rc_context():
         STYLES[request.param]()
         yield request.param
-    sc.settings._vector_friendly = before
 
 
 @pytest.mark.parametrize("name", PICTURES)
@@ -138,6 +136,14 @@ def with_long_names(adata):
         lambda name: f"{name} cell, as an ontology names it at length"
     )
     return out, list(out.var_names[:2])
+
+
+def test_an_embedding_and_colours_with_the_defaults_of_scanpy_2(written, scanpy2):
+    written.obsm["umap"] = written.obsm.pop("X_umap")  # as scanpy 2 names it
+    axes = n2s.pl.embedding(written, ["gene-0", "gene-1"], "umap", show=False)
+    assert all(ax.collections for ax in np.ravel(axes))
+    del written.uns["group_colors"]
+    assert n2s.pl.markers(written, ["gene-0", "gene-1"], color="group", show=False)[0].collections
 
 
 def test_genes_by_a_column_of_var(written):
@@ -500,12 +506,8 @@ def test_the_noise_edge_follows_the_law_of_marchenko_and_pastur():
 def test_plots_are_shown_where_scanpy_would(written, monkeypatch, autoshow):
     shown = []
     monkeypatch.setattr(plt, "show", lambda *_, **__: shown.append(True))
-    before = sc.settings.autoshow
-    try:
-        sc.settings.autoshow = autoshow
+    with scanpy_settings(autoshow=autoshow):
         n2s.pl.spectrum(written, key="denoised")
-    finally:
-        sc.settings.autoshow = before
     assert bool(shown) is autoshow
     n2s.pl.spectrum(written, key="denoised", ax=plt.figure().subplots())
     n2s.pl.spectrum(written, key="denoised", show=False)

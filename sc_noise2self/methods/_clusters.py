@@ -138,18 +138,19 @@ class _ClustersLearner(TrialLearner):
 class Graph:
     """The neighbours that cells have by scanpy's recipe, from which clusters of any resolution come."""
 
-    neighbors: AnnData  # without counts; `obsp` holds the graph
+    neighbors: AnnData  # without counts: `X` holds coordinates, `obsp` the graph
     seed: int
 
     @classmethod
     def of(cls, counts: Counts, n_pcs: int, n_neighbors: int, rng: np.random.Generator) -> Self:
         """Return the graph of cells by their counts; of few cells it has fewer neighbours."""
         seed = int(rng.integers(2**31))
-        cells = AnnData(obsm={"X_pca": principal_coordinates(counts, n_pcs, rng).astype(np.float32)})
+        # In X, which is "X" in each of scanpy's presets; a name in obsm is not.
+        cells = AnnData(principal_coordinates(counts, n_pcs, rng).astype(np.float32))
         if cells.n_obs > 2:
             n_neighbors = max(2, min(n_neighbors, cells.n_obs - 1))
             with _quietly():
-                sc.pp.neighbors(cells, use_rep="X_pca", random_state=seed, transformer=_Search(n_neighbors, seed))
+                sc.pp.neighbors(cells, use_rep="X", random_state=seed, transformer=_Search(n_neighbors, seed))
         return cls(cells, seed)
 
     def labels(self, resolution: float) -> np.ndarray:
@@ -165,9 +166,14 @@ class Graph:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Run scanpy in one thread at a time, and let it say nothing of an object that nobody sees."""
-    with _SCANPY, sc.settings.verbosity.override("error"), warnings.catch_warnings():
+    with _SCANPY, warnings.catch_warnings():
         warnings.simplefilter("ignore", sp.SparseEfficiencyWarning)  # where cells are equal
-        yield
+        verbosity = sc.settings.verbosity
+        sc.settings.verbosity = "error"  # `override` is another function from scanpy 1.13 on
+        try:
+            yield
+        finally:
+            sc.settings.verbosity = verbosity
 
 
 class _Search(TransformerMixin, BaseEstimator):

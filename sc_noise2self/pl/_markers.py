@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import scanpy as sc
 from anndata import AnnData
 from matplotlib.axes import Axes
 
@@ -18,7 +17,18 @@ from .._read import gene_names, gene_positions, observed, profiles, record, size
 from .._slots import in_memory
 from ..methods._profiles import LowRankProfiles
 from ..scales import Log1pCP10k, Scale, as_scale
-from ._style import MANY, blue, finish, groups_and_colors, ink, legend_beside, point_size, several_axes, wrapped
+from ._style import (
+    MANY,
+    blue,
+    finish,
+    groups_and_colors,
+    ink,
+    legend_beside,
+    point_size,
+    scanpy_plots,
+    several_axes,
+    wrapped,
+)
 
 Panel = Literal["raw", "under", "denoised", "over"]
 _PANELS: tuple[Panel, ...] = ("raw", "under", "denoised", "over")
@@ -207,7 +217,9 @@ def embedding(
         for single, what in zip(row, small.var_names, strict=True):
             given = {"colorbar_loc": "right" if what == "denoised" else None, "size": area, **options}
             title = wrapped(f"{gene}, {'raw counts' if what == 'raw' else what}")
-            sc.pl.embedding(small, basis, color=what, vmin=0, vmax=top, ax=single, show=False, title=title, **given)
+            scanpy_plots().embedding(
+                small, basis, color=what, vmin=0, vmax=top, ax=single, show=False, title=title, **given
+            )
             for points in single.collections:
                 points.set_rasterized(points.get_rasterized() or adata.n_obs >= MANY)
         bar = row[1].collections[-1].colorbar

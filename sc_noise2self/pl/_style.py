@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import matplotlib as mpl
@@ -106,6 +107,11 @@ def finish(ax: object, show: bool | None) -> None:
         plt.show()
 
 
+def scanpy_plots() -> ModuleType:
+    """Return scanpy's plots by Matplotlib; in its preview of version 2 `sc.pl` holds others."""
+    return getattr(sc.pl, "legacy", sc.pl)
+
+
 def groups_and_colors(adata: AnnData, column: str) -> tuple[pd.Series, dict[str, str]]:
     """Return a categorical column of `obs`, and the colour of each category that a cell has.
 
@@ -115,7 +121,8 @@ def groups_and_colors(adata: AnnData, column: str) -> tuple[pd.Series, dict[str,
     names = list(groups.cat.categories)
     colors = list(adata.uns.get(f"{column}_colors", ()))
     if len(colors) < len(names):
-        palettes = (sc.pl.palettes.default_20, sc.pl.palettes.default_28, sc.pl.palettes.default_102)
+        own = scanpy_plots().palettes
+        palettes = (own.default_20, own.default_28, own.default_102)
         colors = next((colors for colors in palettes if len(colors) >= len(names)), palettes[-1])
     groups = groups.cat.remove_unused_categories()
     return groups, {name: colors[names.index(name) % len(colors)] for name in groups.cat.categories}
