@@ -471,7 +471,8 @@ def test_a_model_file_that_is_cut_is_refused_and_one_put_together_again_is_not(t
 
 def test_several_models_are_one_file(tiny_model, batch_model, tmp_path):
     first, second = _model.load(tiny_model), _model.load(batch_model)
-    states = (first.states[0], second.states[0], State("mean", {}, {"gene_share": first.states[0].arrays["gene_share"]}))
+    mean = State("mean", {}, {"gene_share": first.states[0].arrays["gene_share"]})
+    states = (first.states[0], second.states[0], mean)
     _model.save(tmp_path / "model", Saved(states, (0.5, 0.25, 0.25), first.genes, second.batches))
     found = _model.load(tmp_path / "model")
     assert found.weights == (0.5, 0.25, 0.25)
