@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -30,7 +30,7 @@ from ._uncertainty import Dispersions
 from .methods._base import Learner, MeanLearner, Method, Sample
 from .methods._components import folds_of
 from .methods._populations import AS_IT_IS, CrossFit, Populations, Refinement, best_refinement, cross_fit
-from .methods._profiles import Profiles, ScaledProfiles, combine, ratio
+from .methods._profiles import Profiles, ScaledProfiles, combine, parts_of, ratio
 from .partitions import Fold, fold_of
 
 _SCORED = 20_000_000  # dense entries that candidates are compared on: as many cells, drawn at random, as have so many
@@ -54,6 +54,14 @@ class Choice:
         return ", ".join(filter(None, (self.learner.name, str(self.setting))))
 
 
+class Part(NamedTuple):
+    """One of the profiles that a result is the mean of, and what it is a fit of."""
+
+    choice: Choice
+    profiles: Profiles
+    weight: float
+
+
 @dataclass(frozen=True, eq=False)
 class Selection:
     """What was compared and what was chosen; the weights of the choices sum to 1."""
@@ -68,16 +76,19 @@ class Selection:
     phi: np.ndarray  # dispersion of each gene around the prediction, shape (genes,)
     coverage: Coverage
 
-    @property
-    def weights(self) -> list[float]:
-        """The weight of each learner chosen."""
-        return [choice.weight for choice in self.choices]
+    def refit(self, counts: Counts, rng: np.random.Generator) -> list[Part]:
+        """Return the parts of the result, fitted to all molecules; their weights sum to 1.
 
-    def refit(self, counts: Counts, rng: np.random.Generator) -> list[Profiles]:
-        """Return the profiles of each choice, fitted to all molecules."""
+        The weight of a choice was learned for one fit of it. Where it is a mean of several, the first has that weight,
+        and the others come to it.
+        """
+        found = []
         for choice in self.choices:
             choice.learner.refinement = choice.refinement
-        return [choice.learner.refit(counts, choice.setting, rng) for choice in self.choices]
+            parts = parts_of(choice.learner.refit(counts, choice.setting, rng))
+            found += [Part(choice, profiles, choice.weight * share / parts[0][1]) for profiles, share in parts]
+        total = sum(part.weight for part in found)
+        return [part._replace(weight=part.weight / total) for part in found]
 
 
 def select(
@@ -135,7 +146,8 @@ def denoised(methods: Sequence[Method], counts: Counts, rng: np.random.Generator
             if len(learners[0].settings) == 1:  # nothing is left to be chosen on halves
                 return learners[0].refit(counts, learners[0].settings[0], rng)
         selection = select(methods, counts, rng, average=len(methods) > 1, mix=False)
-        return combine(selection.refit(counts, rng), selection.weights)
+        parts = selection.refit(counts, rng)
+        return combine([part.profiles for part in parts], [part.weight for part in parts])
 
 
 def learners_of(methods: Sequence[Method], counts: Counts, average: bool) -> tuple[list[Learner], bool]:

@@ -33,7 +33,7 @@ from .get import layer_of, require_dask
 from .methods import as_methods, is_ensemble
 from .methods._base import Method
 from .methods._mixing import scales_of_cells
-from .methods._profiles import in_memory, parts_of
+from .methods._profiles import in_memory
 from .scales import Scale, as_scale
 
 
@@ -292,15 +292,16 @@ def result_of(
 
 def _members(selection: Selection, counts: Counts, rng: np.random.Generator, mix: bool) -> list[Member]:
     """Return what was chosen, fitted to all molecules, each part of a mean; in memory where counts are mixed in."""
-    members: list[Member] = []
-    for choice, fitted in zip(selection.choices, selection.refit(counts, rng), strict=True):
+    parts, members, written = selection.refit(counts, rng), [], set()
+    for (choice, profiles, weight), name in zip(
+        parts, numbered([part.choice.learner.kind for part in parts]), strict=True
+    ):
         learned = choice.learner.learned(choice.setting)
-        for profiles, share in parts_of(fitted):
-            own = in_memory(profiles) if mix else profiles
-            members.append(Member(choice.learner.kind, str(choice.setting), choice.weight * share, own, learned))
-            learned = replace(learned, values={})  # once is enough
-    names = numbered([member.name for member in members])
-    return [replace(member, name=name) for member, name in zip(members, names, strict=True)]
+        if choice in written:  # once is enough
+            learned = replace(learned, values={})
+        written.add(choice)
+        members.append(Member(name, str(choice.setting), weight, in_memory(profiles) if mix else profiles, learned))
+    return members
 
 
 def _candidates(selection: Selection) -> pd.DataFrame:

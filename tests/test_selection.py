@@ -23,7 +23,7 @@ def run(methods, counts, **options):
 
 
 def refit(selection, counts):
-    return selection.refit(Counts.of(counts), np.random.default_rng(0))
+    return [part.profiles for part in selection.refit(Counts.of(counts), np.random.default_rng(0))]
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +80,10 @@ def test_an_ensemble_gains_at_least_as_much_as_its_best_member(counts, truth, en
     gains = ensemble.comparison.table(gain=True)["gain"]
     assert len(gains) == 1 + 3 * len(PCALearner.settings)
     assert ensemble.gain.mean >= gains.max()
-    assert sum(ensemble.weights) == pytest.approx(1)
-    assert min(ensemble.weights) >= 0.01
+    assert sum(choice.weight for choice in ensemble.choices) == pytest.approx(1)
+    assert min(choice.weight for choice in ensemble.choices) >= 0.01
     fitted = refit(ensemble, counts)
-    together = combine(fitted, ensemble.weights)
+    together = combine(fitted, [choice.weight for choice in ensemble.choices])
     assert divergence(truth, together) < 1.02 * min(divergence(truth, profiles) for profiles in fitted)
     again = denoised(pca("log1p", "sqrt", "none"), Counts.of(counts), np.random.default_rng(0))
     assert divergence(truth, again) == pytest.approx(divergence(truth, together), rel=0.02)

@@ -149,7 +149,10 @@ def test_it_joins_the_ensemble_and_mixing():
     adata = cells(300, 0)
     n2s.denoise(adata, ["pca", METHOD, "diffusion"], mix=True)
     record = adata.uns["denoised"]
-    assert "autoencoder" in record["members"]["name"]
+    weights = dict(zip(record["members"]["name"], record["members"]["weight"], strict=True))
+    assert weights["autoencoder"] == pytest.approx(2 * weights["autoencoder 2"])
+    assert weights["autoencoder"] == pytest.approx(2 * weights["autoencoder 3"])
+    assert sum(weights.values()) == pytest.approx(1)
     assert record["unmixed_gain"] >= record["candidates"]["gain"].max() - 1e-4
     rebuilt = n2s.get.denoised(adata, list(adata.var_names)).to_numpy()
     assert np.allclose(rebuilt, adata.layers["denoised"], rtol=1e-4, atol=1e-6)
