@@ -75,7 +75,7 @@ class Autoencoder(Method):
         `"mse_log1p"` and `"mse_sqrt"`, squared errors on that scale; `"noise2same_log1p"` and `"noise2same_sqrt"`
         (Noise2Same, Xie et al. 2020).
     n_seeds
-        Networks to average, each from another random start.
+        Random starts to average.
     batch_key
         Column of `obs` with each cell's batch: the decoder then knows it, so that the code of a cell need not. Expected
         counts are still those of the cell's own batch.
@@ -108,9 +108,11 @@ class Autoencoder(Method):
 
     Notes
     -----
-    The same seed gives the same bytes on the same machine with the same number of threads. Of more than 50 000 cells,
-    so many, drawn at random, choose the width and give the principal components; training shows all. Where
-    `torch.distributed` was initialised, each process trains on its share of the cells, and all return the same.
+    The same seed gives the same bytes on the same machine with the same number of threads. The result is the mean of
+    what three networks predict from all molecules: one that learned from all of them, and one of each half of the
+    split, with half its weight. Of more than 50 000 cells, so many, drawn at random, choose the width and give the
+    principal components; training shows all, and the network that it gives stands alone. Where `torch.distributed` was
+    initialised, each process trains on its share of the cells, and all return the same.
     """
 
     name: ClassVar[str] = "autoencoder"

@@ -28,6 +28,7 @@ _STEPS = 200  # of expectation maximisation
 _SHIFT = 21  # bits of a float32 that are left out of its bin: four bins an octave
 _FIRST = (127 - 20) << 2  # bin of 2^-20, where the logarithm is a straight line
 _BINS = 35 * 4  # up to 2^15
+_AT_A_TIME = 64  # genes
 
 
 def dispersion_curves(
@@ -82,12 +83,17 @@ def _add_stored(
 
 @numba.njit(nogil=True, cache=True)
 def _add_to_bins(values: np.ndarray, bits: np.ndarray, number: np.ndarray, total: np.ndarray) -> None:
-    """Add values >= 0, shape (cells, genes), to the bins of their genes, which the first bits of a float32 tell."""
-    for i in range(len(values)):
-        for g in range(values.shape[1]):
-            bin = min(max((bits[i, g] >> _SHIFT) - _FIRST, 0), _BINS - 1)
-            number[g, bin] += 1
-            total[g, bin] += values[i, g]
+    """Add values >= 0, shape (cells, genes), to the bins of their genes, which the first bits of a float32 tell.
+
+    A few genes at a time, whose bins stay in the processor's cache.
+    """
+    n_genes = values.shape[1]
+    for start in range(0, n_genes, _AT_A_TIME):
+        for i in range(len(values)):
+            for g in range(start, min(start + _AT_A_TIME, n_genes)):
+                bin = min(max((bits[i, g] >> _SHIFT) - _FIRST, 0), _BINS - 1)
+                number[g, bin] += 1
+                total[g, bin] += values[i, g]
 
 
 def dispersions(curves: np.ndarray, grid: np.ndarray = PHI) -> np.ndarray:

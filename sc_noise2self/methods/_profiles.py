@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import scipy.sparse as sp
 
-from .._blocks import Block, Chunks, Partial, as_chunks
+from .._blocks import Block, Chunks, OnDask, Partial, as_chunks
 from .._counts import row_sums
 from .._threads import in_threads
 from .._transform import Link, rates
@@ -30,7 +30,7 @@ from ._populations import (
 )
 
 _CLUSTERED = 20_000_000  # dense entries of the cells that populations are found among
-_KEPT = 20_000_000  # and of profiles whose rates are kept from one pass to the next, 80 MB
+_KEPT = 50_000_000  # and of profiles whose rates are kept from one pass to the next, 200 MB
 
 # Outputs whose rate, scaled and added over genes, is far from float32's end.
 _LARGEST_OUTPUT: dict[Link, float] = {"exp": 1e4, "log1p": 60.0, "sqrt": 1e12, "none": 1e12}
@@ -114,14 +114,20 @@ class ScaledProfiles(Profiles):
         """Return the rates of cells whose scale is about to be set."""
         return self._rates(rows, slice(None))
 
-    def _kept_rates(self, rows: Index) -> np.ndarray:
-        """Do the same, and keep them where `balanced` said that another pass follows."""
+    def _kept_rates(self, rows: Index, rates_of: Callable[[Index], np.ndarray]) -> np.ndarray:
+        """Return the rates of cells, kept where `balanced` said that another pass follows."""
         if self._kept is None or not isinstance(rows, slice):
-            return self._rates_to_scale(rows)
+            return rates_of(rows)
         key = rows.start, rows.stop
         if key not in self._kept:
-            self._kept[key] = self._rates_to_scale(rows)
+            self._kept[key] = rates_of(rows)
         return self._kept[key].copy()
+
+    def _changed(self, **changes: Any) -> Self:
+        """Return these profiles with changes that leave the rates as they are."""
+        out = replace(self, **changes)
+        object.__setattr__(out, "_kept", self._kept)
+        return out
 
     def scale_cells(self) -> np.ndarray:
         """Set the scales that give every cell its size, in one pass; return what each gene adds up to, float64."""
@@ -143,7 +149,7 @@ class ScaledProfiles(Profiles):
 
     def _scale_rows(self, own: Populations, rows: Index, sums: np.ndarray | None = None) -> np.ndarray:
         """Set the scales of cells and return their expected counts, as `Populations.refine` does."""
-        block = self._kept_rates(rows)
+        block = self._kept_rates(rows, self._rates_to_scale)
         if (self.population[rows] == UNKNOWN).any():
             self.population[rows] = own.nearest(block * self.gene_scale)
         found = self.population[rows].astype(np.intp)
@@ -174,7 +180,7 @@ class ScaledProfiles(Profiles):
             Rounds; None makes as many as it takes until gene totals are right to 0.1 % on average, two or three on
             real data, some more with a high floor, a hundred at most.
         """
-        if n_rounds != 0 and len(self.size) * len(self.gene_share) <= _KEPT:
+        if n_rounds != 0 and self._kept is None and len(self.size) * len(self.gene_share) <= _KEPT:
             object.__setattr__(self, "_kept", {})
         target = self.gene_share * float(self.size.sum())
         steps = _Steps(target)
@@ -210,7 +216,10 @@ class ScaledProfiles(Profiles):
         cell_scale = np.asarray(self.cell_scale[cells])
         if (cell_scale == UNKNOWN).any():
             return self._scale_rows(own, cells)[:, genes]
-        out = self._rates(cells, genes)
+        if _is_all(genes):
+            out = self._kept_rates(cells, lambda rows: self._rates(rows, genes))
+        else:
+            out = self._rates(cells, genes)
         population = np.asarray(self.population[cells]).astype(np.intp)
         scales = cell_scale, np.asarray(self.row_scale[cells])
         own.refine_scaled(out, population, self.size[cells], scales, genes)
@@ -230,14 +239,16 @@ class ScaledProfiles(Profiles):
             columns += [*own.factors, *own.shares]
         return np.stack(columns, axis=1)
 
-    def of_populations(self, populations: Populations) -> Self:
-        """Return these profiles refined by populations that were learned elsewhere; cells have no scale yet."""
+    def of_populations(self, populations: Populations, population: np.ndarray | None = None) -> Self:
+        """Return these profiles refined by populations; cells have no scale yet, and a population if it is given."""
         if populations.changes_nothing:
             return self
         scales = _no_scales_of_cells(len(self.size))
-        if len(populations.factors) > 1:
+        if population is not None:
+            scales["population"] = population
+        elif len(populations.factors) > 1:
             scales["population"] += UNKNOWN
-        return replace(self, populations=populations, **scales)
+        return self._changed(populations=populations, **scales)
 
     def raised(self, height: float) -> Self:
         """Return these profiles with a floor of the mean profile; cells have no scale yet."""
@@ -251,7 +262,7 @@ class ScaledProfiles(Profiles):
         """
         if refinement == AS_IT_IS:
             return self
-        plain = replace(self, gene_scale=self.gene_scale.copy())
+        plain = self._changed(gene_scale=self.gene_scale.copy())
         centers = _centers_of(plain, refinement.n_populations)
         n_populations, ones = len(centers), np.ones(centers.shape, np.float32)
         found = plain.of_populations(Populations(centers, ones, ones, 0.0)) if n_populations > 1 else plain
@@ -263,10 +274,10 @@ class ScaledProfiles(Profiles):
 
         molecules = as_chunks(observed).run(of_block).sums[0]
         populations = populations_of(molecules, expected, centers, refinement.height)
-        out = replace(plain.of_populations(populations), population=found.population)
+        out = plain.of_populations(populations, found.population)
         if n_populations > 1 and refinement.height:
             again = populations.factors * nested_factors(molecules, out.sums_of_populations())
-            out = replace(out.of_populations(replace(populations, factors=again)), population=found.population)
+            out = out.of_populations(replace(populations, factors=again), found.population)
         return out.balanced(n_rounds)
 
 
@@ -435,8 +446,11 @@ def profiles_in_blocks(
 
     Scores are made in one pass over the counts; of a Dask array they are not kept, but made where they are read. Then
     there is one pass over the profiles where gene totals are right to 0.3 % on average by the scale that genes have in
-    the profiles of `some` cells, else one or two more. `scores_of` returns the scores of a block.
+    the profiles of `some` cells, else one or two more. Where these are all, they are returned. `scores_of` returns the
+    scores of a block.
     """
+    if len(some.size) == len(size) and not isinstance(chunks, OnDask):
+        return some.scaled(n_rounds=0)
     (all_scores,) = chunks.rows(lambda block: Partial(rows=(scores_of(block),)), (some.scores.shape[1],))
     gene_scale, populations, target = some.gene_scale, some.populations, some.gene_share * size.sum()
 
