@@ -536,7 +536,6 @@ def test_held_out_gain_on_real_counts(real_data, name, method, mix, least):
     assert adata.uns["denoised"]["gain"] < gain.mean + 3 * gain.error  # what was promised is kept
 
 
-@pytest.mark.filterwarnings("ignore:The inplace keyword")  # mudata 0.4.1 on pandas 3.1
 def test_the_modality_of_a_mudata_object_is_denoised_in_place(adata):
     mudata = pytest.importorskip("mudata")
     protein = ad.AnnData(np.ones((adata.n_obs, 2), np.float32), obs=adata.obs[[]])
