@@ -22,8 +22,8 @@ from .._blocks import Block, Chunks, Partial
 from .._counts import row_sums
 from ._profiles import MixedProfiles, Profiles, ratio
 
-PHI = np.concatenate([[0], np.geomspace(0.01, 100, 17)])
-"""The grid of phi."""
+PHI = np.concatenate([[0], np.geomspace(1e-4, 100, 25)])
+"""The grid of phi; thousands of molecules in a cell tell one of 0.001 from 0."""
 _STEPS = 200  # of expectation maximisation
 _SHIFT = 21  # bits of a float32 that are left out of its bin: four bins an octave
 _FIRST = (127 - 20) << 2  # bin of 2^-20, where the logarithm is a straight line
