@@ -26,7 +26,7 @@ from ._blocks import Counts
 from ._checks import as_positive, check_flag, check_one_of, describe_counts, seed_of
 from ._choose import denoised
 from ._compare import Parameters, Rule, compare, describe, in_words, short
-from ._counts import SINGLE, check_counts
+from ._counts import SINGLE, check_counts, column_sums, row_sums
 from ._jobs import Prefer, as_n_jobs
 from ._loss import Loss
 from ._random import RandomState, as_generator
@@ -36,7 +36,8 @@ from ._transform import TransformName
 from ._warnings import warn
 from .methods import as_methods
 from .methods._base import Method
-from .methods._function import Function, OwnDepth, checked_rows
+from .methods._function import Function, checked_rows
+from .methods._profiles import TableProfiles
 from .partitions import Masks, Rows, as_numbers, as_partition, check_loss, folds_of
 
 _MOST = 100_000  # candidates
@@ -329,7 +330,10 @@ class _Runner:
         """Return what the method makes of all of the data, expected counts at each cell's own depth."""
         try:
             out = self.on(values)(best)
-            return out if isinstance(values, np.ndarray) else OwnDepth(out, values).counts()
+            if isinstance(values, np.ndarray):
+                return out
+            size, totals = row_sums(values), column_sums(values)
+            return TableProfiles.of(out, size, totals / totals.sum()).scaled(n_rounds=0).counts()
         except (Exception, SystemExit) as error:
             raise ValueError(
                 f"{describe(best) or self.name} was chosen, and failed on all of the data: {in_words(error)}. Without "

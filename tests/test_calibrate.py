@@ -25,7 +25,7 @@ from sc_noise2self._calibrate import Calibration
 from sc_noise2self._compare import COLUMNS, Comparison
 from sc_noise2self._loss import Gain, Score
 from sc_noise2self.methods import Function, Method
-from sc_noise2self.methods._function import OwnDepth
+from sc_noise2self.methods._profiles import TableProfiles
 
 
 def toward_mean(counts, share):
@@ -1028,7 +1028,9 @@ class Shrinkage(Method):
         x = counts.in_memory()
         assert len(counts.cell_names) == x.shape[0]
         out = toward_mean(x, self.share)
-        return OwnDepth(out * np.exp(self.noise * rng.normal(size=out.shape)), x)
+        return TableProfiles.of(
+            out * np.exp(self.noise * rng.normal(size=out.shape)), counts.size, counts.totals / counts.totals.sum()
+        ).scaled(0)
 
 
 def test_a_method_object_is_calibrated_by_its_fields(adata):

@@ -35,6 +35,7 @@ from .._transform import Transform
 from ..partitions import Fold
 from ._base import Learner, Method, TrialLearner, as_several, bounded_values, set_tuples
 from ._neighbors import nearest
+from ._populations import sums_of
 from ._profiles import LowRankProfiles
 from ._rank_curve import MAX_RANK, rank_curve
 from ._svd import components_of, start_block
@@ -273,14 +274,9 @@ def gain_of_clusters(labels: np.ndarray, fold: Fold) -> Gain:
 def molecules_of(labels: np.ndarray, counts: sp.csr_matrix | Chunks) -> np.ndarray:
     """Return the molecules of each gene in each cluster, float64 of shape (clusters, genes)."""
     n_clusters = int(labels.max()) + 1
-
-    def summed(part: sp.csr_matrix, own: np.ndarray) -> np.ndarray:
-        belongs = sp.csr_matrix((np.ones(len(own)), (own, np.arange(len(own)))), shape=(n_clusters, len(own)))
-        return (belongs @ part).toarray()
-
     if not isinstance(counts, Chunks):
-        return summed(counts, labels)
-    return counts.run(lambda block: Partial([summed(block.counts, labels[block.cells])])).sums[0]
+        return sums_of(counts, labels, n_clusters)
+    return counts.run(lambda block: Partial([sums_of(block.counts, labels[block.cells], n_clusters)])).sums[0]
 
 
 def shrunk_shares(molecules: np.ndarray, totals: np.ndarray) -> np.ndarray:

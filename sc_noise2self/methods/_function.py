@@ -22,11 +22,11 @@ from anndata import AnnData
 from .._blocks import Counts
 from .._checks import check_one_of
 from .._compare import Parameters, describe
-from .._counts import column_sums, row_sums
+from .._counts import row_sums
 from .._transform import Transform, TransformName, rates
 from ..partitions import LazyRows, Rows, as_numbers
 from ._base import Method
-from ._profiles import Index, Profiles, TableProfiles
+from ._profiles import Profiles, TableProfiles
 
 _NEGATIVE = 0.1  # share of all that is negative, above which values are no expected counts
 _LARGEST = 1e30  # value whose sums are still numbers in single precision
@@ -202,31 +202,6 @@ class _Fit:
         predicted = self.fitted.predict(given, **of_predict)
         _check_unchanged(self.counts, given, name)
         return checked_rows(predicted, name, self.about)
-
-
-@dataclass(frozen=True, eq=False)
-class OwnDepth(Profiles):
-    """Expected counts at each cell's observed depth; a cell of which nothing was predicted has the mean profile."""
-
-    expected: Rows
-    observed: sp.csr_matrix
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.observed.shape
-
-    def of_cells(self, cells: np.ndarray) -> OwnDepth:
-        return OwnDepth(LazyRows(lambda rows: self.expected[cells[rows]]), self.observed[cells])
-
-    def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
-        cells = np.arange(self.shape[0])[cells]
-        out = self.expected[cells].astype(np.float32)
-        total = out.sum(axis=1, dtype=np.float64)
-        if (total == 0).any():
-            out[total == 0] = column_sums(self.observed)
-            total[total == 0] = self.observed.sum(dtype=np.float64)
-        out *= (row_sums(self.observed[cells]) / total).astype(np.float32)[:, None]
-        return out[:, genes]
 
 
 def checked_rows(out: Any, name: str, about: Counts) -> Rows:

@@ -280,9 +280,9 @@ def clusters_of(sketch: np.ndarray, n_clusters: int) -> np.ndarray:
 
 
 def sums_of(values: sp.csr_matrix | np.ndarray, population: np.ndarray, n_populations: int) -> np.ndarray:
-    """Return sums over the cells of each population, float64 of shape (populations, genes)."""
-    cells = np.arange(len(population))
-    one = sp.csr_matrix((np.ones(len(cells), np.float32), (population, cells)), (n_populations, len(cells)))
+    """Return sums over the cells of each population, float64 of shape (populations, genes), exact for counts."""
+    cells, dtype = np.arange(len(population)), np.float64 if sp.issparse(values) else np.float32
+    one = sp.csr_matrix((np.ones(len(cells), dtype), (population, cells)), (n_populations, len(cells)))
     found = one @ values
     return np.asarray(found.toarray() if sp.issparse(found) else found, dtype=np.float64)
 

@@ -111,8 +111,10 @@ def rank_curve(
     """
     transform = transform or ("log1p" if protocol == "loo" else "sqrt")
     center = protocol == "loo" if center is None else center
-    hide = _HiddenGenes if protocol == "bcv" else _HiddenMolecules
-    hidden = [hide(protocol, chunks.shape, rng, phi) for _ in range(n_splits)]
+    hidden = [
+        _HiddenGenes(chunks.shape, rng) if protocol == "bcv" else _HiddenMolecules(protocol, chunks.shape, rng, phi)
+        for _ in range(n_splits)
+    ]
 
     def sizes(block: Block) -> Partial:
         return Partial(rows=[size for each in hidden for size in each.sizes(block)])
@@ -199,9 +201,7 @@ class _HiddenMolecules:
 class _HiddenGenes:
     """A split: half of the genes in a group of cells, for every half and group."""
 
-    def __init__(
-        self, protocol: Protocol, shape: tuple[int, int], rng: np.random.Generator, phi: np.ndarray | None = None
-    ) -> None:
+    def __init__(self, shape: tuple[int, int], rng: np.random.Generator) -> None:
         self.transforms: Sequence[Transform] = ()
         genes = random_groups(shape[1], 2, rng) == 0
         self._hidden = genes, ~genes
