@@ -289,9 +289,9 @@ def test_counts_are_read_as_often_as_is_documented(counts, few_cells, monkeypatc
 
     assert n_passes(n2s.select_rank, counts, max_rank=12) == 1 + 8
     # Checked; halves: sizes, genes, components (2), worth and noise edge;
-    # all molecules: sizes, genes, components (3), scores
+    # all molecules: sizes, genes, components (3); their scores came with the populations below, in one pass less
     # the gain: scale of genes, totals of halves, gains; and populations in some cells, here all: of halves, of all
-    assert n_passes(n2s.denoise, counts, write_layer=False) == 1 + 5 + 6 + 3 + 3
+    assert n_passes(n2s.denoise, counts, write_layer=False) == 1 + 5 + 5 + 3 + 3
 
 
 class Bars:

@@ -113,7 +113,7 @@ def test_truncation_and_held_out_cells_are_their_definitions(center):
 
 def bi_cross_validated(x, max_rank):
     """Which genes are hidden, the groups of cells, and the loss of the first group of cells."""
-    hidden = _HiddenGenes("bcv", x.shape, np.random.default_rng(7))
+    hidden = _HiddenGenes(x.shape, np.random.default_rng(7))
     genes, groups = hidden._hidden[0], hidden._group
     size = np.asarray(x[:, np.flatnonzero(~genes)].sum(axis=1)).ravel()
     hidden.transforms = [Transform("none", float(np.median(size)))] * 2
