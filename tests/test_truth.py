@@ -24,8 +24,10 @@ def two_species(real_data):
     return ad.AnnData(counts), species[order], np.repeat([0, 1], [x.shape[1] for x in parts])
 
 
-@pytest.mark.parametrize("method", ["pca", "diffusion"])
+@pytest.mark.parametrize("method", ["pca", "diffusion", "autoencoder"])
 def test_no_cell_is_given_genes_of_another_species(two_species, method):
+    if method == "autoencoder":
+        pytest.importorskip("torch")
     adata, cells, genes = two_species
     n2s.denoise(adata, method)
     values = adata.layers["denoised"]
