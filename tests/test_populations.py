@@ -208,3 +208,16 @@ def test_rates_that_are_kept_change_no_value(adata, method, monkeypatch):
     found.append(n2s.denoise(adata, method, copy=True))
     np.testing.assert_array_equal(*(each.layers["denoised"] for each in found))
     np.testing.assert_array_equal(*(each.uns["denoised"]["candidates"]["gain"] for each in found))
+
+
+def test_any_cells_may_be_asked_for_while_rates_are_kept():
+    rng = np.random.default_rng(0)
+    scores, loadings = rng.normal(size=(30, 4)), rng.normal(size=(12, 4))
+    of_rates = "log1p", scores.astype(np.float32), np.abs(loadings).astype(np.float32)
+    profiles = LowRankProfiles.unscaled(
+        *of_rates, rng.integers(5, 90, 30).astype(float), np.full(12, 1 / 12)
+    ).balanced()
+    whole = profiles.counts()
+    for cells in (slice(0, 20), slice(0, 20, 2), slice(5, 20), np.arange(0, 20, 3)):
+        np.testing.assert_array_equal(profiles.counts(cells), whole[cells])
+        np.testing.assert_array_equal(profiles.counts(cells, slice(2, 9)), whole[cells, 2:9])

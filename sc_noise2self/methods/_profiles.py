@@ -93,7 +93,7 @@ class ScaledProfiles(Profiles):
     population: np.ndarray  # of each cell, whole numbers
     populations: Populations
     source: ClassVar[str]  # what rates are made of, with a row for each cell
-    _kept: dict[tuple[int, int], np.ndarray] | None = field(default=None, init=False)  # rates by block, once `balanced`
+    _kept: dict[tuple[Any, ...], np.ndarray] | None = field(default=None, init=False)  # rates by block, once `balanced`
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -118,7 +118,7 @@ class ScaledProfiles(Profiles):
         """Return the rates of cells, kept where `balanced` said that another pass follows."""
         if self._kept is None or not isinstance(rows, slice):
             return rates_of(rows)
-        key = rows.start, rows.stop
+        key = rows.start, rows.stop, rows.step
         if key not in self._kept:
             self._kept[key] = rates_of(rows)
         return self._kept[key].copy()
