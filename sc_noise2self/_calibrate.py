@@ -333,7 +333,7 @@ class _Runner:
             if isinstance(values, np.ndarray):
                 return out
             size, totals = row_sums(values), column_sums(values)
-            return TableProfiles.of(out, size, totals / totals.sum()).scaled(n_rounds=0).counts()
+            return TableProfiles.of(out, size, totals / totals.sum()).counts()
         except (Exception, SystemExit) as error:
             raise ValueError(
                 f"{describe(best) or self.name} was chosen, and failed on all of the data: {in_words(error)}. Without "

@@ -79,14 +79,14 @@ class Selection:
     def refit(self, counts: Counts, rng: np.random.Generator) -> list[Part]:
         """Return the parts of the result, fitted to all molecules; their weights sum to 1.
 
-        The weight of a choice was learned for one fit of it. Where it is a mean of several, the first has that weight,
-        and the others come to it.
+        The weight of a choice was learned for one fit of it; a result that counts for several has that much more.
         """
         found = []
         for choice in self.choices:
             choice.learner.refinement = choice.refinement
             parts = parts_of(choice.learner.refit(counts, choice.setting, rng))
-            found += [Part(choice, profiles, choice.weight * share / parts[0][1]) for profiles, share in parts]
+            weight = choice.weight * choice.learner.counts_for
+            found += [Part(choice, profiles, weight * share) for profiles, share in parts]
         total = sum(part.weight for part in found)
         return [part._replace(weight=part.weight / total) for part in found]
 

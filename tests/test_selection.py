@@ -1,5 +1,7 @@
 """Choosing and combining denoisers by the gain on held-out molecules, and mixing the counts back in."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -8,6 +10,7 @@ from helpers import divergence, low_rank_profiles, poisson_counts
 import sc_noise2self as n2s
 from sc_noise2self._blocks import Counts, InMemory
 from sc_noise2self._choose import denoised, mixture_weights, select
+from sc_noise2self.methods import Method
 from sc_noise2self.methods._mixing import PHI, dispersion_curves, dispersions, scales_of_cells
 from sc_noise2self.methods._pca import PCALearner
 from sc_noise2self.methods._profiles import MixedProfiles, WeightedProfiles, combine, mean_profiles
@@ -99,6 +102,29 @@ def test_methods_of_one_name_are_told_apart(counts):
     two = [n2s.KNN(n_neighbors=n, n_pcs=5, n_components=10).checked(Counts.of(counts)) for n in (10, 40)]
     labels = list(run(two, counts, average=True).comparison.table()["label"])
     assert labels == ["mean, as it is", "knn, 5 PCs, 10 neighbors", "knn 2, 5 PCs, 40 neighbors"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TwoPCAs(Method):
+    """A method of one's own whose result is a mean of two."""
+
+    name = "two"
+    title = "the mean of two"
+
+    def denoise_counts(self, counts, rng):
+        one, other = (denoised([n2s.PCA(transform=name).checked(counts)], counts, rng) for name in ("log1p", "none"))
+        return combine([one, other], [0.5, 0.5])
+
+
+def test_a_mean_of_ones_own_keeps_the_weight_that_was_learned_for_it(counts):
+    selection = run([TwoPCAs(), n2s.KNN(n_neighbors=10, n_pcs=5, n_components=10)], counts, average=True)
+    learned = {choice.learner.kind: choice.weight for choice in selection.choices}
+    parts = selection.refit(Counts.of(counts), np.random.default_rng(0))
+    found = dict.fromkeys(learned, 0.0)
+    for part in parts:
+        found[part.choice.learner.kind] += part.weight
+    assert len(parts) > len(learned)
+    assert found == pytest.approx(learned)
 
 
 def flat_profiles(n_cells, share, size):

@@ -241,6 +241,7 @@ class _AutoencoderLearner(Learner):
             replace(model, gene_scale=own.gene_scale, populations=own.populations)
             for model, own in zip(fitted, profiles, strict=True)
         ]
+        self.counts_for = float(weights.sum())
         return combine(profiles, (weights / weights.sum()).tolist())
 
     def learned(self, setting: Any) -> Learned:

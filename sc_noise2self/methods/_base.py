@@ -119,6 +119,7 @@ class Learner(ABC):
     enough_cells: int | None = None  # to choose by; None where more always tell more
     predicts_others: bool = True  # whether what was learned from some cells predicts others
     learns_alone: bool = True  # else it learns in a thread beside others
+    counts_for: float = 1.0  # what `refit` gave, in fits like those that were compared
 
     def __init__(self, name: str) -> None:
         self.kind = self.name = name  # the name is numbered where several are of one kind
