@@ -603,9 +603,9 @@ class Registered(n2s.PCA):
         (
             [
                 "autoencoder",
-                *(f"--set={each}" for each in ("width=8,32", "device=cuda:0", "batch_key=a lane", "dropout=.2")),
+                *(f"--set={each}" for each in ("width=8,32", "device=cuda:0", "batch_key=a lane", "prior_scale=.2")),
             ],
-            n2s.Autoencoder(width=(8, 32), device="cuda:0", batch_key="a lane", dropout=0.2),
+            n2s.Autoencoder(width=(8, 32), device="cuda:0", batch_key="a lane", prior_scale=0.2),
         ),
         (["pca", "--set", "transform=none", "--method", "diffusion"], [n2s.PCA(transform="none"), "diffusion"]),
         (["ensemble"], "ensemble"),

@@ -221,7 +221,6 @@ def test_arguments_of_a_wrong_kind_are_refused_in_a_sentence(adata, options, err
         (lambda: n2s.Autoencoder(batch_key=["a"]), TypeError, r"batch_key is \['a'\]: pass a name"),
         (lambda: n2s.Autoencoder(n_epochs=0), ValueError, "n_epochs is 0: pass a whole number"),
         (lambda: n2s.Autoencoder(learning_rate=0), ValueError, "learning_rate is 0: pass a number above"),
-        (lambda: n2s.Autoencoder(dropout=1.5), ValueError, "dropout is 1.5: pass a number"),
         (lambda: n2s.Autoencoder(loss="zinb"), ValueError, "loss is 'zinb': pass one of multinomial, poisson"),
         (lambda: n2s.Autoencoder(n_seeds=0), ValueError, "n_seeds is 0: pass a whole number"),
         (lambda: n2s.Autoencoder(epochs=5), TypeError, "unexpected keyword argument 'epochs'"),

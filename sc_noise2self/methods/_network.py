@@ -260,17 +260,15 @@ class Network(nn.Module):
     """Scores -> hidden -> width -> hidden -> genes, with linear ways around both hidden layers.
 
     `start` is the output of every gene before training, shape (genes,). The decoder's hidden layer, whose units are
-    factors of the result, sees the batch, and each batch has an offset for every gene. Dropout is the encoder's alone.
+    factors of the result, sees the batch, and each batch has an offset for every gene.
     """
 
     in_bfloat16 = False  # whether the layer of genes, which nearly all operations are of, is computed in bfloat16
 
-    def __init__(
-        self, scores: PrincipalScores, width: int, n_hidden: int, start: np.ndarray, n_batches: int, dropout: float
-    ) -> None:
+    def __init__(self, scores: PrincipalScores, width: int, n_hidden: int, start: np.ndarray, n_batches: int) -> None:
         super().__init__()
         n_inputs = scores.components.shape[1]
-        self.scores, self.n_batches, self.dropout = scores, n_batches, dropout
+        self.scores, self.n_batches = scores, n_batches
         self.encoder = nn.Linear(n_inputs, n_hidden)
         self.code = nn.Linear(n_hidden, width)
         self.code_linear = nn.Linear(n_inputs, width, bias=False)
@@ -288,9 +286,9 @@ class Network(nn.Module):
         scores = PrincipalScores(*(arrays[f"scores.{name}"] for name in PrincipalScores.NAMES))
         (width, n_hidden), n_batches = arrays["code.weight"].shape, len(arrays["batch_offsets"])
         with torch.device("meta"):  # draws no random numbers
-            network = cls(scores, width, n_hidden, arrays["genes.bias"], n_batches, dropout=0)
+            network = cls(scores, width, n_hidden, arrays["genes.bias"], n_batches)
         network.load_state_dict(state, assign=True)
-        return network.eval()
+        return network
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return all parameters by name, those of the fixed first layer among them, float32."""
@@ -304,8 +302,7 @@ class Network(nn.Module):
     def bottleneck(self, entries: Entries) -> Tensor:
         """Return the code of each cell, shape (cells, width)."""
         scores = self.scores(entries)
-        hidden = F.dropout(F.relu(self.encoder(scores)), self.dropout, self.training)
-        return self.code(hidden) + self.code_linear(scores)
+        return self.code(F.relu(self.encoder(scores))) + self.code_linear(scores)
 
     def factors(self, entries: Entries) -> Tensor:
         """Return what the output is linear in, shape (cells, hidden + batches)."""
