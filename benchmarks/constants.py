@@ -71,8 +71,13 @@ OF_PCA: list[tuple[str, str, dict[str, Any]]] = [
 ]
 OF_AUTOENCODER: list[tuple[str, str, dict[str, Any]]] = [
     ("scale of the prior of genes' weights, 0.08", "prior_scale", {"0.04": 0.04, "0.16": 0.16}),
-    ("dropout, 0.1", "dropout", {"0.05": 0.05, "0.2": 0.2}),
     ("learning rate, 0.007", "learning_rate", {"halved": 0.5, "doubled": 2.0}),
+    ("second beta of Adam, 0.95", "methods._training._BETAS", {"0.9": (0.9, 0.9), "0.98": (0.9, 0.98)}),
+    ("power of time that states weigh with, 3", "methods._training._LATE", {"1": 1, "8": 8}),
+    ("steps between states that are averaged, 4", "methods._training._AVERAGED", {"1": 1, "16": 16}),
+    ("cells shown in training, 120 000", "methods._autoencoder._CELLS_SHOWN", {"60 000": 60_000, "240 000": 240_000}),
+    ("checks without a better one before training stops, 3", "methods._training._PATIENCE", {"2": 2, "6": 6}),
+    ("cells a step, 128 or more", "batch_size", {"64": 64, "256": 256}),
     ("units of hidden layers, twice the width", "n_hidden", {"64": 64, "512": 512}),
     ("components that a cell enters by, 100", "n_components", {"50": 50, "200": 200}),
     (
@@ -80,8 +85,6 @@ OF_AUTOENCODER: list[tuple[str, str, dict[str, Any]]] = [
         "methods._network_losses.Multinomial.shares",
         {"0.2 to 0.9": (0.2, 0.9), "0.4 to 0.8": (0.4, 0.8)},
     ),
-    ("cells shown in training, 60 000", "methods._autoencoder._CELLS_SHOWN", {"30 000": 30_000, "120 000": 120_000}),
-    ("checks without a better one before training stops, 3", "methods._training._PATIENCE", {"2": 2, "6": 6}),
 ]
 CONSTANTS = {"pca": OF_PCA, "autoencoder": OF_AUTOENCODER}
 METHODS = {"pca": n2s.PCA, "autoencoder": n2s.Autoencoder}

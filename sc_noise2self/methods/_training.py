@@ -23,8 +23,8 @@ from .._warnings import warn
 from ._network import AnyCounts, Entries, Network, Process
 from ._network_losses import Loss
 
-_CHECKS = 10  # of the validation molecules, in a run
-_PATIENCE = 2  # checks without a better one before training stops
+_SPACING = 20, 5  # validation molecules are predicted again after this part of all epochs, and of those so far
+_PATIENCE = 3  # checks without a better one before training stops
 _BETAS = 0.9, 0.95  # of Adam: with the usual 0.999 wide networks diverge at a constant learning rate
 _AVERAGED = 4  # steps from one state that enters the average to the next
 _LATE = 3  # the power of time that states weigh with in it
@@ -113,6 +113,7 @@ def train(
     average = Average(parts)
     history = History()
     best: dict[str, Tensor] = {}
+    next_check = max(1, schedule.n_epochs // _SPACING[0])
     with progress_bar(schedule.name, schedule.n_epochs) as bar:
         for epoch in range(1, schedule.n_epochs + 1):
             mean = _epoch(stepped, counts, rng, batch_size, optimizer, lambda: average.add(parts))
@@ -127,8 +128,9 @@ def train(
                 warn(f"{message} The state after epoch {history.checked[history.best]} is kept.")
                 break
             history.losses.append(mean)
-            if epoch % max(1, schedule.n_epochs // _CHECKS) and epoch != schedule.n_epochs:
+            if epoch < min(next_check, schedule.n_epochs):
                 continue
+            next_check = epoch + max(1, schedule.n_epochs // _SPACING[0], epoch // _SPACING[1])
             measured = torch.tensor(check(average.parts.network).mean, dtype=torch.float64)
             gain = float(_of_first(measured, counts.device))
             if not history.gains or gain > max(history.gains):
