@@ -2,8 +2,8 @@
 
 Every step deals the molecules of a batch of cells anew to a part that the network sees and a part that it must
 predict (Noise2Self, Batson & Royer 2019, section 3.1, with unlimited splits); one fixed split would be learned by
-heart. A tenth of the molecules of some cells is never trained on: their held-out gain says when to stop, which state
-was best, and which width.
+heart. A network is the average of the states that training passes through. A tenth of the molecules of some cells is
+never trained on: their held-out gain says when to stop, and which width.
 
 PyTorch is imported when it is used, not before.
 """
@@ -93,7 +93,7 @@ class Autoencoder(Method):
         Standard deviation of the Gaussian prior on the weights of each gene. Against the likelihood of the gene's own
         molecules it keeps a rare gene near its mean and lets an abundant one go where its molecules say.
     n_epochs
-        Epochs at most. None takes as many as show 60 000 cells, at least 12 and at most 100; of more than 270 000 cells
+        Epochs at most. None takes as many as show 120 000 cells, at least 12 and at most 100; of more than 270 000 cells
         fewer, as many as make 800 steps of the largest batches.
     batch_size
         Cells a step. None takes 128, or more for many cells, so that training has 800 steps; at most 4096.
