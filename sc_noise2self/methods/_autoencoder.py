@@ -93,8 +93,8 @@ class Autoencoder(Method):
         Standard deviation of the Gaussian prior on the weights of each gene. Against the likelihood of the gene's own
         molecules it keeps a rare gene near its mean and lets an abundant one go where its molecules say.
     n_epochs
-        Epochs at most. None takes as many as show 120 000 cells, at least 12 and at most 100; of more than 270 000 cells
-        fewer, as many as make 800 steps of the largest batches.
+        Epochs at most. None takes as many as show 120 000 cells, at least 12 and at most 100; of more than 270 000
+        cells fewer, as many as make 800 steps of the largest batches.
     batch_size
         Cells a step. None takes 128, or more for many cells, so that training has 800 steps; at most 4096.
 
