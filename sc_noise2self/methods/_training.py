@@ -94,8 +94,8 @@ def train(
     """Train in place, and leave network and loss in the average of states with the largest gain by `check`.
 
     The learning rate is constant, and the states along the way are averaged (`Average`), which serves at any time: how
-    long training will be need not be known, and it ends when the gain no longer rises. Cells without molecules are left out;
-    `rng` orders the others. A loss that is not finite before the first check is an error.
+    long training will be need not be known, and it ends when the gain no longer rises. Cells without molecules are left
+    out; `rng` orders the others. A loss that is not finite before the first check is an error.
     """
     parts = Compared(network, loss, counts.device)
     counts.process = Process(distributed.get_rank(), distributed.get_world_size()) if _is_shared() else Process()
