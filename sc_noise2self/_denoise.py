@@ -25,7 +25,7 @@ from ._choose import Selection, numbered, select
 from ._memory import check_fits_memory
 from ._random import RandomState, as_generator
 from ._replace import check_target
-from ._result import Member, Result, weights_by, write
+from ._result import Member, Result, described_by, write
 from ._slots import check_key
 from ._threads import one_blas_thread
 from ._warnings import recorded_warnings, warn
@@ -337,5 +337,7 @@ def _plain(value: Any) -> Any:
 def _described(result: Result) -> str:
     if not result.beats_mean:
         return "the mean profile, which nothing beats; the best of what was tried"
-    weights = weights_by([each.learned.described for each in result.members], [each.weight for each in result.members])
+    weights = described_by(
+        [each.learned.described for each in result.members], [each.weight for each in result.members]
+    )
     return "; ".join(name if len(weights) == 1 else f"{weight:.2f} x {name}" for name, weight in weights.items())

@@ -14,7 +14,7 @@ from ._checks import check_flag
 from ._intervals import strata_of
 from ._loss import Score
 from ._read import clear_gains, gains_of_genes, record, sizes
-from ._result import weights_by
+from ._result import described_by, weights_by
 from ._slots import in_memory
 
 
@@ -214,7 +214,7 @@ def _paragraph(adata: AnnData, key: str, figures: pd.DataFrame) -> str:
 def _how(written: Mapping[str, Any], *, brief: bool = False) -> str:
     """Return what was done to which counts; of several members, `brief` gives their titles alone."""
     params, members = written["params"], written["members"]
-    weights = weights_by(members["described"], members["weight"])
+    weights = described_by(members["described"], members["weight"])
     parts = list(weights)
     if len(parts) > 1:
         weights = weights_by(members["title"], members["weight"]) if brief else weights

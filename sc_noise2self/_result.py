@@ -8,6 +8,7 @@ that `h5ad` and `zarr` keep. No reader parses text or knows the name of a method
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -170,6 +171,13 @@ def weights_by(names: Sequence[str], weights: Sequence[float]) -> dict[str, floa
     for name, weight in zip(names, weights, strict=True):
         found[str(name)] = found.get(str(name), 0.0) + float(weight)
     return found
+
+
+def described_by(described: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
+    """Return the weights of members by what they are, of how many fits each is the mean."""
+    times = Counter(map(str, described))
+    found = weights_by(described, weights)
+    return {f"{name}, the mean of {times[name]} fits" if times[name] > 1 else name: found[name] for name in found}
 
 
 def plain_table(table: pd.DataFrame) -> pd.DataFrame:

@@ -133,11 +133,13 @@ def test_report_of_a_model_applied_to_other_cells(adata, tmp_path):
     old, new = adata[:200].copy(), adata[200:].copy()
     network = n2s.Autoencoder(width=8, device="cpu", n_hidden=32, n_epochs=40)
     n2s.denoise(old, network, save_model=tmp_path / "m.pt")
-    said = "An autoencoder (width 8, the mean of 3 networks) of the counts in X"
+    said = "An autoencoder (width 8), the mean of 3 fits of the counts in X"
     assert n2s.report(old, detail=True).startswith(said)
     n2s.denoise_with(new, tmp_path / "m.pt", device="cpu")
     text = n2s.report(new, detail=True)
-    assert text.startswith("A model fitted to other cells, an autoencoder (width 8), applied to the counts in X")
+    assert text.startswith(
+        "A model fitted to other cells, an autoencoder (width 8), the mean of 3 fits, applied to the counts in X"
+    )
     assert "From half of these cells' molecules" in text
     molecules = np.asarray(new.X.sum(axis=0)).ravel()
     mean = np.nansum(new.var["denoised_gain"] * molecules) / molecules.sum()

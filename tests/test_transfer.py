@@ -140,7 +140,7 @@ def test_networks_of_halves_join_that_of_all_and_are_together_nearer_to_the_trut
     record = adata.uns["denoised"]
     assert list(record["members"]["name"]) == ["autoencoder", "autoencoder 2", "autoencoder 3"]
     np.testing.assert_allclose(record["members"]["weight"], [0.5, 0.25, 0.25])  # by the molecules they learned from
-    assert "An autoencoder (width 16, the mean of 3 networks) of the counts" in str(n2s.report(adata))
+    assert "An autoencoder (width 16), the mean of 3 fits of the counts" in str(n2s.report(adata))
     each = [divergence(truth, member.counts()) for member in profiles(adata).members]
     assert divergence(truth, adata.layers["denoised"]) < np.average(each, weights=record["members"]["weight"])
 

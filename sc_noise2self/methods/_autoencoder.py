@@ -240,8 +240,7 @@ class _AutoencoderLearner(Learner):
         return combine(profiles, (weights / weights.sum()).tolist())
 
     def learned(self, setting: Any) -> Learned:
-        history, n_networks = self._fitted.history, len(self.models)
-        networks = f", the mean of {n_networks} networks" if n_networks > 1 else ""
+        history = self._fitted.history
         table = self._choice.comparison.table("one_standard_error", last=True, gain=True)
         values = {
             "table": table.drop(columns=["seconds", "failure"]),
@@ -249,7 +248,7 @@ class _AutoencoderLearner(Learner):
             "checked_epochs": np.array(history.checked),
             "checked_gains": np.array(history.gains),
         }
-        return Learned(self._options.title, self._options.described(f"{setting}{networks}"), self.width, values)
+        return Learned(self._options.title, self._options.described(setting), self.width, values)
 
     @_in_device_memory
     def _fit(
