@@ -19,6 +19,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from ._counts import column_sums, row_sums
+from ._memory import available_memory
 from ._progress import progress_bar
 from ._threads import alone, in_threads, one_blas_thread
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 _ENTRIES = 1 << 25  # at most, of a dense block: 13 MB of counts where a twentieth is not zero
 _STRETCH, _STRETCHES = 1000, 20  # cells read in a row, and how often, where cells are wanted in random order
+_BYTES = 8  # of an entry of CSR in memory
+_MOST_KEPT = 0.2  # of the memory that is free, for entries that are kept; for a moment they take twice that
 _FAN_IN = 8  # partial sums that a Dask task adds up
 
 Out = TypeVar("Out")
@@ -129,9 +132,17 @@ class Chunks(ABC):
         """Return some of the cells, by number in rising order: all of these, or held in memory."""
         return self if len(cells) == self.shape[0] else InMemory(self.take(cells))
 
-    def of_genes(self, genes: np.ndarray) -> OfGenes:
+    def of_genes(self, genes: np.ndarray) -> Chunks:
         """Return some of the genes, boolean of shape (genes,)."""
         return OfGenes(self, genes)
+
+    def keeps(self, n_entries: int) -> bool:
+        """Return whether so many entries, made of blocks, may be kept in memory instead of being made in every pass."""
+        return False
+
+    def like(self, blocks: np.ndarray) -> Chunks:
+        """Return other counts of the same cells: those that `as_row` made of blocks."""
+        return _InBlocks(blocks, self.shape[0], self._rows)
 
     def in_memory(self) -> sp.csr_matrix:
         """Return all counts, CSR float32."""
@@ -190,6 +201,18 @@ class _Local(Chunks):
         n_blocks = -(-self.shape[0] // self._rows)
         return _gathered(progress_bar("reading counts", n_blocks, iterable=self.in_turn(work, to_block)))
 
+    def of_genes(self, genes: np.ndarray) -> Chunks:
+        columns = np.flatnonzero(genes)
+        ((n_entries,),) = self.run(
+            lambda block: Partial([np.array([np.count_nonzero(genes[block.counts.indices])])])
+        ).sums
+        if not self.keeps(int(n_entries)):
+            return OfGenes(self, genes)
+        return self.like(self.run(lambda block: Partial(rows=[as_row(block.counts[:, columns])])).rows[0])
+
+    def keeps(self, n_entries: int) -> bool:
+        return _BYTES * n_entries <= _MOST_KEPT * available_memory()
+
     def _of_blocks(self, work: Callable[[Block], Any], cells: np.ndarray) -> Iterable[Any]:
         bounds = np.searchsorted(cells, range(0, self.shape[0] + self._rows, self._rows))
         spans = [cells[first:last] for first, last in pairwise(bounds) if first < last]
@@ -234,6 +257,28 @@ class _OfCells(_Local):
         return self._counts[self._cells[start:stop]]
 
 
+class _InBlocks(_Local):
+    """Counts of blocks as they were made, which are not copied into one matrix."""
+
+    def __init__(self, blocks: np.ndarray, n_cells: int, rows: int) -> None:
+        super().__init__((n_cells, blocks[0].shape[1]), rows)
+        self._blocks = blocks
+
+    def stored(self, start: int, stop: int) -> Any:
+        first = start // self._rows
+        found = _stacked(list(self._blocks[first : -(-stop // self._rows)]))
+        if stop - start == found.shape[0]:
+            return found
+        return found[start - first * self._rows : stop - first * self._rows]
+
+
+def as_row(counts: sp.csr_matrix) -> np.ndarray:
+    """Return the counts of a block as one row of a `Partial`, for `Chunks.like`."""
+    row = np.empty(1, object)
+    row[0] = counts
+    return row
+
+
 def as_chunks(counts: Chunks | sp.csr_matrix) -> Chunks:
     """Return counts as chunks."""
     return counts if isinstance(counts, Chunks) else InMemory(counts)
@@ -266,16 +311,25 @@ class OnDisk(_Local):
 
     def __init__(self, dataset: Any, rows: int | None = None) -> None:
         super().__init__(dataset.shape, rows)
-        self._dataset = dataset
+        self._dataset, self._indptr = dataset, None
         with _reading("the stored matrix"):
             if dataset.dtype.kind not in "biuf":
                 raise ValueError(f"it holds {dataset.dtype}, and counts are numbers")
             if hasattr(dataset, "group"):
-                _check_rows(dataset.group, dataset.shape[0])
+                self._indptr = _checked_indptr(dataset.group, dataset.shape[0])
 
     def stored(self, start: int, stop: int) -> Any:
         with _reading(f"cells {start} to {stop - 1} of the stored matrix"):
-            return _checked(self._dataset[start:stop], (stop - start, self.shape[1]))
+            return _checked(self._rows_from(start, stop), (stop - start, self.shape[1]))
+
+    def _rows_from(self, start: int, stop: int) -> Any:
+        if self._indptr is None:
+            return self._dataset[start:stop]
+        # anndata's own slice takes as long again for what has nothing to do with the rows.
+        group, indptr = self._dataset.group, self._indptr[start : stop + 1]
+        here = slice(int(indptr[0]), int(indptr[-1]))
+        arrays = group["data"][here], group["indices"][here], indptr - indptr[0]
+        return sp.csr_matrix(arrays, shape=(stop - start, self.shape[1]), copy=False)
 
 
 class OnDask(Chunks):
@@ -377,8 +431,8 @@ def _reading(what: str) -> Iterator[None]:
         raise ValueError(f"{what} cannot be read: {why}.") from error
 
 
-def _check_rows(stored: Any, n_rows: int) -> None:
-    """Refuse CSR whose rows are not where it says: to follow it would read other memory."""
+def _checked_indptr(stored: Any, n_rows: int) -> np.ndarray:
+    """Return where the rows of CSR are; refuse what cannot be right: to follow it would read other memory."""
     indptr, n_values = np.asarray(stored["indptr"]), stored["data"].shape[0]
     if indptr.dtype.kind not in "iu" or indptr.shape != (n_rows + 1,) or stored["indices"].shape != (n_values,):
         raise ValueError(f"its indptr, indices and data do not fit {n_rows} rows")
@@ -388,6 +442,7 @@ def _check_rows(stored: Any, n_rows: int) -> None:
     for name in ("data", "indices"):
         if n_values > n_rows and _n_missing(stored[name]):
             raise ValueError(f"{_n_missing(stored[name])} chunks of its {name} are missing")
+    return indptr
 
 
 def _n_missing(array: Any) -> int:

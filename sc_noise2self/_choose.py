@@ -119,7 +119,7 @@ def select(
             learner.forget()
     if len(cells) < chunks.shape[0]:
         for learner in chosen:
-            learner.learn_all(chunks, keys, rng)
+            learner.learn_all(counts, keys, rng)
     measured = np.arange(chunks.shape[0]) if all(learner.predicts_others for learner in chosen) else cells
     sample = Sample.of(chunks, keys, measured[_some(rng, len(measured), _MEASURED // n_genes)])
     measure, predict = Measurement(sample), _Prediction(choices, sample)

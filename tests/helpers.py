@@ -82,7 +82,7 @@ class PCAEstimator:
         self.n_components = n_components
 
     def fit(self, counts):
-        (self.components_,) = learn_components(counts, self.transform, self.n_components, np.random.default_rng(0))
+        self.components_ = learn_components(counts, self.transform, self.n_components, np.random.default_rng(0))
         return self
 
     def predict(self, counts, *, rank):

@@ -13,7 +13,7 @@ import scipy.sparse as sp
 from helpers import dense, low_rank_profiles, poisson_counts, scanpy_settings
 
 import sc_noise2self as n2s
-from sc_noise2self import _progress
+from sc_noise2self import _blocks, _progress
 from sc_noise2self._anndata import chunks_of
 from sc_noise2self._blocks import InMemory, OnDask, OnDisk, Partial, block_rows
 from sc_noise2self._counts import column_sums, row_sums
@@ -74,6 +74,38 @@ def test_every_source_gives_the_same_sums_and_rows(counts, kind, rows):
     np.testing.assert_array_equal(chunks.in_memory().toarray(), counts.toarray())
     genes = np.arange(40) % 3 == 0
     np.testing.assert_array_equal(chunks.of_genes(genes).run(of_all).sums[0], totals[genes])
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_some_genes_are_those_of_the_whole_kept_or_not(counts, kept, monkeypatch):
+    monkeypatch.setattr(_blocks, "available_memory", lambda: 10**9 if kept else 0)
+    genes = np.arange(40) % 3 == 0
+    own, chunks = counts[:, genes], InMemory(counts, 50).of_genes(genes)
+    assert isinstance(chunks, _blocks.OfGenes) != kept
+    np.testing.assert_array_equal(chunks.run(of_all).sums[0], column_sums(own))
+    np.testing.assert_array_equal(chunks.in_memory().toarray(), own.toarray())
+    for start, stop in [(0, 50), (10, 20), (40, 130), (200, 230), (0, 230)]:
+        np.testing.assert_array_equal(sp.csr_matrix(chunks.stored(start, stop)).toarray(), own[start:stop].toarray())
+        np.testing.assert_array_equal(
+            chunks.part(slice(start, stop), np.arange(5)).toarray(), own[start:stop, :5].toarray()
+        )
+    cells = np.array([3, 49, 50, 229])
+    np.testing.assert_array_equal(chunks.take(cells).toarray(), own[cells].toarray())
+
+
+def test_genes_that_determine_the_scores_are_read_once_and_give_the_same_bytes(counts, few_cells, monkeypatch):
+    adata, genes = ad.AnnData(counts), np.arange(40) < 25
+    reads, found = [], []
+    stored = InMemory.stored
+    monkeypatch.setattr(InMemory, "stored", lambda self, *rows: reads.append(rows) or stored(self, *rows))
+    for memory in (10**9, 0):
+        monkeypatch.setattr(_blocks, "available_memory", lambda free=memory: free)
+        reads.clear()
+        rank = n2s.select_rank(adata, mask_var=genes)
+        n2s.denoise(adata, mask_var=genes, write_layer=False)
+        found.append((rank, *(adata.obsm[key].tobytes() for key in ("denoised", "denoised_scale")), len(reads)))
+    assert found[0][:-1] == found[1][:-1]
+    assert found[0][-1] < found[1][-1]
 
 
 def test_blocks_hold_no_zeros_and_repeat_no_entries():
@@ -288,10 +320,10 @@ def test_counts_are_read_as_often_as_is_documented(counts, few_cells, monkeypatc
         return sum(shape == counts.shape for shape in passes)
 
     assert n_passes(n2s.select_rank, counts, max_rank=12) == 1 + 8
-    # Checked; halves: sizes, genes, components (2), worth and noise edge;
-    # all molecules: sizes, genes, components (3); their scores came with the populations below, in one pass less
+    # Checked; halves: genes, components (2), worth and noise edge;
+    # all molecules: genes, components (3); their scores came with the populations below, in one pass less
     # the gain: scale of genes, totals of halves, gains; and populations in some cells, here all: of halves, of all
-    assert n_passes(n2s.denoise, counts, write_layer=False) == 1 + 5 + 5 + 3 + 3
+    assert n_passes(n2s.denoise, counts, write_layer=False) == 1 + 4 + 4 + 3 + 3
 
 
 class Bars:

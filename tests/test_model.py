@@ -73,7 +73,7 @@ def test_what_is_saved_is_loaded(path):
 
 def test_pca_that_was_saved_predicts_the_same(tmp_path):
     counts = poisson_counts(low_rank_profiles(80, 40, 3, seed=0), depth=300, seed=1)
-    (components,) = learn_components(counts, "sqrt", 4, np.random.default_rng(0), used=np.arange(40) > 2)
+    components = learn_components(counts, "sqrt", 4, np.random.default_rng(0), used=np.arange(40) > 2)
     weights = np.array([1, 0.9, 0.5, 0])
     found = components.weighted_profiles(counts, weights).scaled().refined(counts, Refinement(2, 0.5))
     fitted = PCAModel(components, weights, found.gene_scale, found.populations)

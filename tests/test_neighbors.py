@@ -226,7 +226,7 @@ def test_same_seed_same_bytes(simulated):
 def test_only_the_genes_asked_for_say_who_is_near(counts):
     genes = np.arange(counts.shape[1]) % 2 == 0
     found = denoised(n2s.KNN(n_neighbors=10, **SMALL), counts, genes)
-    (components,) = learn_components(counts, "log1p", 10, np.random.default_rng(0), used=genes)
+    components = learn_components(counts, "log1p", 10, np.random.default_rng(0), used=genes)
     start, size = components.coordinates(counts), np.asarray(counts.sum(axis=1)).ravel()
     near = nearest(start[:, :5], 10, np.random.default_rng(0))[1][:, :10]
     expected = np.array([np.average(start[own], axis=0, weights=size[own]) for own in near])

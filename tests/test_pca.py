@@ -13,7 +13,7 @@ every_transform = pytest.mark.parametrize("transform", ["log1p", "sqrt", "none"]
 
 
 def components_of(counts, transform, n_components, genes=None):
-    (found,) = learn_components(counts, transform, n_components, np.random.default_rng(0), used=genes)
+    found = learn_components(counts, transform, n_components, np.random.default_rng(0), used=genes)
     return found
 
 

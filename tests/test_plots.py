@@ -486,7 +486,7 @@ def test_the_noise_edge_is_the_largest_singular_value_of_noise(simulated, n_cell
 
     null = n2s.null_counts(simulated[:n_cells])
     pair = halves(null, 5, np.arange(n_cells))
-    (first,) = learn_components(pair[0], "log1p", 20, np.random.default_rng(0))
+    first = learn_components(pair[0], "log1p", 20, np.random.default_rng(0))
     edge = noise_edge(noise_squares(first, *pair), n_cells)
     assert edge == pytest.approx(first.singular_values[0], rel=0.08)
 

@@ -376,7 +376,7 @@ class _AutoencoderLearner(Learner):
         assert self._options.n_components is not None  # checked: less than the genes used
         n_components = min(self._options.n_components, max(1, len(cells) - 1))
         product = gram_product if device.type == "cpu" else gram_product_on(device)
-        (found,) = learn_components(some, "log1p", n_components, rng, n_passes=3, used=self._used, product=product)
+        found = learn_components(some, "log1p", n_components, rng, n_passes=3, used=self._used, product=product)
         components = found.vectors * found.used[:, None]
         # Where cells do not differ, the components are rounding errors, and so would be what they are divided by.
         first = replace(found, vectors=found.vectors[:, :1])

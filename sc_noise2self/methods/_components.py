@@ -13,36 +13,25 @@ Everything is learned in passes over blocks of cells (`sc_noise2self._blocks`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import scipy.optimize
 import scipy.sparse as sp
 
-from .._blocks import Block, Chunks, Partial, as_chunks
+from .._blocks import Block, Chunks, Partial, as_chunks, as_row, block_of
 from .._counts import column_sums, row_sums
 from .._dealing import row_keys
 from .._split import halves
 from .._transform import Transform, TransformName
 from ._profiles import Index, LowRankProfiles
-from ._svd import N_PASSES, GramProduct, components_of, gram_product, start_block
+from ._svd import N_PASSES, GramProduct, components_of, gram_product, start_block, transposed
 
 _LOG1P_DEPTH = 0.25  # log1p's target over the median depth; on six data sets 0.125 to 0.25 gained most, 1 the least
+_FIRST = 1000  # cells that tell how many entries the others hold
 _NOISE_POWER = -0.25  # of the noise variance, that genes are weighted by
-
-Parts = Callable[[Block], Sequence[sp.csr_matrix]]
-"""The counts to learn from, each with the rows of the block."""
-
-
-def whole(block: Block) -> list[sp.csr_matrix]:
-    """Return all molecules."""
-    return [block.counts]
-
-
-def halves_of(keys: Sequence[int]) -> Parts:
-    """Return the function that gives both halves of each split of a block, one split after another."""
-    return lambda block: [half for key in keys for half in halves(block.counts, key, block.cells)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,16 +53,25 @@ class Components:
 
     def weighted(self, counts: sp.csr_matrix) -> tuple[sp.csr_matrix, np.ndarray]:
         """Return the transformed counts with cells and genes weighted, and the cells' weights, shape (cells,)."""
-        size = row_sums(counts)
+        return self._weighted(counts, row_sums(counts), self.gene_weights)
+
+    def _weighted(
+        self, counts: sp.csr_matrix, size: np.ndarray, gene_weights: np.ndarray
+    ) -> tuple[sp.csr_matrix, np.ndarray]:
         cell_weights = np.sqrt(size / self.transform.target)
         z = self.transform.apply(counts, size)
-        z.data *= self.gene_weights[z.indices]
+        z.data *= gene_weights[z.indices]
         z.data *= np.repeat(cell_weights.astype(np.float32), np.diff(z.indptr))
         return z, cell_weights
 
-    def of_used_genes(self, counts: sp.csr_matrix) -> sp.csr_matrix:
-        """Return the weighted counts of the genes that determine the scores."""
-        return self._only_used(self.weighted(counts)[0])
+    def of_used_genes(self, counts: sp.csr_matrix, size: np.ndarray | None = None) -> sp.csr_matrix:
+        """Return the weighted counts of the genes that determine the scores.
+
+        With the sizes of cells, shape (cells,), `counts` are of these genes alone.
+        """
+        if size is None:
+            return self._only_used(self.weighted(counts)[0])
+        return self._weighted(counts, size, self.gene_weights[self.used])[0]
 
     def scores(self, counts: sp.csr_matrix) -> np.ndarray:
         """Return the coordinates of cells beyond the mean, each cell weighted by its depth, shape (cells, k)."""
@@ -131,54 +129,161 @@ def learn_components(
     n_components: int,
     rng: np.random.Generator,
     *,
-    parts: Parts = whole,
     n_passes: int = N_PASSES,
     used: np.ndarray | None = None,
-    starts: Sequence[np.ndarray] | None = None,
+    start: np.ndarray | None = None,
+    depth: float | None = None,
     product: GramProduct = gram_product,
-) -> list[Components]:
-    """Return the components of each of the parts of counts, all learned in the same passes.
+) -> Components:
+    """Return the components of counts.
 
     At most min(cells, genes used) - 1 components, beyond the mean profile; `used` are the genes that determine the
     scores, boolean, None for all. `n_passes` are those of the factorisation; 3 are enough to compare candidates. It
-    starts from vectors that are known to be near each part's components (`used_vectors`), or from random ones.
+    starts from vectors that are known to be near the components (`used_vectors`), or from random ones. `depth` is the
+    median size of the cells that hold a molecule; it takes a pass where it is not known.
     """
-    chunks = as_chunks(chunks)
-    learned, mean_rows = _without_vectors(chunks, transform, parts, used)
+    chunks, starts = as_chunks(chunks), None if start is None else [start]
+    parts = _Parts(chunks, whole, 1, used, None if depth is None else [depth])
+    found = _factorised(parts, transform, n_components, rng, n_passes, starts, product)
+    return found[0] if used is None else _with_other_genes(found, parts, lambda *_: [])[0][0]
+
+
+def learn_halves(
+    chunks: Chunks,
+    transform: TransformName,
+    n_components: int,
+    rng: np.random.Generator,
+    *,
+    key: int,
+    depth: float,
+    n_passes: int,
+    used: np.ndarray | None,
+    starts: Sequence[np.ndarray],
+) -> tuple[list[Components], list[np.ndarray], float]:
+    """Return the components of both halves of a split, learned in the same passes, their worth, and the noise edge.
+
+    The options are those of `learn_components`; `depth` is half of the median size of a cell.
+    """
+    parts = _Parts(chunks, partial(_halves_of, key), 2, used, [depth, depth])
+    found = _factorised(parts, transform, n_components, rng, n_passes, starts, gram_product)
+
+    def of_halves(
+        learned: Sequence[Components], halves: Sequence[sp.csr_matrix], cells: np.ndarray
+    ) -> list[np.ndarray]:
+        folds, (one, two) = folds_of(cells), halves
+        of_worth = [*learned[0].products(one, two, folds), *learned[1].products(two, one, folds)]
+        return [*of_worth, noise_squares(learned[0], one, two)]
+
+    learned, (*sums, squares) = _with_other_genes(found, parts, of_halves)
+    return learned, [worth_from(*sums[:2]), worth_from(*sums[2:])], noise_edge(squares, chunks.shape[0])
+
+
+def depth_of(size: np.ndarray) -> float:
+    """Return the median size of the cells that hold a molecule."""
+    return float(np.median(size[size > 0]))
+
+
+def whole(block: Block) -> list[sp.csr_matrix]:
+    """Return all molecules."""
+    return [block.counts]
+
+
+def _halves_of(key: int, block: Block) -> Sequence[sp.csr_matrix]:
+    return halves(block.counts, key, block.cells)
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """What components are learned from: parts of the counts of each block, and the genes used, None for all.
+
+    `depths` are the median sizes of cells in each part that hold a molecule, where they are known.
+    """
+
+    chunks: Chunks
+    of_block: Callable[[Block], Sequence[sp.csr_matrix]]
+    n_parts: int
+    used: np.ndarray | None
+    depths: Sequence[float] | None
+
+    def measured(self) -> Sequence[float]:
+        """Return the depths, in one pass where they are not known."""
+        if self.depths is not None:
+            return self.depths
+        sizes = self.chunks.run(lambda block: Partial(rows=[row_sums(part) for part in self.of_block(block)])).rows
+        return [depth_of(size) for size in sizes]
+
+    @property
+    def keeps_used(self) -> bool:
+        """Whether the genes used are to be kept in memory, where they are not all: whether they fit, by one block."""
+        if self.used is None or not self.chunks.keeps(0):
+            return False
+        first = block_of(0, self.chunks.stored(0, min(_FIRST, self.chunks.shape[0])))
+        n_entries = sum(np.count_nonzero(self.used[part.indices]) for part in self.of_block(first))
+        return self.chunks.keeps(n_entries * self.chunks.shape[0] // first.counts.shape[0])
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """The genes used of all parts, side by side in memory, and what each cell holds of each part on all genes."""
+
+    chunks: Chunks
+    sizes: Sequence[np.ndarray]
+
+    def of_block(self, block: Block) -> Iterator[tuple[sp.csr_matrix, np.ndarray]]:
+        """Yield the counts and sizes of each part."""
+        n_genes = self.chunks.shape[1] // len(self.sizes)
+        for i, size in enumerate(self.sizes):
+            yield block.counts[:, i * n_genes : (i + 1) * n_genes], size[block.cells]
+
+
+def _factorised(
+    parts: _Parts,
+    transform: TransformName,
+    n_components: int,
+    rng: np.random.Generator,
+    n_passes: int,
+    starts: Sequence[np.ndarray] | None,
+    product: GramProduct,
+) -> list[Components]:
+    """Return the components of each part, whose vectors are on the genes used alone."""
+    learned, mean_rows, kept = _without_vectors(parts, transform)
     if starts is None:
         starts = [start_block(int(each.used.sum()), n_components, rng) for each in learned]
 
     def matrices(block: Block) -> list[sp.csr_matrix]:
-        return [each.of_used_genes(part) for each, part in zip(learned, parts(block), strict=True)]
+        if kept is None:
+            return [each.of_used_genes(part) for each, part in zip(learned, parts.of_block(block), strict=True)]
+        return [each.of_used_genes(*part) for each, part in zip(learned, kept.of_block(block), strict=True)]
 
-    found = components_of(chunks, matrices, starts, n_components, n_passes, mean_rows, product)
-    learned = [replace(each, singular_values=s, vectors=v) for each, (s, v) in zip(learned, found, strict=True)]
-    return learned if used is None else _with_other_genes(learned, chunks, parts)
+    read = parts.chunks if kept is None else kept.chunks
+    found = components_of(read, matrices, starts, n_components, n_passes, mean_rows, product)
+    return [replace(each, singular_values=s, vectors=v) for each, (s, v) in zip(learned, found, strict=True)]
 
 
 def _without_vectors(
-    chunks: Chunks, transform: TransformName, parts: Parts, used: np.ndarray | None
-) -> tuple[list[Components], list[np.ndarray]]:
-    """Return depth, weights and means of each part, in two passes, and q'Z, q the unit vector of the cells' weights."""
+    parts: _Parts, transform: TransformName
+) -> tuple[list[Components], list[np.ndarray], _Kept | None]:
+    """Return depth, weights and means of each part, and q'Z, with q the unit vector of the cells' weights.
 
-    def of_sizes(block: Block) -> Partial:
-        found = parts(block)
-        return Partial([column_sums(part) for part in found], [row_sums(part) for part in found])
+    In one pass, if depths are known; the counts of the genes used are kept, where not all are and memory is enough.
+    """
+    chunks, used, keeps = parts.chunks, parts.used, parts.keeps_used
+    ratio = _LOG1P_DEPTH if transform == "log1p" else 1
+    transforms = [Transform(transform, depth * ratio) for depth in parts.measured()]
 
-    totals, sizes = chunks.run(of_sizes)
-    medians = [float(np.median(size[size > 0])) for size in sizes]
-    transforms = [Transform(transform, median * (_LOG1P_DEPTH if transform == "log1p" else 1)) for median in medians]
+    def of_block(block: Block) -> Partial:
+        found, sums = parts.of_block(block), []
+        sizes = [row_sums(part) for part in found]
+        for own, part, size in zip(transforms, found, sizes, strict=True):
+            noise = own.noise_variance(part, size) * len(size)
+            sums += [column_sums(part), noise, own.apply(part, size).T @ (size / own.target)]
+        kept = [as_row(sp.hstack([part[:, used] for part in found], format="csr"))] if keeps else []
+        return Partial(sums, sizes + kept)
 
-    def of_genes(block: Block) -> Partial:
-        sums = []
-        for own, part in zip(transforms, parts(block), strict=True):
-            size = row_sums(part)
-            sums += [own.noise_variance(part, size) * len(size), own.apply(part, size).T @ (size / own.target)]
-        return Partial(sums)
-
-    sums = chunks.run(of_genes).sums
+    sums, rows = chunks.run(of_block)
+    sizes, kept = rows[: parts.n_parts], rows[parts.n_parts :]
     learned, mean_rows = [], []
-    for own, total, size, noise, mean in zip(transforms, totals, sizes, sums[::2], sums[1::2], strict=True):
+    for own, size, total, noise, mean in zip(transforms, sizes, sums[::3], sums[1::3], sums[2::3], strict=True):
         weights = np.where(noise > 0, np.where(noise > 0, noise / chunks.shape[0], 1) ** _NOISE_POWER, 0)
         square = size.sum() / own.target
         genes = np.ones(len(total), bool) if used is None else used
@@ -186,26 +291,42 @@ def _without_vectors(
         weights32 = weights.astype(np.float32)
         learned.append(Components(own, weights32, genes, weights * mean / square, none, none[0], share))
         mean_rows.append((weights * mean / square**0.5)[genes])
-    return learned, mean_rows
+    return learned, mean_rows, _Kept(chunks.like(kept[0]), sizes) if keeps else None
 
 
-def _with_other_genes(learned: Sequence[Components], chunks: Chunks, parts: Parts) -> list[Components]:
-    """Return components whose genes that determine no scores are predicted from the scores: one pass."""
-    padded = []
-    for each in learned:
-        vectors = np.zeros((len(each.used), each.vectors.shape[1]), each.vectors.dtype)
-        vectors[each.used] = each.vectors
-        padded.append(replace(each, vectors=vectors))
+_OfParts = Callable[[Sequence[Components], Sequence[sp.csr_matrix], np.ndarray], list[np.ndarray]]
+"""What is summed over blocks: of components, parts of a block, and the numbers of its cells."""
+
+
+def _with_other_genes(
+    learned: Sequence[Components], parts: _Parts, of_parts: _OfParts
+) -> tuple[list[Components], list[np.ndarray]]:
+    """Return components whose genes that determine no scores are predicted from scores, and other sums: one pass."""
+    if parts.used is not None:
+        padded = []
+        for each in learned:
+            vectors = np.zeros((len(each.used), each.vectors.shape[1]), each.vectors.dtype)
+            vectors[each.used] = each.vectors
+            padded.append(replace(each, vectors=vectors))
+        learned = padded
 
     def of_block(block: Block) -> Partial:
-        pairs = zip(padded, parts(block), strict=True)
-        return Partial([each.weighted(part)[0].T @ each.scores(part) for each, part in pairs])
+        found, sums = parts.of_block(block), []
+        if parts.used is not None:
+            sums += [
+                transposed(each.weighted(part)[0]) @ each.scores(part)
+                for each, part in zip(learned, found, strict=True)
+            ]
+        return Partial([*sums, *of_parts(learned, found, block.cells)])
 
-    for each, product in zip(padded, chunks.run(of_block).sums, strict=True):
-        s = each.singular_values.astype(np.float64)
-        others = product / np.where(s > 0, s, 1) ** 2
-        each.vectors[~each.used] = others[~each.used]
-    return padded
+    sums = parts.chunks.run(of_block).sums
+    if parts.used is not None:
+        for each, product in zip(learned, sums, strict=False):
+            s = each.singular_values.astype(np.float64)
+            others = product / np.where(s > 0, s, 1) ** 2
+            each.vectors[~each.used] = others[~each.used]
+        sums = sums[parts.n_parts :]
+    return list(learned), list(sums)
 
 
 def worth_from(products: np.ndarray, squares: np.ndarray) -> np.ndarray:
@@ -215,23 +336,6 @@ def worth_from(products: np.ndarray, squares: np.ndarray) -> np.ndarray:
     component at the depth of a half, is best against the truth too (Noise2Self, Proposition 1).
     """
     return products / np.where(squares > 0, squares, 1)
-
-
-def worth_of_halves(pair: Sequence[Components], chunks: Chunks, key: int) -> tuple[list[np.ndarray], float]:
-    """Return the worth of the components of both halves of a split, learned from all cells, and the noise edge.
-
-    One pass.
-    """
-
-    def of_block(block: Block) -> Partial:
-        half1, half2 = halves(block.counts, key, block.cells)
-        folds = folds_of(block.cells)
-        directions = ((half1, half2), (half2, half1))
-        sums = [each for own, two in zip(pair, directions, strict=True) for each in own.products(*two, folds)]
-        return Partial([*sums, noise_squares(pair[0], half1, half2)])
-
-    *sums, squares = chunks.run(of_block).sums
-    return [worth_from(*sums[:2]), worth_from(*sums[2:])], noise_edge(squares, chunks.shape[0])
 
 
 def noise_squares(components: Components, half1: sp.csr_matrix, half2: sp.csr_matrix) -> np.ndarray:

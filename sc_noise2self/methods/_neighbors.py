@@ -25,7 +25,7 @@ from .._checks import check_whole
 from .._counts import row_sums
 from ..partitions import Fold
 from ._base import Learner, Method, TrialLearner, as_several, bounded_values, set_tuples
-from ._components import Components, learn_components
+from ._components import Components, depth_of, learn_components
 from ._pca import n_components_of
 from ._populations import HEIGHTS
 from ._profiles import LowRankProfiles
@@ -79,7 +79,8 @@ class _Neighbors(Method):
         """Return the components and the coordinates of all cells on them, shape (cells, k)."""
         assert self.n_components is not None  # checked
         n_components = min(self.n_components, counts.chunks.shape[0] - 1)
-        (components,) = learn_components(counts.chunks, "log1p", n_components, rng, n_passes=n_passes, used=counts.used)
+        about: dict[str, Any] = {"n_passes": n_passes, "used": counts.used, "depth": depth_of(counts.size)}
+        components = learn_components(counts.chunks, "log1p", n_components, rng, **about)
         found = counts.chunks.run(lambda block: Partial(rows=(components.coordinates(block.counts),)))
         return components, found.rows[0]
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 import scipy.sparse as sp
 
-from .._blocks import Block, Chunks, Counts, Partial
+from .._blocks import Block, Counts, Partial
 from .._checks import bounded, check_one_of
 from .._model import State
 from .._transform import Transform, TransformName
@@ -18,14 +17,14 @@ from ..partitions import Fold
 from ._base import Learned, Learner, Method, Sample
 from ._components import (
     Components,
+    depth_of,
     folds_of,
-    halves_of,
     learn_components,
+    learn_halves,
     noise_edge,
     noise_squares,
     shrinkage,
     worth_from,
-    worth_of_halves,
 )
 from ._populations import Populations
 from ._profiles import LowRankProfiles, profiles_in_blocks, ratio
@@ -130,21 +129,21 @@ class PCALearner(Learner):
     def __init__(self, transform: TransformName, n_components: int, used: np.ndarray | None) -> None:
         super().__init__(f"pca {transform}")
         self._title = _TITLES[transform]
-        self._learn = partial(learn_components, transform=transform, n_components=n_components, used=used)
+        self._options: dict[str, Any] = {"transform": transform, "n_components": n_components, "used": used}
         self._edge: float | None = None
 
     def learn(self, half: Fold, rng: np.random.Generator) -> None:
-        (components,) = self._learn(half.seen, rng=rng, n_passes=3)
+        components = learn_components(half.seen, rng=rng, n_passes=3, **self._options)
         products = components.products(half.seen, half.held_out, folds_of(half.cells))
         self._fits.append(_Fit(components, half, worth_from(*products)))
 
-    def learn_all(self, chunks: Chunks, keys: Sequence[int], rng: np.random.Generator) -> None:
+    def learn_all(self, counts: Counts, keys: Sequence[int], rng: np.random.Generator) -> None:
         """Start each half from what some of its own cells gave, which has seen nothing of the other half."""
-        fits, edges = [], []
+        fits, edges, depth = [], [], depth_of(counts.size) / 2
         for key, *pair in zip(keys, self._fits[::2], self._fits[1::2], strict=True):
+            about: dict[str, Any] = {"key": key, "depth": depth, "n_passes": _FURTHER_PASSES, "rng": rng}
             starts = [fit.components.used_vectors for fit in pair]
-            learned = self._learn(chunks, rng=rng, parts=halves_of([key]), n_passes=_FURTHER_PASSES, starts=starts)
-            worths, edge = worth_of_halves(learned, chunks, key)
+            learned, worths, edge = learn_halves(counts.chunks, starts=starts, **about, **self._options)
             edges.append(edge)
             fits += [_Fit(own, fit.half, worth) for own, fit, worth in zip(learned, pair, worths, strict=True)]
         self._fits, self._edge = fits, edges[0]
@@ -173,8 +172,8 @@ class PCALearner(Learner):
         All rounds of scaling genes but the last look at some of the cells, the last at all.
         """
         chunks, weights = counts.chunks, self._full_weights(setting)
-        starts = [self._fits[0].components.used_vectors]
-        (components,) = self._learn(chunks, rng=rng, n_passes=_FURTHER_PASSES + 1, starts=starts)
+        about: dict[str, Any] = {"start": self._fits[0].components.used_vectors, "depth": depth_of(counts.size)}
+        components = learn_components(chunks, rng=rng, n_passes=_FURTHER_PASSES + 1, **about, **self._options)
         step = max(1, chunks.shape[0] * chunks.shape[1] // SCALED)
         counts_of_some = chunks.take(np.arange(0, chunks.shape[0], step))
         some = components.weighted_profiles(counts_of_some, weights).balanced().refined(counts_of_some, self.refinement)
