@@ -160,7 +160,7 @@ def test_every_cell_draws_its_own_share():
 
 
 def principal_scores(counts, scale):
-    (found,) = learn_components(counts, "log1p", 6, np.random.default_rng(0))
+    found = learn_components(counts, "log1p", 6, np.random.default_rng(0))
     center, depth = found.mean @ found.vectors, found.transform.target
     layer = PrincipalScores(found.vectors, found.gene_weights, center, depth, found.mean, found.gene_share, scale)
     return found, layer

@@ -122,13 +122,12 @@ class Populations:
         """Return those whose factors are multiplied by a scale of genes too."""
         return replace(self, factors=self.factors * gene_scale)
 
-    def nearest(self, expected: np.ndarray) -> np.ndarray:
-        """Return the population of each cell, shape (cells,), from rates of all genes."""
+    def nearest(self, rates: np.ndarray, gene_scale: np.ndarray) -> np.ndarray:
+        """Return the population of each cell, shape (cells,), from rates of all genes and what they are scaled by."""
         if len(self.centers) == 1:
-            return np.zeros(len(expected), np.intp)
-        points = np.maximum(expected, 0)
-        length = np.sqrt(points.sum(axis=1, keepdims=True))
-        np.sqrt(points, out=points)
+            return np.zeros(len(rates), np.intp)
+        points, length = np.empty_like(rates), np.empty((len(rates), 1), np.float32)
+        _roots(rates, gene_scale, points, length)
         return np.argmin(length * np.square(self.centers).sum(axis=1) - 2 * (points @ self.centers.T), axis=1)
 
     def refine(
@@ -159,6 +158,18 @@ def _raised(rate: np.float32, mean: np.float32, height: np.float32) -> np.float3
     above, corner = rate - floor, ROUNDING * floor * floor
     half = _HALF * (abs(above) + np.sqrt(above * above + corner))  # (above + sqrt(...)) / 2, without cancellation
     return floor + (half if above >= 0 else _QUARTER * corner / half)
+
+
+@_in_any_order
+def _roots(rates: np.ndarray, gene_scale: np.ndarray, points: np.ndarray, length: np.ndarray) -> None:
+    """Set `points` to the square roots of scaled rates, 0 for those below 0, and `length` to the root of their sum."""
+    for i in range(len(rates)):
+        row, out, total = rates[i], points[i], 0.0
+        for g in range(len(row)):
+            scaled = max(row[g] * gene_scale[g], _ZERO)
+            total += scaled
+            out[g] = np.sqrt(scaled)
+        length[i, 0] = np.sqrt(total)
 
 
 @_in_any_order

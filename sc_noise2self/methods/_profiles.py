@@ -13,6 +13,7 @@ import scipy.sparse as sp
 
 from .._blocks import Block, Chunks, OnDask, Partial, as_chunks
 from .._counts import row_sums
+from .._progress import progress_bar
 from .._threads import in_threads
 from .._transform import Link, rates
 from ..partitions import Rows
@@ -39,6 +40,7 @@ _CHECKED = 5_000_000  # dense entries checked at a time
 UNKNOWN = -1  # population, or scale before the floor, of a cell that is to be found when the cell is first read
 _TOTALS_OFF = 1e-3  # how far genes may be from their totals, on average, where these count as right
 _MOST_ROUNDS = 100
+_STAGE = 20  # times as many cells, in which genes are scaled before all, where these are twice as many again or more
 _LONGEST_STEP = 10  # what is missing of a gene's total, that often
 
 _SCALES = ("cell_scale", "row_scale", "population")  # of cells, as they are kept
@@ -142,8 +144,8 @@ class ScaledProfiles(Profiles):
             self._scale_rows(own, rows, sums)
             return sums
 
-        totals = np.zeros(own.factors.shape)
-        for of_block in in_threads(of_rows, self.rows()):
+        totals, blocks = np.zeros(own.factors.shape), list(self.rows())
+        for of_block in progress_bar("scaling cells", len(blocks), iterable=in_threads(of_rows, blocks)):
             totals += of_block
         return totals
 
@@ -151,7 +153,7 @@ class ScaledProfiles(Profiles):
         """Set the scales of cells and return their expected counts, as `Populations.refine` does."""
         block = self._kept_rates(rows, self._rates_to_scale)
         if (self.population[rows] == UNKNOWN).any():
-            self.population[rows] = own.nearest(block * self.gene_scale)
+            self.population[rows] = own.nearest(block, self.gene_scale)
         found = self.population[rows].astype(np.intp)
         self.cell_scale[rows], self.row_scale[rows] = own.refine(block, found, self.size[rows], sums)
         return block
@@ -167,7 +169,7 @@ class ScaledProfiles(Profiles):
         object.__setattr__(self, "_kept", None)
         return self
 
-    def balanced(self, n_rounds: int | None = None) -> Self:
+    def balanced(self, n_rounds: int | None = None, *, off: float = _TOTALS_OFF) -> Self:
         """Return these profiles, every gene with its share of all molecules; cells are scaled when they are read.
 
         Going back from a transform is right up to a factor per gene; the observed totals say which. Genes and cells
@@ -179,6 +181,8 @@ class ScaledProfiles(Profiles):
         n_rounds
             Rounds; None makes as many as it takes until gene totals are right to 0.1 % on average, two or three on
             real data, some more with a high floor, a hundred at most.
+        off
+            Where totals are right, instead of 0.1 %.
         """
         if n_rounds != 0 and self._kept is None and len(self.size) * len(self.gene_share) <= _KEPT:
             object.__setattr__(self, "_kept", {})
@@ -186,7 +190,7 @@ class ScaledProfiles(Profiles):
         steps = _Steps(target)
         for _ in range(_MOST_ROUNDS if n_rounds is None else n_rounds):
             totals = self.scale_cells()
-            if n_rounds is None and _mean_deviation(totals, target) <= _TOTALS_OFF:
+            if n_rounds is None and _mean_deviation(totals, target) <= off:
                 return self
             # What is scaled must not change which population a cell belongs to.
             scale = self.gene_scale if len(self.populations.factors) == 1 else self.populations.factors
@@ -329,6 +333,12 @@ class LowRankProfiles(ScaledProfiles):
         """Return profiles whose cells have no scale yet; genes have `gene_scale`, None for 1."""
         return cls(*_no_scales(size, gene_share, gene_scale), link, scores, loadings)
 
+    def like(self, scores: np.ndarray, size: np.ndarray) -> LowRankProfiles:
+        """Return the profiles of other cells by the same model; they have no scale, and no population, yet."""
+        populations = replace(self.populations, factors=self.populations.factors.copy())
+        of_cells = _no_scales_of_cells(len(size)) | {"scores": scores, "size": size}
+        return replace(self, gene_scale=self.gene_scale.copy(), **of_cells).of_populations(populations)
+
     def checked(self, what: str) -> LowRankProfiles:
         """Return the profiles; raise if a rate is out of range, which a model from elsewhere can bring about."""
         most, step = _LARGEST_OUTPUT[self.link], max(1, _CHECKED // len(self.loadings))
@@ -444,39 +454,36 @@ def profiles_in_blocks(
 ) -> LowRankProfiles:
     """Return the profiles of all cells, every gene with its share of all molecules.
 
-    Scores are made in one pass over the counts; of a Dask array they are not kept, but made where they are read. Then
-    there is one pass over the profiles where gene totals are right to 0.3 % on average by the scale that genes have in
-    the profiles of `some` cells, else one or two more. Where these are all, they are returned. `scores_of` returns the
-    scores of a block.
+    Scores are made in one pass over the counts; of a Dask array they are not kept, but made where they are read. Genes
+    start from the scale that they have in the profiles of `some` cells, go on in twenty times as many where these are
+    still few, and then in all, until their totals are right to 0.3 % on average. Where `some` are all, they are
+    returned. `scores_of` returns the scores of a block.
     """
     if len(some.size) == len(size) and not isinstance(chunks, OnDask):
         return some.scaled(n_rounds=0)
     (all_scores,) = chunks.rows(lambda block: Partial(rows=(scores_of(block),)), (some.scores.shape[1],))
-    gene_scale, populations, target = some.gene_scale, some.populations, some.gene_share * size.sum()
-
-    def unscaled(scores: np.ndarray, size: np.ndarray) -> LowRankProfiles:
-        """Return the profiles of cells, which have no scale yet."""
-        of_cells = _no_scales_of_cells(len(size)) | {"scores": scores, "size": size.astype(np.float32)}
-        return replace(some, gene_scale=gene_scale, **of_cells).of_populations(populations)
+    size = size.astype(np.float32)
+    step = len(size) // (_STAGE * len(some.size))
+    if step > 1:
+        some = some.like(np.array(all_scores[::step]), size[::step]).balanced(off=1.5 * _TOTALS_OFF)
+    if isinstance(all_scores, np.ndarray):
+        return some.like(all_scores, size).balanced(off=3 * _TOTALS_OFF).scaled(n_rounds=0)
+    gene_scale, populations, target = some.gene_scale, some.populations, some.gene_share * size.sum(dtype=np.float64)
 
     def of_block(block: Block) -> LowRankProfiles:
-        return unscaled(scores_of(block), row_sums(block.counts))
+        """Return the profiles of a block, whose cells have no scale yet."""
+        model = replace(some, gene_scale=gene_scale, populations=populations)
+        return model.like(scores_of(block), row_sums(block.counts).astype(np.float32))
 
     steps = _Steps(target)
     for _ in range(_MOST_ROUNDS):
-        if isinstance(all_scores, np.ndarray):
-            found = unscaled(all_scores, size)
-            totals = found.scale_cells()
-        else:
-            totals = chunks.run(lambda block: Partial([of_block(block).scale_cells()])).sums[0]
+        totals = chunks.run(lambda block: Partial([of_block(block).scale_cells()])).sums[0]
         if _mean_deviation(totals, target) <= 3 * _TOTALS_OFF:
             break
         if len(populations.factors) == 1:
             gene_scale = gene_scale * steps.next(totals)
         else:
             populations = replace(populations, factors=populations.factors * steps.next(totals))
-    if isinstance(all_scores, np.ndarray):
-        return found
 
     def of_cells(block: Block) -> Partial:
         found = of_block(block)
@@ -484,7 +491,7 @@ def profiles_in_blocks(
         return Partial(rows=(found.scores, found.scales()))
 
     scores, scales = chunks.rows(of_cells, (some.scores.shape[1], N_SCALES))
-    lazy: dict[str, Any] = scales_from(scales) | {"scores": scores, "size": size.astype(np.float32)}
+    lazy: dict[str, Any] = scales_from(scales) | {"scores": scores, "size": size}
     return replace(some, gene_scale=gene_scale, populations=populations, **lazy)
 
 
