@@ -136,8 +136,11 @@ class Chunks(ABC):
         """Return some of the genes, boolean of shape (genes,)."""
         return OfGenes(self, genes)
 
-    def keeps(self, n_entries: int) -> bool:
-        """Return whether so many entries, made of blocks, may be kept in memory instead of being made in every pass."""
+    def keeps(self, n_entries: Callable[[Block], int]) -> bool:
+        """Return whether entries that are made of blocks may be kept in memory instead of being made in every pass.
+
+        `n_entries` says how many come of a block; the first one speaks for all.
+        """
         return False
 
     def like(self, blocks: np.ndarray) -> Chunks:
@@ -203,15 +206,14 @@ class _Local(Chunks):
 
     def of_genes(self, genes: np.ndarray) -> Chunks:
         columns = np.flatnonzero(genes)
-        ((n_entries,),) = self.run(
-            lambda block: Partial([np.array([np.count_nonzero(genes[block.counts.indices])])])
-        ).sums
-        if not self.keeps(int(n_entries)):
+        if not self.keeps(lambda block: int(genes[block.counts.indices].sum())):
             return OfGenes(self, genes)
         return self.like(self.run(lambda block: Partial(rows=[as_row(block.counts[:, columns])])).rows[0])
 
-    def keeps(self, n_entries: int) -> bool:
-        return _BYTES * n_entries <= _MOST_KEPT * available_memory()
+    def keeps(self, n_entries: Callable[[Block], int]) -> bool:
+        first = block_of(0, self.stored(0, min(self._rows, self.shape[0])))
+        n_bytes = _BYTES * n_entries(first) * self.shape[0] / first.counts.shape[0]
+        return n_bytes <= _MOST_KEPT * available_memory()
 
     def _of_blocks(self, work: Callable[[Block], Any], cells: np.ndarray) -> Iterable[Any]:
         bounds = np.searchsorted(cells, range(0, self.shape[0] + self._rows, self._rows))

@@ -21,7 +21,7 @@ import numpy as np
 import scipy.optimize
 import scipy.sparse as sp
 
-from .._blocks import Block, Chunks, Partial, as_chunks, as_row, block_of
+from .._blocks import Block, Chunks, Partial, as_chunks, as_row
 from .._counts import column_sums, row_sums
 from .._dealing import row_keys
 from .._split import halves
@@ -30,7 +30,6 @@ from ._profiles import Index, LowRankProfiles
 from ._svd import N_PASSES, GramProduct, components_of, gram_product, start_block, transposed
 
 _LOG1P_DEPTH = 0.25  # log1p's target over the median depth; on six data sets 0.125 to 0.25 gained most, 1 the least
-_FIRST = 1000  # cells that tell how many entries the others hold
 _NOISE_POWER = -0.25  # of the noise variance, that genes are weighted by
 
 
@@ -212,14 +211,11 @@ class _Parts:
         sizes = self.chunks.run(lambda block: Partial(rows=[row_sums(part) for part in self.of_block(block)])).rows
         return [depth_of(size) for size in sizes]
 
-    @property
-    def keeps_used(self) -> bool:
-        """Whether the genes used are to be kept in memory, where they are not all: whether they fit, by one block."""
-        if self.used is None or not self.chunks.keeps(0):
-            return False
-        first = block_of(0, self.chunks.stored(0, min(_FIRST, self.chunks.shape[0])))
-        n_entries = sum(np.count_nonzero(self.used[part.indices]) for part in self.of_block(first))
-        return self.chunks.keeps(n_entries * self.chunks.shape[0] // first.counts.shape[0])
+    def n_used(self, block: Block) -> int:
+        """Return how many entries the genes used have in a block."""
+        if self.used is None:
+            return sum(part.nnz for part in self.of_block(block))
+        return sum(int(self.used[part.indices].sum()) for part in self.of_block(block))
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,7 +263,8 @@ def _without_vectors(
 
     In one pass, if depths are known; the counts of the genes used are kept, where not all are and memory is enough.
     """
-    chunks, used, keeps = parts.chunks, parts.used, parts.keeps_used
+    chunks, used = parts.chunks, parts.used
+    keeps = used is not None and chunks.keeps(parts.n_used)
     ratio = _LOG1P_DEPTH if transform == "log1p" else 1
     transforms = [Transform(transform, depth * ratio) for depth in parts.measured()]
 
