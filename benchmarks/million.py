@@ -33,7 +33,7 @@ STAGES = {
     "checking and counting": [(_denoise, "as_counts")],
     "choosing: counts, halves, scores": [(_denoise, "select")],
     "principal components": [(_autoencoder._AutoencoderLearner, "_principal_scores")],
-    "counts onto the device": [(_network.Counts, "__init__")],
+    "counts onto the device": [(_network.DeviceCounts, "__init__")],
     "training": [(_training, "_epoch")],
     "gain on molecules set aside": [(_autoencoder._AutoencoderLearner, "_gain")],
     "what the choice gains": [(_choose.Measurement, "__init__"), (_choose.Measurement, "__call__")],

@@ -150,6 +150,10 @@ def as_counts(
     """
     matrix, name = _matrix(adata, layer)
     chunks = chunks_of(matrix, name)
+    if chunks.shape != adata.shape:
+        raise ValueError(
+            f"{name} has shape {chunks.shape}, and adata {adata.shape}: the file is damaged, write it again."
+        )
     _check_shape(chunks.shape)
     try:
         (totals, histogram, n_entries), (size,) = chunks.run(_counted, checked_block)
@@ -229,7 +233,9 @@ def chunks_of(matrix: Any, name: str) -> Chunks:
 def _check_shape(shape: tuple[int, int]) -> None:
     for n, what in zip(shape, ("cell", "gene"), strict=True):
         if n < 2:
-            raise ValueError(f"there is {n} {what}: denoising learns from what {what}s share, so it needs at least 2.")
+            raise ValueError(
+                f"there is {n} {what}: it is learned from {what}s and measured over them, so at least 2 are needed."
+            )
 
 
 def _warn_if_empty(size: np.ndarray) -> None:

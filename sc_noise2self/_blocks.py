@@ -113,11 +113,6 @@ class Chunks(ABC):
             cells = [np.arange(start, min(start + _STRETCH, self.shape[0])) for start in starts]
             yield np.concatenate(cells), _stacked([_canonical(self.stored(each[0], each[-1] + 1)) for each in cells])
 
-    def pools(self) -> list[int]:
-        """Return how many cells `shuffled` yields at a time, at most."""
-        step = _STRETCH * _STRETCHES
-        return [min(step, self.shape[0] - start) for start in range(0, self.shape[0], step)]
-
     @abstractmethod
     def stored(self, start: int, stop: int) -> Any:
         """Return some rows, sparse or dense."""
@@ -139,13 +134,13 @@ class Chunks(ABC):
     def keeps(self, n_entries: Callable[[Block], int]) -> bool:
         """Return whether entries that are made of blocks may be kept in memory instead of being made in every pass.
 
-        `n_entries` says how many come of a block; the first one speaks for all.
+        `n_entries` says how many come of a block; three speak for all.
         """
         return False
 
     def like(self, blocks: np.ndarray) -> Chunks:
-        """Return other counts of the same cells: those that `as_row` made of blocks."""
-        return _InBlocks(blocks, self.shape[0], self._rows)
+        """Return other counts of the same cells, where they are kept: those that `as_row` made of blocks."""
+        raise NotImplementedError  # `keeps` says no
 
     def in_memory(self) -> sp.csr_matrix:
         """Return all counts, CSR float32."""
@@ -211,9 +206,15 @@ class _Local(Chunks):
         return self.like(self.run(lambda block: Partial(rows=[as_row(block.counts[:, columns])])).rows[0])
 
     def keeps(self, n_entries: Callable[[Block], int]) -> bool:
-        first = block_of(0, self.stored(0, min(self._rows, self.shape[0])))
-        n_bytes = _BYTES * n_entries(first) * self.shape[0] / first.counts.shape[0]
-        return n_bytes <= _MOST_KEPT * available_memory()
+        starts = range(0, self.shape[0], self._rows)
+        some = [
+            block_of(i, self.stored(i, min(i + self._rows, self.shape[0]))) for i in starts[:: -(-len(starts) // 3)]
+        ]
+        n_each = sum(map(n_entries, some)) / sum(block.counts.shape[0] for block in some)
+        return _BYTES * n_each * self.shape[0] <= _MOST_KEPT * available_memory()
+
+    def like(self, blocks: np.ndarray) -> Chunks:
+        return _InBlocks(blocks, self.shape[0], self._rows)
 
     def _of_blocks(self, work: Callable[[Block], Any], cells: np.ndarray) -> Iterable[Any]:
         bounds = np.searchsorted(cells, range(0, self.shape[0] + self._rows, self._rows))

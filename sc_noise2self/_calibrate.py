@@ -23,7 +23,7 @@ from scanpy import logging as logg
 
 from ._anndata import read_csr, read_labels
 from ._blocks import Counts
-from ._checks import as_positive, check_flag, check_one_of, describe_counts, seed_of
+from ._checks import as_whole, check_flag, check_one_of, describe_counts, seed_of
 from ._choose import denoised
 from ._compare import Parameters, Rule, compare, describe, in_words, short
 from ._counts import SINGLE, check_counts, column_sums, row_sums
@@ -49,10 +49,10 @@ class Calibration:
     """What `calibrate` found: the parameters chosen, and how all candidates did.
 
     A row of `table` is a candidate, in the order of the grid: its parameters (`param_loss` for one called `loss`),
-    `loss`, `error` (standard error of loss less the least one, paired by cell; infinite where one cell tells), `gain`
-    (minus the Poisson loss, nats per held-out molecule above the mean profile), `seconds`, `failure` (what went wrong,
-    or nothing) and `chosen`. `split_losses` has shape (candidates, splits); with `refit=True` `denoised` is what the
-    best denoiser returns for all of the data.
+    `loss`, `error` (standard error of loss less the least one, paired by cell; infinite where one cell tells), with
+    `loss="poisson"` `gain` (minus that loss, nats per held-out molecule above the mean profile), `seconds`, `failure`
+    (what went wrong, or nothing) and `chosen`. `split_losses` has shape (candidates, splits); with `refit=True`
+    `denoised` is what the best denoiser returns for all of the data.
     """
 
     best: Parameters
@@ -154,7 +154,7 @@ def calibrate(
     check_one_of("rule", rule, get_args(Rule))
     check_one_of("prefer", prefer, get_args(Prefer))
     check_flag("refit", refit)
-    as_positive("n_splits", n_splits)
+    as_whole("n_splits", n_splits)
     n_jobs = as_n_jobs(n_jobs)
     candidates = expand_grid(grid)
     rng = as_generator(random_state)
@@ -275,7 +275,8 @@ def _about(adata: AnnData | None, values: Any, method: Method, candidates: Seque
     if isinstance(values, np.ndarray):
         return None
     about = Counts.of(sp.csr_matrix(values.shape, dtype=values.dtype))
-    of_each: list[Any] = [method] if isinstance(method, Function) else [_set(method, each) for each in candidates]
+    any_method: Any = method  # a dataclass, if it is not a function
+    of_each = [method] if isinstance(method, Function) else [replace(any_method, **each) for each in candidates]
     wanted = dict.fromkeys(name for each in of_each for name in each.columns)
     if adata is None:
         if wanted:
@@ -283,11 +284,6 @@ def _about(adata: AnnData | None, values: Any, method: Method, candidates: Seque
         return about
     columns = {name: read_labels(adata, name, "batch_key") for name in wanted}
     return replace(about, cell_names=adata.obs_names, gene_names=adata.var_names, columns=columns)
-
-
-def _set(method: Any, parameters: Parameters) -> Any:
-    """Return a method with these options."""
-    return replace(method, **parameters)
 
 
 def _groups(method: Any, candidates: Sequence[Parameters]) -> list[list[int]]:
@@ -299,7 +295,7 @@ def _groups(method: Any, candidates: Sequence[Parameters]) -> list[list[int]]:
         name = type(method).__name__
         raise ValueError(f"{name} has no field {', '.join(unknown)}: its fields are {', '.join(known)}.")
     for each in candidates:
-        _set(method, each)  # it checks itself
+        replace(method, **each)  # it checks itself
     return [[i] for i in range(len(candidates))]
 
 
@@ -322,8 +318,8 @@ class _Runner:
     def _rows(self, seen: sp.csr_matrix, parameters: Parameters) -> Rows:
         assert self.counts is not None  # methods denoise counts
         counts = self.counts.part(seen.copy(), np.arange(seen.shape[0]))
-        method = _set(self.method, parameters).checked(counts)
-        profiles = denoised([method], counts, np.random.default_rng(self.seed))
+        method = replace(self.method, **parameters).checked(counts)
+        profiles = denoised(method, counts, np.random.default_rng(self.seed))
         return checked_rows(profiles, type(method).__name__, counts)
 
     def refitted(self, values: Any, best: Parameters) -> np.ndarray:

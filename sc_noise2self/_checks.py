@@ -48,7 +48,7 @@ def bounded(name: str, value: int | None, default: int, n_cells: int, n_genes: i
     bound = min(n_cells, n_genes) - 1
     if value is None:
         return min(default, bound)
-    if as_positive(name, value) > bound:
+    if as_whole(name, value) > bound:
         raise ValueError(
             f"{name} is {value}: {n_cells} cells x {n_genes} genes have at most {bound} components beyond the mean."
         )
@@ -61,16 +61,11 @@ def check_one_of(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}: pass one of {', '.join(choices)}.")
 
 
-def as_positive(name: str, value: Any, least: int = 1) -> int:
+def as_whole(name: str, value: Any, least: int = 1) -> int:
     """Return a whole number that is not below the least as it is; raise for anything else."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} is {value!r}: pass a whole number, {least} or more.")
     return int(value)
-
-
-def check_whole(name: str, value: Any) -> None:
-    """Raise unless the value is a whole number from 0."""
-    as_positive(name, value, least=0)
 
 
 def check_number(name: str, value: Any, least: float, most: float, *, open_below: bool = False) -> None:

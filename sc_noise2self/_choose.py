@@ -28,12 +28,13 @@ from ._split import halves as even_split
 from ._threads import in_threads, one_blas_thread
 from ._uncertainty import Dispersions
 from .methods._base import Learner, MeanLearner, Method, Sample
-from .methods._components import folds_of
+from .methods._components import cell_folds
 from .methods._populations import AS_IT_IS, CrossFit, Populations, Refinement, best_refinement, cross_fit
 from .methods._profiles import Profiles, ScaledProfiles, combine, parts_of, ratio
 from .partitions import Fold, fold_of
 
 _SCORED = 20_000_000  # dense entries that candidates are compared on: as many cells, drawn at random, as have so many
+_WEIGHT_STEPS = 200  # of expectation maximisation, for the weights of a mean
 _MEASURED = 400_000_000  # and those that the gain of the choice is measured on
 _REFINED = 100_000_000  # and those that populations are learned from, for that
 _LEAST_WEIGHT = 0.01  # members of a smaller weight are left out of the mean
@@ -137,15 +138,15 @@ def select(
     return Selection(scores.comparison, choices, beats_mean, *about)
 
 
-def denoised(methods: Sequence[Method], counts: Counts, rng: np.random.Generator) -> Profiles:
-    """Return the profiles that the best of what methods offer gives: chosen on these counts, then refitted to them."""
+def denoised(method: Method, counts: Counts, rng: np.random.Generator) -> Profiles:
+    """Return the profiles of the best that a method offers: chosen on these counts, then refitted to them."""
     with one_blas_thread():
-        learners, _ = learners_of(methods, counts, average=len(methods) > 1)
+        learners, _ = learners_of([method], counts, average=False)
         if len(learners) == 1:
             learners[0].prepare(counts.in_memory(), np.arange(counts.chunks.shape[0]), rng)
             if len(learners[0].settings) == 1:  # nothing is left to be chosen on halves
                 return learners[0].refit(counts, learners[0].settings[0], rng)
-        selection = select(methods, counts, rng, average=len(methods) > 1, mix=False)
+        selection = select([method], counts, rng, average=False, mix=False)
         parts = selection.refit(counts, rng)
         return combine([part.profiles for part in parts], [part.weight for part in parts])
 
@@ -227,7 +228,7 @@ def check_enough(molecules: Sequence[float], n_cells: int) -> None:
         )
 
 
-def mixture_weights(probabilities: np.ndarray, molecules: np.ndarray, n_iter: int = 200) -> np.ndarray:
+def mixture_weights(probabilities: np.ndarray, molecules: np.ndarray) -> np.ndarray:
     """Return the weights of the mixture of distributions under which the molecules are likeliest.
 
     Takes the probability that each learner gave to each held-out entry, shape (learners, entries), and the molecules of
@@ -235,7 +236,7 @@ def mixture_weights(probabilities: np.ndarray, molecules: np.ndarray, n_iter: in
     """
     weights = np.full(len(probabilities), 1 / len(probabilities))
     probabilities = probabilities + 1e-12
-    for _ in range(n_iter):
+    for _ in range(_WEIGHT_STEPS):
         weights = weights * (probabilities @ (molecules / (weights @ probabilities))) / molecules.sum()
     return weights
 
@@ -248,7 +249,7 @@ class _Scores:
         self._probabilities: dict[str, list[np.ndarray]] = {}
         self._gains: dict[str, Gain] = {}
         self._populations: dict[tuple[str, int], CrossFit] = {}
-        parts = [np.flatnonzero(folds_of(self._folds[0].cells) == fold) for fold in (0, 1)]
+        parts = [np.flatnonzero(cell_folds(self._folds[0].cells) == fold) for fold in (0, 1)]
         self._parts = parts if all(len(part) for part in parts) else [np.arange(len(cells))]
         self.comparison = Comparison()
 
@@ -368,7 +369,7 @@ class Measurement:
 
         def of_cells(cells: np.ndarray, parts: list[sp.csr_matrix]) -> Partial:
             sums, rows = np.zeros((6, parts[0].shape[1])), np.zeros((2, len(cells)))
-            folds = folds_of(cells) if by_fold else np.zeros(len(cells))
+            folds = cell_folds(cells) if by_fold else np.zeros(len(cells))
             for own in (folds == fold for fold in np.unique(folds)):
                 of_own = [part[own] for part in parts]
                 predictions = [predict(i, seen, cells[own]) for i, seen in enumerate(of_own)]

@@ -112,21 +112,15 @@ class Comparison:
         scores = [[row.score(split) for split in range(n_splits)] for row in self._rows]
         return np.array([[score.mean if score and score.n_cells else np.nan for score in each] for each in scores])
 
-    def best(self, rule: Rule = "least", tolerance: float = 0.0, *, last: bool = False) -> int:
-        """Return the row of least loss, or the first (last) within one standard error of the difference to it.
-
-        `tolerance` is the share of the least loss, of whatever sign, that counts as no difference to
-        "one_standard_error".
-        """
+    def best(self, rule: Rule = "least", *, last: bool = False) -> int:
+        """Return the row of least loss, or the first (last) within one standard error of the difference to it."""
         losses, errors = self._losses()
         least = np.nanmin(losses)
-        allowed = 0.0 if rule == "least" else np.maximum(errors, tolerance * abs(least))
+        allowed = 0.0 if rule == "least" else errors
         good = np.flatnonzero(losses <= least + allowed)
         return int(good[-1 if last else 0])
 
-    def table(
-        self, rule: Rule = "least", tolerance: float = 0.0, *, last: bool = False, gain: bool = False
-    ) -> pd.DataFrame:
+    def table(self, rule: Rule = "least", *, last: bool = False, gain: bool = False) -> pd.DataFrame:
         """Return the parameters of each row and the columns of `COLUMNS`, see `best`; `gain` (-loss) where asked."""
         losses, errors = self._losses()
         values = pd.DataFrame([row.parameters for row in self._rows], dtype=object)
@@ -138,7 +132,7 @@ class Comparison:
             table["gain"] = -losses
         table["seconds"] = [sum(row.outcomes[fold].seconds for fold in sorted(row.outcomes)) for row in self._rows]
         table["failure"] = [row.failure for row in self._rows]
-        table["chosen"] = np.arange(len(table)) == self.best(rule, tolerance, last=last)
+        table["chosen"] = np.arange(len(table)) == self.best(rule, last=last)
         return table
 
     def _losses(self) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ from scanpy import logging as logg
 from . import _model
 from ._anndata import as_counts
 from ._blocks import Counts, InMemory
-from ._checks import as_positive, check_flag, check_name, describe_counts, describe_mask, seed_of
+from ._checks import as_whole, check_flag, check_name, describe_counts, describe_mask, seed_of
 from ._choose import Selection, numbered, select
 from ._memory import check_fits_memory
 from ._random import RandomState, as_generator
@@ -71,7 +71,8 @@ def denoise(
         network, which needs PyTorch. `"diffusion"` (`sc_noise2self.Diffusion`): a random walk among neighbouring cells,
         as in MAGIC; `"knn"` (`sc_noise2self.KNN`): the mean of the nearest; `"clusters"` (`sc_noise2self.Clusters`):
         that of a Leiden cluster. Any function: `sc_noise2self.Function`. `"ensemble"`, or a list of any of these: their
-        mean and that of the mean profile, with the weights under which held-out molecules are likeliest; by name PCA,
+        mean and that of the mean profile, with the weights under which held-out molecules are likeliest (an
+        autoencoder's networks of halves, which come to the result later, add half of its weight each); by name PCA,
         autoencoder and diffusion.
     layer
         The layer that holds raw counts; None takes `X`.
@@ -127,6 +128,8 @@ def denoise(
         `sc_noise2self.get.interval`.
     `.var["denoised_mixed"]`
         With `mix=True`: the mean weight of a cell's own count.
+    `.obs["denoised_cell_scale"]`
+        With `mix=True`: what gives each mixed cell its size.
     `.obs["denoised_gain"]`, `.obs["denoised_coverage"]`
         What each cell gained, nats per held-out molecule, and the share of its held-out counts, of genes drawn at
         random, inside their 90 % interval; NaN where it was not measured.
@@ -148,7 +151,9 @@ def denoise(
     ValueError, TypeError
         If the counts are not raw counts, or a parameter is out of range.
     ImportError
-        If an autoencoder is asked for without PyTorch.
+        If an autoencoder is asked for without PyTorch, or a lazy layer without Dask.
+    FileExistsError, FileNotFoundError
+        If `save_model` exists, or its folder does not.
     MemoryError, FloatingPointError
         If the layer does not fit in memory, if the device has too little of it, or if training diverges at once.
 
@@ -158,7 +163,7 @@ def denoise(
     -----
     UserWarning
         If nothing beats the mean profile (which is then written), if cells are empty, if the counts look like
-        reads or transposed, or if training diverges and its best state is kept.
+        reads or transposed, if training diverges and its best state is kept, or if a device takes half a batch alone.
 
     Notes
     -----
@@ -186,7 +191,7 @@ def denoise(
         check_flag(flag, given)
     if layer is not None:
         check_name("layer", layer, " To write none, pass write_layer=False.")
-    as_positive("n_splits", n_splits)
+    as_whole("n_splits", n_splits)
     with recorded_warnings() as warned, one_blas_thread():
         counts = as_counts(adata, layer, mask_var, [key for each in methods for key in each.columns])
         check_key(adata, key_added, layer)

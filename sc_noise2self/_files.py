@@ -98,7 +98,9 @@ def denoise_file(
     if layer is not None:
         check_name("layer", layer)
     _, methods = as_methods(method)
-    _check_paths(source, target, overwrite)
+    if isinstance(options.get("save_model"), str | os.PathLike):
+        options["save_model"] = expanded(options["save_model"])
+    _check_paths(source, target, overwrite, options.get("save_model"))
     with _read(source) as stored:
         adata = _with_counts(source, stored, layer, any(each.needs_memory for each in methods))
         if key_added in stored.get("layers", ()) and kind_of(adata, key_added) != "denoise":
@@ -182,14 +184,20 @@ def _check_format(path: Path, does: str) -> None:
         raise ImportError('a .zarr needs zarr: pip install "sc-noise2self[zarr]".')
 
 
-def _check_paths(source: Path, target: Path, overwrite: bool) -> None:
+def _check_paths(source: Path, target: Path, overwrite: bool, model: str | os.PathLike[str] | None) -> None:
     _check_source(source)
     _check_format(target, "written")
     if target.exists() and source.samefile(target):
         raise FileExistsError(f"{target} is the source: choose another name.")
     if source.resolve() in target.resolve().parents:
         raise ValueError(f"{target} is inside the source, which is not changed: choose another folder.")
+    if target.exists() and target.is_file() and not overwrite:
+        raise FileExistsError(
+            f"{target} exists: nothing is overwritten, so choose another name, or pass overwrite=True."
+        )
     check_target(target, overwrite)
+    if model is not None and expanded(model).resolve() == target.resolve():
+        raise ValueError(f"save_model is {os.fspath(model)!r}, the target too: choose another name.")
     if not os.access(target.resolve().parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{target.resolve().parent} may not be written to by this user: choose another folder.")
 

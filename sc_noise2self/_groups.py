@@ -117,6 +117,7 @@ def rank_genes_groups(
     counts, method = as_recipe(adata, resolution, **asked)
     check_ranking(adata, key_added, groups_added, _METHOD)
     start = logg.info(f"ranking genes of {describe_counts(adata, layer)}")
+    given = overdispersion
     with one_blas_thread():
         method = method.with_rank(counts, rng, overdispersion)
         if overdispersion is None:
@@ -140,7 +141,7 @@ def rank_genes_groups(
         "params": {
             "key_added": key_added,
             "resolution": float(resolution),
-            **described_recipe(method, layer, mask_var, random_state),
+            **described_recipe(method, layer, mask_var, given, random_state),
         },
     }
     written = {key_added: record, groups_added: marked("rank_genes_groups", of_groups)}

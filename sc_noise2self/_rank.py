@@ -11,7 +11,7 @@ from scanpy import logging as logg
 
 from ._anndata import as_counts
 from ._checks import (
-    as_positive,
+    as_whole,
     bounded,
     check_flag,
     check_one_of,
@@ -101,7 +101,7 @@ def select_rank(
     >>> rank = n2s.select_rank(adata)
     """
     rng = as_generator(random_state)
-    as_positive("n_splits", n_splits)
+    as_whole("n_splits", n_splits)
     check_one_of("protocol", protocol, get_args(Protocol))
     if transform is not None:
         check_one_of("transform", transform, get_args(TransformName))
@@ -116,7 +116,8 @@ def select_rank(
     chunks = counts.chunks if counts.used is None else counts.chunks.of_genes(counts.used)
     if phi is not None and counts.used is not None:
         phi = phi[counts.used]
-    max_rank = bounded("max_rank", max_rank, MAX_RANK, *learned_shape(protocol, *chunks.shape))
+    bounds = learned_shape(protocol, *chunks.shape)
+    max_rank = bounded("max_rank", max_rank, MAX_RANK, *bounds)
     start = logg.info(f"selecting the rank of {describe_counts(adata, layer)}")
     about: dict[str, Any] = {"protocol": protocol, "transform": transform, "center": center, "n_splits": n_splits}
     with one_blas_thread():
@@ -127,7 +128,8 @@ def select_rank(
             "structure that principal components could use."
         )
     elif curve.at_edge:
-        warn(f"the loss still falls at the largest rank tried, {max_rank}: pass a larger max_rank.")
+        more = "pass a larger max_rank" if max_rank < min(bounds) - 1 else "these counts have no more"
+        warn(f"the loss still falls at the largest rank tried, {max_rank}: {more}.")
     within = curve.within_one_error
     record = {
         "rank": curve.rank,

@@ -10,7 +10,7 @@ from anndata import AnnData
 
 from ._anndata import as_counts
 from ._blocks import Counts
-from ._checks import as_positive, describe_mask, seed_of, warn_of_unused_genes
+from ._checks import as_whole, describe_mask, seed_of, warn_of_unused_genes
 from ._random import RandomState
 from .methods._clusters import Clusters
 
@@ -29,16 +29,23 @@ def as_recipe(
     """Return the counts, and the recipe with one number of neighbours, checked against them."""
     counts = as_counts(adata, layer, mask_var)
     warn_of_unused_genes(adata, mask_var)
-    method = Clusters(resolution=resolution, n_pcs=n_pcs, n_neighbors=as_positive("n_neighbors", n_neighbors))
+    method = Clusters(resolution=resolution, n_pcs=n_pcs, n_neighbors=as_whole("n_neighbors", n_neighbors))
     return counts, method.checked(counts)
 
 
-def described_recipe(method: Clusters, layer: str | None, mask_var: Mask, random_state: RandomState) -> dict[str, Any]:
+def described_recipe(
+    method: Clusters,
+    layer: str | None,
+    mask_var: Mask,
+    overdispersion: float | np.ndarray | None,
+    random_state: RandomState,
+) -> dict[str, Any]:
     """Return the options of a recipe as they are written down."""
     return {
         **({} if layer is None else {"layer": layer}),
         "n_pcs": method.n_pcs,
         "n_neighbors": method.n_neighbors,
         "mask_var": describe_mask(mask_var),
+        "overdispersion": overdispersion is not None,
         "random_state": seed_of(random_state),
     }

@@ -63,7 +63,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     if target.is_symlink() and not target.exists():
         raise FileNotFoundError(f"{target} is a link to {os.readlink(target)}, which does not exist: remove the link.")
     if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists: nothing is overwritten, so choose another name, or pass overwrite.")
+        raise FileExistsError(f"{target} exists: nothing is overwritten, so choose another name.")
     if target.is_dir():
         raise FileExistsError(f"{target} is a folder, which cannot be replaced in one step: choose another name.")
 

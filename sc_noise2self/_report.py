@@ -312,7 +312,7 @@ def _table(adata: AnnData, key: str, groupby: str) -> pd.DataFrame:
         return _of_cells(adata, key, strata_of(sizes(adata, key)) + 1)
     if groupby not in adata.obs:
         raise KeyError(f"there is no column {groupby!r} in adata.obs: it has {list(adata.obs.columns)}.")
-    return _of_cells(adata, key, in_memory(adata.obs[[groupby]])[groupby].astype(str).to_numpy())
+    return _of_cells(adata, key, pd.Categorical(in_memory(adata.obs[[groupby]])[groupby]))
 
 
 def _coverage(written: Mapping[str, Any], by: str) -> pd.Series:
@@ -321,22 +321,23 @@ def _coverage(written: Mapping[str, Any], by: str) -> pd.Series:
     return table.query("level == 0.9 and by == @by").set_index("decile")["covered"]
 
 
-def _of_cells(adata: AnnData, key: str, groups: np.ndarray) -> pd.DataFrame:
-    """Return gain and coverage of each group of cells; `groups` names that of each cell."""
+def _of_cells(adata: AnnData, key: str, groups: np.ndarray | pd.Categorical) -> pd.DataFrame:
+    """Return gain and coverage of each group of cells; `groups` names that of each cell, none where it is missing."""
     size = sizes(adata, key)
     if f"{key}_gain" not in adata.obs:
         raise KeyError(f"adata.obs[{f'{key}_gain'!r}], the gain of each cell, is gone: run denoise again.")
     gain, covered = (in_memory(adata.obs[[f"{key}_{name}"]]).to_numpy()[:, 0] for name in ("gain", "coverage"))
     table = _by_group(groups, gain, size)
-    inside = pd.Series(covered).groupby(groups).mean()
-    return table.assign(coverage=inside.reindex(table.index).to_numpy())
+    inside = pd.Series(covered).groupby(np.asarray(groups)).mean()
+    table["coverage"] = inside.reindex(table.index).to_numpy()
+    return table.rename(index=str) if isinstance(groups, pd.Categorical) else table
 
 
-def _by_group(groups: np.ndarray, gain: np.ndarray, molecules: np.ndarray) -> pd.DataFrame:
-    """Return the gain of each group, its members weighted by their molecules."""
+def _by_group(groups: np.ndarray | pd.Categorical, gain: np.ndarray, molecules: np.ndarray) -> pd.DataFrame:
+    """Return the gain of each group that is there, its members weighted by their molecules, in order."""
     known = ~np.isnan(gain) & (molecules > 0)
     rows = {}
-    for group in sorted(set(groups)):
+    for group in pd.Categorical(groups).remove_unused_categories().categories:
         own = known & (groups == group)
         score = Score(gain[own] * molecules[own], molecules[own].astype(np.float64))
         rows[group] = {"n": int(own.sum()), "gain": score.mean if own.any() else np.nan, "gain_error": score.error}

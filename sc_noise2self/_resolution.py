@@ -11,7 +11,7 @@ from anndata import AnnData
 from scanpy import logging as logg
 
 from ._blocks import Counts
-from ._checks import as_positive, check_number, check_one_of, describe_counts
+from ._checks import as_whole, check_number, check_one_of, describe_counts
 from ._compare import Comparison, Rule
 from ._loss import Gain
 from ._progress import progress_bar
@@ -38,7 +38,7 @@ def select_resolution(
     overdispersion: float | np.ndarray | None = None,
     layer: str | None = None,
     key_added: str = "select_resolution",
-    n_splits: int = 2,
+    n_folds: int = 2,
     mask_var: str | np.ndarray | Sequence[bool] | None = None,
     random_state: RandomState = 0,
 ) -> float:
@@ -69,7 +69,7 @@ def select_resolution(
         real.
     key_added
         Name in `uns`.
-    n_splits
+    n_folds
         Tenths of the molecules that are held out in turn, 10 at most.
     mask_var
         Genes that the components are learned from, as `sc.pp.pca` has it; the profiles are those of all genes.
@@ -77,7 +77,7 @@ def select_resolution(
     Returns
     -------
     The resolution; 0 where no partition predicts better than one cluster by more than two standard errors.
-    `.uns[key_added]` holds `resolution`, `table` (`resolution`, `n_clusters`, the mean of the splits', `gain`, nats per
+    `.uns[key_added]` holds `resolution`, `table` (`resolution`, `n_clusters`, the mean over folds of, `gain`, nats per
     held-out molecule above the mean profile, `error`, the standard error of the gain less the largest, paired by cell,
     and `chosen`), and `params`, with the number of components.
 
@@ -104,8 +104,8 @@ def select_resolution(
     """
     rng = as_generator(random_state)
     check_one_of("rule", rule, get_args(Rule))
-    if as_positive("n_splits", n_splits) > _PARTS:
-        raise ValueError(f"n_splits is {n_splits}: there are {_PARTS} tenths to hold out, so pass {_PARTS} or fewer.")
+    if as_whole("n_folds", n_folds) > _PARTS:
+        raise ValueError(f"n_folds is {n_folds}: there are {_PARTS} tenths to hold out, so pass {_PARTS} or fewer.")
     tried = RESOLUTIONS if resolutions is None else _checked(resolutions)
     asked: dict[str, Any] = {"n_pcs": n_pcs, "n_neighbors": n_neighbors, "layer": layer, "mask_var": mask_var}
     counts, method = as_recipe(adata, tried, **asked)
@@ -113,7 +113,7 @@ def select_resolution(
     start = logg.info(f"selecting the resolution of {describe_counts(adata, layer)}")
     with one_blas_thread():
         method = method.with_rank(counts, rng, overdispersion)
-        folds = tenths(counts, n_splits, overdispersion, rng)
+        folds = tenths(counts, n_folds, overdispersion, rng)
         compared, n_clusters = _compared(method, counts, folds, tried, resolutions is None, rng)
     table, gains = _table(compared, n_clusters, rule)
     if not table["chosen"].iloc[0] and not gains[int(table["gain"].argmax())].is_clear:
@@ -136,9 +136,8 @@ def select_resolution(
         "table": table,
         "params": {
             "rule": rule,
-            "overdispersion": overdispersion is not None,
-            "n_splits": n_splits,
-            **described_recipe(method, layer, mask_var, random_state),
+            "n_folds": n_folds,
+            **described_recipe(method, layer, mask_var, overdispersion, random_state),
         },
     }
     with committed(adata, {"uns": {key_added: marked("select_resolution", record)}}):
@@ -162,15 +161,14 @@ def _checked(resolutions: Sequence[float]) -> tuple[float, ...]:
 
 
 def tenths(
-    counts: Counts, n_splits: int, overdispersion: float | np.ndarray | None, rng: np.random.Generator
+    counts: Counts, n_folds: int, overdispersion: float | np.ndarray | None, rng: np.random.Generator
 ) -> list[Fold]:
     """Return folds that each hold out another tenth of the molecules, and show the rest."""
     whole = counts.in_memory()
     parts: Any = split_matrix(whole, folds=_PARTS, overdispersion=overdispersion, random_state=rng)
     folds = []
-    for part in parts[:n_splits]:
-        seen = (whole - part).tocsr()
-        seen.eliminate_zeros()
+    for part in parts[:n_folds]:
+        seen = whole - part
         if not seen.nnz or not part.nnz:
             raise ValueError(
                 f"the counts hold {int(whole.sum())} molecule(s): too few to hold out a tenth of them and to cluster "

@@ -175,7 +175,8 @@ def remove(adata: AnnData, key: str = "denoised") -> None:
     adata
         Object with the result, or with what is left of one, as after `anndata.concat`.
     key
-        Its `key_added`.
+        Its `key_added`. Of `rank_genes_groups` it is `groups_added`: the clusters and their record are removed; the
+        ranking itself is scanpy's, `del adata.uns["rank_genes_groups"]`.
 
     Raises
     ------

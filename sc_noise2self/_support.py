@@ -91,8 +91,7 @@ def cluster_support(
         "linkage": linkage,
         "params": {
             "resolution": float(resolution),
-            "overdispersion": overdispersion is not None,
-            **described_recipe(method, layer, mask_var, random_state),
+            **described_recipe(method, layer, mask_var, overdispersion, random_state),
         },
     }
     groups, written = as_groups(labels), marked("cluster_support", record)

@@ -72,6 +72,8 @@ def denoise_with(
     ------
     ValueError
         If genes are missing or there are others, if a batch is unknown, or the file is not a model; and as `denoise`.
+    FileNotFoundError
+        If there is no such file.
 
     Warns
     -----

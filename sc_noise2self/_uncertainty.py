@@ -16,9 +16,9 @@ from ._counts import row_sums
 from ._intervals import Belief, Coverage, sampled_genes
 from ._threads import in_threads
 from .methods._base import Sample
-from .methods._components import folds_of
+from .methods._components import cell_folds
 from .methods._mixing import dispersion_curves, dispersions
-from .methods._profiles import MixedProfiles, Profiles, ratio
+from .methods._profiles import MixedProfiles, Profiles
 
 _DISPERSION = 100_000_000  # dense entries of the cells that dispersions are learned from: rare genes need cells
 _COVERED = 20_000_000  # and of those that intervals are held against
@@ -44,7 +44,7 @@ class Dispersions:
         def curves(about: tuple[int, int]) -> np.ndarray:
             fold, i = about
             seen, cells = halves[i]
-            own = np.flatnonzero((folds_of(cells) == fold) & (row_sums(seen) > 0))
+            own = np.flatnonzero((cell_folds(cells) == fold) & (row_sums(seen) > 0))
             profiles = predict(i, seen[own], cells[own])
             return dispersion_curves(profiles, halves[i ^ 1][0][own], row_sums(seen[own]))
 
@@ -57,14 +57,15 @@ class Dispersions:
         """Return what predicts with each cell's own counts mixed in; cells are of one fold at a time."""
 
         def predict_mixed(i: int, seen: sp.csr_matrix, cells: np.ndarray) -> MixedProfiles:
-            phi = self.for_folds[folds_of(cells[:1])[0]]
-            mixed = MixedProfiles(predict(i, seen, cells), seen, phi, np.ones(len(cells), np.float32))
-            size = row_sums(seen)
-            for rows, block in mixed.blocks():
-                mixed.cell_scale[rows] = ratio(size[rows], block.sum(axis=1))
-            return mixed
+            return self._mixed(predict(i, seen, cells), seen, cell_folds(cells[:1])[0])
 
         return predict_mixed
+
+    def _mixed(self, profiles: Profiles, seen: sp.csr_matrix, fold: int) -> MixedProfiles:
+        """Return the profiles of cells of a fold with their own counts mixed in."""
+        mixed = MixedProfiles(profiles, seen, self.for_folds[fold], np.ones(seen.shape[0], np.float32))
+        mixed.cell_scale[:] = mixed.scales_to(row_sums(seen))
+        return mixed
 
     def coverage(self, predict: Predict, sample: Sample, *, mix: bool) -> Coverage:
         """Return how often intervals hold the molecules of the second half, predicted from the first.
@@ -78,17 +79,14 @@ class Dispersions:
         size, depth = row_sums(seen), row_sums(held_out)
         genes = sampled_genes(np.sum(sample.totals[:2], axis=0), len(cells), _GENES_EACH, rng)
         uniform, integrals = rng.random(genes.shape), np.full(genes.shape, np.nan)
-        folds = folds_of(cells)
+        folds = cell_folds(cells)
         for fold in (0, 1):
             own = np.flatnonzero((folds == fold) & (size > 0) & (depth > 0))
             if not len(own):
                 continue
-            profiles = predict(0, seen[own], cells[own])
-            scale = np.ones(len(own), np.float32)
+            profiles, scale = predict(0, seen[own], cells[own]), np.ones(len(own), np.float32)
             if mix:
-                found = self.mixed(predict)(0, seen[own], cells[own])
-                assert isinstance(found, MixedProfiles)
-                scale = found.cell_scale
+                scale = self._mixed(profiles, seen[own], fold).cell_scale
             for rows, block in profiles.blocks():
                 at, drawn = own[rows], genes[own[rows]]
                 flat, shape = drawn.reshape(len(at), -1), drawn.shape

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from ._checks import as_positive
+from ._checks import as_whole
 from ._counts import column_sums, row_sums
 from ._loss import LOSSES, Gain, Loss, Profiles, Score, held_out_gain, held_out_probabilities
 from ._random import random_groups
@@ -177,7 +177,7 @@ class Partition(Protocol):
     """What `sc_noise2self.calibrate` takes as a partition."""
 
     def folds(self, data: Any, rng: np.random.Generator) -> Sequence[Any]:
-        """Return the ways to hide a part of the data, such that all have been hidden once."""
+        """Return the ways to hide a part of the data, one after another."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class Molecules:
     def __post_init__(self) -> None:
         if self.fraction is not None and self.n_folds != 2:
             raise ValueError("n_folds and fraction were both given: folds are equal parts, so pass one.")
-        as_positive("n_folds", self.n_folds, least=2)
+        as_whole("n_folds", self.n_folds, least=2)
 
     def folds(self, data: sp.csr_matrix, rng: np.random.Generator) -> list[Fold]:
         """Return the folds of counts, CSR of shape (cells, genes)."""
@@ -236,9 +236,9 @@ class Genes:
     n_folds: int = 10
 
     def __post_init__(self) -> None:
-        as_positive("n_folds", self.n_folds, least=2)
+        as_whole("n_folds", self.n_folds, least=2)
         if not isinstance(self.sets, Mapping):
-            as_positive("sets", self.sets, least=2)
+            as_whole("sets", self.sets, least=2)
 
     def folds(self, data: sp.csr_matrix, rng: np.random.Generator) -> list[Fold]:
         """Return the folds of counts, CSR of shape (cells, genes)."""
@@ -272,8 +272,8 @@ class Blocks:
     genes: int = 5
 
     def __post_init__(self) -> None:
-        as_positive("cells", self.cells, least=2)
-        as_positive("genes", self.genes, least=2)
+        as_whole("cells", self.cells, least=2)
+        as_whole("genes", self.genes, least=2)
 
     def folds(self, data: sp.csr_matrix, rng: np.random.Generator) -> list[Fold]:
         """Return the folds of counts, CSR of shape (cells, genes)."""

@@ -141,7 +141,7 @@ class ExpectedLog1pCP10k(Scale):
     def apply(self, counts: np.ndarray, size: np.ndarray) -> np.ndarray:
         """See `Scale`."""
         if self.depth is None:
-            return self.settled(float(np.median(size[size > 0]))).apply(counts, size)
+            raise ValueError("the depth is not settled: call settled(median molecules of a cell) first.")
         counts, expectation = Rates().apply(counts, size), PoissonExpectation("log1p", 1e4 / self.depth)
         for cell in counts:
             cell[:] = expectation(cell * self.depth)

@@ -20,7 +20,7 @@ from scipy.special import gammaln, logsumexp
 torch = pytest.importorskip("torch")
 
 import sc_noise2self as n2s  # noqa: E402
-from sc_noise2self._blocks import Counts as AllCounts  # noqa: E402
+from sc_noise2self._blocks import Counts  # noqa: E402
 from sc_noise2self._counts import column_sums  # noqa: E402
 from sc_noise2self._loss import Gain  # noqa: E402
 from sc_noise2self._model import LINKS  # noqa: E402
@@ -32,7 +32,7 @@ from sc_noise2self.methods._components import learn_components  # noqa: E402
 from sc_noise2self.methods._device import DeviceProfiles, gram_product_on  # noqa: E402
 from sc_noise2self.methods._network import (  # noqa: E402
     Aside,
-    Counts,
+    DeviceCounts,
     Network,
     PrincipalScores,
     Process,
@@ -67,7 +67,7 @@ class Fitted:
 
 
 def fit(counts, width=16, *, used=None, batch=None, seed=0, **options):
-    about = AllCounts.of(counts, used)
+    about = Counts.of(counts, used)
     if batch is not None:
         about = replace(about, columns={"batch": pd.Series(pd.Categorical(batch))})
         options["batch_key"] = "batch"
@@ -99,7 +99,7 @@ def fitted(counts):
 
 def test_a_batch_holds_the_counts_of_its_cells(counts):
     cells = np.array([7, 3, 250])
-    entries = Counts.of(counts, None, CPU)[cells]
+    entries = DeviceCounts.of(counts, None, CPU)[cells]
     assert (entries.dense().numpy() == counts[cells].toarray()).all()
     assert (entries.sizes().numpy() == counts[cells].toarray().sum(axis=1)).all()
 
@@ -108,20 +108,20 @@ def test_indices_that_are_not_sorted_are_read_right(counts):
     shuffled = counts[:, np.random.default_rng(0).permutation(120)]
     assert not shuffled.has_sorted_indices
     expected = shuffled.toarray()
-    held = Counts.of(shuffled, None, CPU)
+    held = DeviceCounts.of(shuffled, None, CPU)
     shuffled.sum_duplicates()  # as SciPy does in place when it adds up rows
     assert (held[np.arange(300)].dense().numpy() == expected).all()
 
 
 def test_large_counts_keep_their_value():
     counts = sp.csr_matrix(np.array([[70_000, 1], [0, 3]], np.float32))
-    assert (Counts.of(counts, None, CPU)[np.arange(2)].dense().numpy() == counts.toarray()).all()
+    assert (DeviceCounts.of(counts, None, CPU)[np.arange(2)].dense().numpy() == counts.toarray()).all()
 
 
 def test_parts_add_up_and_are_binomial():
     counts = sp.csr_matrix(np.tile(np.array([0, 1, 2, 9, 40], np.float32), (4000, 1)))
     torch.manual_seed(0)
-    entries = Counts.of(counts, None, CPU)[np.arange(4000)]
+    entries = DeviceCounts.of(counts, None, CPU)[np.arange(4000)]
     first, second = entries.split(0.3, 0.3)
     assert ((first.values + second.values) == entries.values).all()
     assert (first.values >= 0).all()
@@ -140,7 +140,7 @@ def test_parts_follow_the_binomial_distribution(share):
     n_cells = 20_000
     counts = sp.csr_matrix(np.tile(np.array([1, 2, 3, 4, 5, 12], np.float32), (n_cells, 1)))
     torch.manual_seed(1)
-    first, _ = Counts.of(counts, None, CPU)[np.arange(n_cells)].split(share, share)
+    first, _ = DeviceCounts.of(counts, None, CPU)[np.arange(n_cells)].split(share, share)
     for drawn, n in zip(first.dense().numpy().T, counts[0].toarray().ravel().astype(int), strict=True):
         expected = n_cells * stats.binom(n, share).pmf(np.arange(n + 1))
         found = np.bincount(drawn.astype(int), minlength=n + 1)
@@ -154,7 +154,7 @@ def test_parts_follow_the_binomial_distribution(share):
 def test_every_cell_draws_its_own_share():
     counts = sp.csr_matrix(np.full((2000, 1), 1000, np.float32))
     torch.manual_seed(0)
-    first, _ = Counts.of(counts, None, CPU)[np.arange(2000)].split(0.3, 0.9)
+    first, _ = DeviceCounts.of(counts, None, CPU)[np.arange(2000)].split(0.3, 0.9)
     shares = first.values.numpy() / 1000
     assert stats.kstest(shares, stats.uniform(0.3, 0.6).cdf).pvalue > 1e-3
 
@@ -168,7 +168,7 @@ def principal_scores(counts, scale):
 
 def test_hidden_genes_are_hidden_and_the_rest_is_seen(counts):
     torch.manual_seed(0)
-    seen, held_out = Counts.of(counts, None, CPU)[np.arange(300)].hide(0.1, 0.7)
+    seen, held_out = DeviceCounts.of(counts, None, CPU)[np.arange(300)].hide(0.1, 0.7)
     hidden = seen.hidden.numpy()
     x = counts.toarray()
     np.testing.assert_array_equal(seen.dense().numpy(), np.where(hidden, 0, x))
@@ -182,11 +182,11 @@ def test_hidden_genes_are_hidden_and_the_rest_is_seen(counts):
 def test_scores_do_not_depend_on_what_is_hidden_and_are_those_of_the_mean_where_all_is(counts):
     _, layer = principal_scores(counts, scale=1.0)
     torch.manual_seed(0)
-    seen, _ = Counts.of(counts, None, CPU)[np.arange(300)].hide(0.1, 0.7)
+    seen, _ = DeviceCounts.of(counts, None, CPU)[np.arange(300)].hide(0.1, 0.7)
     other = counts.toarray()
     other[seen.hidden.numpy()] += 5
     hidden = seen.hidden
-    changed = Counts.of(sp.csr_matrix(other), None, CPU)[np.arange(300)]
+    changed = DeviceCounts.of(sp.csr_matrix(other), None, CPU)[np.arange(300)]
     values = changed.values.masked_fill(hidden[changed.rows, changed.genes], 0)
     assert torch.allclose(layer(seen), layer(replace(changed, values=values, hidden=hidden)), atol=1e-4)
     nothing = replace(seen, values=torch.zeros_like(seen.values), hidden=torch.ones_like(hidden))
@@ -195,12 +195,12 @@ def test_scores_do_not_depend_on_what_is_hidden_and_are_those_of_the_mean_where_
 
 def test_principal_scores_are_those_of_the_pca(counts):
     components, layer = principal_scores(counts, scale=2.0)
-    found = layer(Counts.of(counts, None, CPU)[np.arange(300)]).numpy()
+    found = layer(DeviceCounts.of(counts, None, CPU)[np.arange(300)]).numpy()
     assert np.allclose(found, components.coordinates(counts) / 2, atol=1e-4)
 
 
 def entries_of(x):
-    return Counts.of(sp.csr_matrix(x, dtype=np.float32), None, CPU)[np.arange(len(x))]
+    return DeviceCounts.of(sp.csr_matrix(x, dtype=np.float32), None, CPU)[np.arange(len(x))]
 
 
 def log_likelihood(name, output, x):
@@ -300,7 +300,7 @@ def test_learning_curves_are_kept_and_the_best_state_restored(fitted):
 
 def train(network, loss, counts, check, n_epochs):
     schedule = training.Schedule("autoencoder", n_epochs, batch_size=100, learning_rate=0.01, prior_scale=1)
-    return training.train(network, loss, Counts.of(counts, None, CPU), np.random.default_rng(0), check, schedule)
+    return training.train(network, loss, DeviceCounts.of(counts, None, CPU), np.random.default_rng(0), check, schedule)
 
 
 def test_training_stops_when_the_gain_falls_and_restores_the_best(counts):
@@ -403,7 +403,7 @@ def test_out_of_memory_says_what_to_lower(counts, monkeypatch):
         fit(counts, batch_size=64)
 
 
-@pytest.mark.parametrize("where", ["Counts.__init__", "Network.factors"])
+@pytest.mark.parametrize("where", ["DeviceCounts.__init__", "Network.factors"])
 def test_counts_that_the_device_cannot_hold_are_refused(counts, fitted, monkeypatch, where):
     def fail(*_):
         raise torch.OutOfMemoryError("no memory")
@@ -411,7 +411,7 @@ def test_counts_that_the_device_cannot_hold_are_refused(counts, fitted, monkeypa
     monkeypatch.setattr(f"sc_noise2self.methods._network.{where}", fail)
     with pytest.raises(MemoryError, match="too little memory for these counts: pass device='cpu'"):
         fitted.model.predict(counts)
-    if where == "Counts.__init__":
+    if where == "DeviceCounts.__init__":
         with pytest.raises(MemoryError, match="too little memory for these counts: pass device='cpu'"):
             fit(counts)
 
@@ -464,7 +464,7 @@ def test_a_batch_covariate_takes_the_batch_out_of_the_code(truth):
     def separation(found):
         codes = batch if found is known else None
         with torch.no_grad():
-            code = found.model.network.bottleneck(Counts.of(counts, codes, CPU)[np.arange(len(batch))]).numpy()
+            code = found.model.network.bottleneck(DeviceCounts.of(counts, codes, CPU)[np.arange(len(batch))]).numpy()
         design = np.column_stack([code, np.ones(len(code))])
         fitted = design @ np.linalg.lstsq(design, batch, rcond=None)[0]
         return 1 - (fitted - batch).var() / batch.var()
@@ -526,11 +526,11 @@ def test_a_pool_has_each_cell_once_and_none_of_what_was_set_aside(counts):
     some = np.array([3, 70, 299])
     aside = counts[some].copy()
     aside.data = np.ceil(aside.data / 2)
-    streamed = StreamedCounts(AllCounts.of(counts), None, CPU, Aside(some, aside))
+    streamed = StreamedCounts(Counts.of(counts), None, CPU, Aside(some, aside))
     total = sum(entries.dense().sum(dim=0) for entries in streamed.batches(np.random.default_rng(0), 64))
     expected = column_sums(counts) - column_sums(aside)
     np.testing.assert_allclose(total.numpy(), expected, rtol=1e-6)
-    assert sum(1 for _ in streamed.batches(np.random.default_rng(0), 64)) == streamed.n_batches(64) == 5
+    assert sum(1 for _ in streamed.batches(np.random.default_rng(0), 64)) == 5
 
 
 def test_counts_too_large_for_the_device_are_streamed(counts, truth, monkeypatch):

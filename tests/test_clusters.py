@@ -315,7 +315,7 @@ def test_what_cannot_be_selected_is_refused_in_a_sentence():
         with pytest.raises(ValueError, match=message):
             n2s.select_resolution(adata, **wrong)
     with pytest.raises(ValueError, match="too few to hold out a tenth"):
-        quietly(n2s.select_resolution, ad.AnnData(np.eye(3, dtype=np.float32)[[0, 0, 1]]), n_splits=10)
+        quietly(n2s.select_resolution, ad.AnnData(np.eye(3, dtype=np.float32)[[0, 0, 1]]), n_folds=10)
     assert not difference(before, fingerprint(adata))
 
 

@@ -719,6 +719,14 @@ def test_a_file_of_an_old_anndata_is_named_as_one(source):
         n2s.denoise_file(source, source.with_name("out.h5ad"), layer="counts")
 
 
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_the_model_is_not_written_to_the_target(source, overwrite):
+    target = source.with_name("out.h5ad")
+    with pytest.raises(ValueError, match=r"save_model is .*out.h5ad', the target too"):
+        n2s.denoise_file(source, target, layer="counts", overwrite=overwrite, save_model=str(target))
+    assert listed(source.parent) == ["in.h5ad"]
+
+
 def test_a_model_goes_with_the_result_that_cannot_be_written(source, monkeypatch):
     def fails(file):
         raise OSError(28, "No space left on device")

@@ -164,6 +164,20 @@ def test_the_default_rank_fits_what_components_are_learned_from(protocol):
         n2s.select_rank(adata, protocol=protocol)
     largest = {"loo": 15, "mcv": 15, "noise2self": 14, "bcv": 7}[protocol]
     assert adata.uns["select_rank"]["table"]["rank"].iloc[-1] == largest
+
+
+def test_a_larger_rank_is_asked_for_only_where_there_is_one():
+    adata = ad.AnnData(poisson_counts(low_rank_profiles(200, 6, 5, seed=0), depth=300, seed=1))
+    with pytest.warns(UserWarning, match="largest rank tried, 5: these counts have no more"):
+        n2s.select_rank(adata)
+    with pytest.warns(UserWarning, match="largest rank tried, 3: pass a larger max_rank"):
+        n2s.select_rank(adata, max_rank=3)
+
+
+@pytest.mark.parametrize("protocol", ["loo", "mcv", "noise2self", "bcv"])
+def test_no_rank_beyond_those_that_there_are_is_tried(protocol):
+    adata = ad.AnnData(poisson_counts(low_rank_profiles(20, 16, 2, seed=0), depth=60, seed=1))
+    largest = {"loo": 15, "mcv": 15, "noise2self": 14, "bcv": 7}[protocol]
     with pytest.raises(ValueError, match=f"max_rank is 19: .* have at most {largest} components"):
         n2s.select_rank(adata, protocol=protocol, max_rank=19)
 

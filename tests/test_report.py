@@ -2,6 +2,7 @@
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 
@@ -256,6 +257,15 @@ class TestSubset:
         assert list(table["n"]) == [10] * 10
         deepest = part.obs["denoised_size"].to_numpy().argsort(kind="stable")[-10:]
         assert table["coverage"][10] == pytest.approx(part.obs["denoised_coverage"].iloc[deepest].mean())
+
+
+def test_groups_come_in_the_order_of_their_categories_and_missing_ones_are_left_out(adata):
+    n2s.denoise(adata, write_layer=False)
+    labels = [None if i % 7 == 0 else str(i % 11) for i in range(adata.n_obs)]
+    adata.obs["leiden"] = pd.Categorical(labels, categories=[str(i) for i in range(12)])
+    assert list(n2s.report(adata, groupby="leiden").index) == [str(i) for i in range(11)]
+    adata.obs["number"] = [float(i % 2) for i in range(adata.n_obs)]
+    assert list(n2s.report(adata, groupby="number").index) == ["0.0", "1.0"]
 
 
 def test_forms_of_a_report_exclude_each_other(adata):

@@ -499,10 +499,8 @@ def test_the_schema_knows_every_loss_and_every_parameter_of_the_network():
     from sc_noise2self.methods._network import Network, PrincipalScores
     from sc_noise2self.methods._network_losses import LOSSES
 
-    counts = cells(50, 0).X
-    for name, loss in LOSSES.items():
+    for name in LOSSES:
         assert _model.SCHEMAS["autoencoder"].values["loss"](name)
-        assert _model.LINKS[name] == loss(counts, 0.5).link
     assert set(_model.LINKS) == set(LOSSES)
     scores = PrincipalScores(np.ones((6, 2)), np.ones(6), np.ones(2), 5, np.ones(6), np.ones(6), 1)
     network = Network(scores, 3, 4, np.zeros(6), 2)

@@ -22,7 +22,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from .._blocks import Block, Counts, InMemory, Partial
-from .._checks import as_positive, check_name, check_number, check_one_of
+from .._checks import as_whole, check_name, check_number, check_one_of
 from .._compare import Comparison
 from .._counts import column_sums, row_sums
 from .._loss import Gain
@@ -107,9 +107,10 @@ class Autoencoder(Method):
     -----
     The same seed gives the same bytes on the same machine with the same number of threads. The result is the mean of
     what three networks predict from all molecules: one that learned from all of them, and one of each half of the
-    split, with half its weight. Of more than 50 000 cells, so many, drawn at random, choose the width and give the
-    principal components; training shows all, and the network that it gives stands alone. Where `torch.distributed` was
-    initialised, each process trains on its share of the cells, and all return the same.
+    split, with half its weight (with several splits, of each half of each). Of more than 50 000 cells, so many, drawn
+    at random, choose the width and give the principal components; training shows all, and the network that it gives
+    stands alone. Where `torch.distributed` was initialised, each process trains on its share of the cells, and all
+    return the same.
     """
 
     name: ClassVar[str] = "autoencoder"
@@ -133,13 +134,13 @@ class Autoencoder(Method):
     def __post_init__(self) -> None:
         set_tuples(self, "width")
         check_one_of("loss", self.loss, tuple(LINKS))
-        as_positive("n_seeds", self.n_seeds)
+        as_whole("n_seeds", self.n_seeds)
         check_name("device", self.device)
         if self.batch_key is not None:
             check_name("batch_key", self.batch_key)
         for name in ("n_hidden", "n_epochs", "batch_size"):
             if getattr(self, name) is not None:
-                as_positive(name, getattr(self, name))
+                as_whole(name, getattr(self, name))
         for name in ("learning_rate", "prior_scale"):
             check_number(name, getattr(self, name), 0, np.inf, open_below=True)
         check_number("invariance", self.invariance, 0, np.inf)
@@ -267,8 +268,7 @@ class _AutoencoderLearner(Learner):
         """
         import torch
 
-        from ._network import Aside, counts_of_all
-        from ._network import Counts as DeviceCounts
+        from ._network import Aside, DeviceCounts, counts_of_all
         from ._network_losses import LOSSES
         from ._training import choose_device
 
@@ -463,7 +463,7 @@ class AutoencoderModel:
         """Return the scores of cells, shape (cells, factors + 2): a constant and a level are among them."""
         import torch
 
-        from ._network import Counts as DeviceCounts
+        from ._network import DeviceCounts
 
         network = self.network
         cells = DeviceCounts.of(counts, codes, network.scores.components.device)

@@ -19,7 +19,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from .._blocks import Block, Chunks, Counts, Partial
-from .._checks import as_positive
+from .._checks import as_whole
 from .._compare import Comparison
 from .._counts import column_sums, row_sums
 from .._model import State
@@ -387,7 +387,7 @@ def bounded_values(name: str, value: Any, usual: Any, bound: int, why: str) -> A
     """
     if not (values := as_several(value)):
         raise ValueError(f"{name} is empty: pass a whole number, or several.")
-    values = tuple(as_positive(name, each) for each in values)
+    values = tuple(as_whole(name, each) for each in values)
     if values == as_several(usual):
         values = tuple(sorted({min(each, bound) for each in values}))
     elif max(values) > bound:

@@ -169,7 +169,7 @@ def learn_halves(
     def of_halves(
         learned: Sequence[Components], halves: Sequence[sp.csr_matrix], cells: np.ndarray
     ) -> list[np.ndarray]:
-        folds, (one, two) = folds_of(cells), halves
+        folds, (one, two) = cell_folds(cells), halves
         of_worth = [*learned[0].products(one, two, folds), *learned[1].products(two, one, folds)]
         return [*of_worth, noise_squares(learned[0], one, two)]
 
@@ -363,7 +363,7 @@ def noise_edge(squares: np.ndarray, n_cells: int) -> float:
     return scipy.optimize.minimize_scalar(squared, bounds=(-20, 20), method="bounded").fun ** 0.5
 
 
-def folds_of(cells: np.ndarray) -> np.ndarray:
+def cell_folds(cells: np.ndarray) -> np.ndarray:
     """Return the fold of each cell, 0 or 1 at random, by its number."""
     return (row_keys(0, cells) & np.uint64(1)).astype(np.intp)
 

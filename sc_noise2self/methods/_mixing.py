@@ -20,7 +20,7 @@ from scipy.special import gammaln
 
 from .._blocks import Block, Chunks, Partial
 from .._counts import row_sums
-from ._profiles import MixedProfiles, Profiles, ratio
+from ._profiles import MixedProfiles, Profiles
 
 PHI = np.concatenate([[0], np.geomspace(1e-4, 100, 25)])
 """The grid of phi; thousands of molecules in a cell tell one of 0.001 from 0."""
@@ -118,10 +118,8 @@ def scales_of_cells(chunks: Chunks, profiles: Profiles, phi: np.ndarray) -> tupl
 
     def of_block(block: Block) -> Partial:
         own = profiles.of_cells(block.cells)
-        ones = np.ones(len(block.cells), np.float32)
-        share, scale = np.zeros(len(phi)), np.zeros(len(block.cells), np.float32)
-        for rows, mixed in MixedProfiles(own, block.counts, phi, ones).blocks():
-            scale[rows] = ratio(row_sums(block.counts[rows]), mixed.sum(axis=1))
+        ones, share = np.ones(len(block.cells), np.float32), np.zeros(len(phi))
+        scale = MixedProfiles(own, block.counts, phi, ones).scales_to(row_sums(block.counts))
         for _, m in own.blocks():
             scaled = m * phi.astype(np.float32)
             share += (scaled / (1 + scaled)).sum(axis=0)

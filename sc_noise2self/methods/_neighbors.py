@@ -21,7 +21,7 @@ import scipy.sparse as sp
 from sklearn.neighbors import KNeighborsTransformer
 
 from .._blocks import Counts, Partial
-from .._checks import check_whole
+from .._checks import as_whole
 from .._counts import row_sums
 from ..partitions import Fold
 from ._base import Learner, Method, TrialLearner, as_several, bounded_values, set_tuples
@@ -120,7 +120,8 @@ class Diffusion(_Neighbors):
     n_neighbors
         Neighbours of a cell in the graph, or several numbers to compare.
     t
-        Steps of the walk, or several numbers to compare; 0 leaves the components as they are.
+        Steps of the walk, or several numbers to compare, in rising order until the gain first falls; 0 leaves the
+        components as they are.
     """
 
     name: ClassVar[str] = "diffusion"
@@ -135,7 +136,7 @@ class Diffusion(_Neighbors):
         if not (steps := as_several(self.t)):
             raise ValueError("t is empty: pass a whole number, or several.")
         for each in steps:
-            check_whole("t", each)
+            as_whole("t", each, least=0)
 
     @property
     def steps(self) -> Sequence[int]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._blocks import Counts as AllCounts
+from .._blocks import Counts
 from .._memory import available_memory
 from .._threads import read_ahead
 
@@ -101,7 +101,7 @@ class Packed(NamedTuple):
         return cls(data, genes, np.diff(counts.indptr).astype(np.int64), float(data.sum(dtype=np.int64)))
 
 
-class Counts:
+class DeviceCounts:
     """Counts of consecutive cells as tensors on the device: 6 bytes an entry, or 8.
 
     No more than `n_entries` are stored; `batch` has the code of each cell's batch, shape (cells,).
@@ -127,16 +127,12 @@ class Counts:
         self._batch = None if batch is None else torch.from_numpy(batch.astype(np.int64)).to(device)
 
     @classmethod
-    def of(cls, counts: sp.csr_matrix, batch: np.ndarray | None, device: torch.device) -> Counts:
+    def of(cls, counts: sp.csr_matrix, batch: np.ndarray | None, device: torch.device) -> DeviceCounts:
         """Return the counts of one matrix."""
         return cls([Packed.of(counts)], counts.nnz, counts.shape[1], batch, device)
 
     def __len__(self) -> int:
         return len(self.lengths)
-
-    def n_batches(self, batch_size: int) -> int:
-        """Return how many batches an epoch has."""
-        return -(-len(self._trained()) // batch_size)
 
     def batches(self, rng: np.random.Generator, batch_size: int) -> Iterator[Entries]:
         """Yield the cells that hold a molecule, in random order."""
@@ -183,36 +179,32 @@ class Aside(NamedTuple):
 class StreamedCounts:
     """Counts that are not on the device, trained on a pool of random stretches of cells at a time."""
 
-    def __init__(self, counts: AllCounts, batch: np.ndarray | None, device: torch.device, aside: Aside) -> None:
+    def __init__(self, counts: Counts, batch: np.ndarray | None, device: torch.device, aside: Aside) -> None:
         self.device, self.process = device, Process()
         self.n_molecules = float(counts.totals.sum())
         self._chunks, self._batch, self._aside = counts.chunks, batch, aside
-
-    def n_batches(self, batch_size: int) -> int:
-        """Return how many batches an epoch has, nearly: cells without molecules are not known by pool."""
-        return sum(-(-len(self.process.own(np.arange(n))) // batch_size) for n in self._chunks.pools())
 
     def batches(self, rng: np.random.Generator, batch_size: int) -> Iterator[Entries]:
         """Yield the cells that hold a molecule, in random order within a pool; the next pool is read meanwhile."""
         for cells, pool in read_ahead(self._chunks.shuffled(rng)):
             batch = None if self._batch is None else self._batch[cells]
-            counts = Counts.of(self._aside.taken_from(pool, cells), batch, self.device)
+            counts = DeviceCounts.of(self._aside.taken_from(pool, cells), batch, self.device)
             counts.process = self.process
             yield from counts.batches(rng, batch_size)
 
 
-AnyCounts = Counts | StreamedCounts
+AnyCounts = DeviceCounts | StreamedCounts
 
 
-def counts_of_all(counts: AllCounts, batch: np.ndarray | None, device: torch.device, aside: Aside) -> AnyCounts:
+def counts_of_all(counts: Counts, batch: np.ndarray | None, device: torch.device, aside: Aside) -> AnyCounts:
     """Return counts of all cells to train on: on a GPU where they fit, else streamed."""
     if not _fits(counts, device):
         return StreamedCounts(counts, batch, device, aside)
     parts = counts.chunks.in_turn(lambda block: Packed.of(aside.taken_from(block.counts, block.cells)))
-    return Counts(parts, counts.n_entries, counts.chunks.shape[1], batch, device)
+    return DeviceCounts(parts, counts.n_entries, counts.chunks.shape[1], batch, device)
 
 
-def _fits(counts: AllCounts, device: torch.device) -> bool:
+def _fits(counts: Counts, device: torch.device) -> bool:
     """Whether a device holds all counts; a processor does not, so that cells come in one order wherever counts are."""
     return device.type != "cpu" and _BYTES * counts.n_entries <= _MOST_OF_DEVICE * free_memory(device)
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._counts import column_sums, row_sums
-from .._transform import Link, Transform, TransformName
+from .._transform import Transform, TransformName
 from ._network import Entries, Network
 
 _NEVER = -1e9  # a log probability
@@ -26,12 +26,11 @@ _NEVER = -1e9  # a log probability
 class Loss(nn.Module):
     """Loss of a network that sees one part of a cell's molecules and is compared with the other.
 
-    `link` says how an output becomes a rate (`sc_noise2self._transform.rates`); for a square root, outputs times
+    How an output becomes a rate is in `sc_noise2self._model.LINKS`; for a square root, outputs times
     sqrt(molecules of the cell / `depth`) are at the depth that it needs. `start` is the output that stands for the mean
     profile, shape (genes,). `Noise2Same` alone has a weight of `invariance`.
     """
 
-    link: Link = "exp"
     depth = 1.0
     shares = (0.3, 0.9)  # bounds of the share of molecules that the network sees, drawn for every cell and step
 
@@ -138,7 +137,7 @@ class SquaredError(Loss):
 
     def __init__(self, counts: sp.csr_matrix, invariance: float = 0, *, transform: TransformName) -> None:
         sizes = row_sums(counts)
-        self.link, self.depth = transform, float(np.median(sizes[sizes > 0]))
+        self.depth = float(np.median(sizes[sizes > 0]))
         self.transform = Transform(transform, self.depth * self.compared)
         super().__init__(counts, invariance)
 

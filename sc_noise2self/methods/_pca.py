@@ -17,8 +17,8 @@ from ..partitions import Fold
 from ._base import Learned, Learner, Method, Sample
 from ._components import (
     Components,
+    cell_folds,
     depth_of,
-    folds_of,
     learn_components,
     learn_halves,
     noise_edge,
@@ -113,7 +113,7 @@ class _Fit:
     def profiles(self, setting: Shrinkage, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
         """Return the profiles of cells, which have no scale yet; a fold's weights are learned from the other fold."""
         weights = np.array([setting.weights(fold, noise=1) for fold in self.worth])
-        return self.components.weighted_profiles(seen, weights[1 - folds_of(cells)], self.gene_scale)
+        return self.components.weighted_profiles(seen, weights[1 - cell_folds(cells)], self.gene_scale)
 
 
 class PCALearner(Learner):
@@ -134,19 +134,19 @@ class PCALearner(Learner):
 
     def learn(self, half: Fold, rng: np.random.Generator) -> None:
         components = learn_components(half.seen, rng=rng, n_passes=3, **self._options)
-        products = components.products(half.seen, half.held_out, folds_of(half.cells))
+        products = components.products(half.seen, half.held_out, cell_folds(half.cells))
         self._fits.append(_Fit(components, half, worth_from(*products)))
 
     def learn_all(self, counts: Counts, keys: Sequence[int], rng: np.random.Generator) -> None:
         """Start each half from what some of its own cells gave, which has seen nothing of the other half."""
-        fits, edges, depth = [], [], depth_of(counts.size) / 2
+        fits, depth, self._edge = [], depth_of(counts.size) / 2, None
         for key, *pair in zip(keys, self._fits[::2], self._fits[1::2], strict=True):
             about: dict[str, Any] = {"key": key, "depth": depth, "n_passes": _FURTHER_PASSES, "rng": rng}
             starts = [fit.components.used_vectors for fit in pair]
             learned, worths, edge = learn_halves(counts.chunks, starts=starts, **about, **self._options)
-            edges.append(edge)
+            self._edge = edge if self._edge is None else self._edge
             fits += [_Fit(own, fit.half, worth) for own, fit, worth in zip(learned, pair, worths, strict=True)]
-        self._fits, self._edge = fits, edges[0]
+        self._fits = fits
 
     def predict(self, half: int, setting: Shrinkage, seen: sp.csr_matrix, cells: np.ndarray) -> LowRankProfiles:
         fit = self._fits[half]

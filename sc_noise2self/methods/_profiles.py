@@ -278,6 +278,11 @@ class ScaledProfiles(Profiles):
 
         molecules = as_chunks(observed).run(of_block).sums[0]
         populations = populations_of(molecules, expected, centers, refinement.height)
+        of_cells = molecules.sum(axis=1)
+        if not np.allclose(molecules.sum(axis=0) / of_cells.sum(), self.gene_share, rtol=1e-5, atol=0):
+            # These are some cells, which may have more of a rare gene by chance than all: the floor is that of all.
+            of_all = ratio(self.gene_share, of_cells @ populations.shares / of_cells.sum())
+            populations = replace(populations, shares=populations.shares * of_all)
         out = plain.of_populations(populations, found.population)
         if n_populations > 1 and refinement.height:
             again = populations.factors * nested_factors(molecules, out.sums_of_populations())
@@ -436,7 +441,7 @@ class _Steps:
             self._above = np.clip(np.where(nearer, np.where(moved, told, self._above), 1), 1 / _LONGEST_STEP, 1)
         step = np.maximum(1 + (wanted - 1) / self._above, wanted / _LONGEST_STEP)
         self._before = found, wanted, step
-        return np.where(there, step, 0).astype(np.float32)
+        return np.where(there, step, self._target > 0).astype(np.float32)  # a gene without a total may come to one
 
 
 def mean_profiles(size: np.ndarray, totals: np.ndarray) -> LowRankProfiles:
@@ -558,6 +563,13 @@ class MixedProfiles(Profiles):
     def of_cells(self, cells: np.ndarray) -> MixedProfiles:
         observed = self.observed.part(cells) if isinstance(self.observed, Chunks) else self.observed[cells]
         return MixedProfiles(self.profiles.of_cells(cells), observed, self.phi, self.cell_scale[cells])
+
+    def scales_to(self, size: np.ndarray) -> np.ndarray:
+        """Return what every cell is multiplied by to hold so many molecules, shape (cells,)."""
+        scale = np.zeros(len(size), np.float32)
+        for rows, mixed in self.blocks():
+            scale[rows] = ratio(size[rows], mixed.sum(axis=1))
+        return scale
 
     def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
         """Return m (1 + phi x) / (1 + phi m), dense float32 of shape (cells asked, genes asked)."""

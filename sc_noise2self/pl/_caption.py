@@ -40,7 +40,7 @@ def caption(adata: AnnData, figure: Figure | Axes | Iterable[Axes], *, key: str 
     KeyError
         If there is no such result.
     TypeError
-        If `figure` is none.
+        If `figure` is neither a figure nor Axes.
 
     Examples
     --------

@@ -12,7 +12,7 @@ import pandas as pd
 from anndata import AnnData
 from matplotlib.axes import Axes
 
-from .._checks import as_positive, check_name, check_number
+from .._checks import as_whole, check_name, check_number
 from .._read import gene_names, gene_positions, observed, profiles, record, sizes, values_of
 from .._slots import in_memory
 from ..methods._profiles import LowRankProfiles
@@ -231,7 +231,7 @@ def embedding(
 
 def _check_drawing(ncols: int | None, size: float | None) -> None:
     if ncols is not None:
-        as_positive("ncols", ncols)
+        as_whole("ncols", ncols)
     if size is not None:
         check_number("size", size, 0, np.inf, open_below=True)
 

@@ -36,7 +36,8 @@ def spectrum(
     Returns
     -------
     The Axes. Singular values are those of the weighted, transformed counts of a half, the mean removed. The noise
-    edge is the largest singular value of the difference of the two halves over sqrt(2), which holds noise alone. A
+    edge is the largest that noise alone reaches (Marchenko & Pastur 1967), each gene with the variance of the
+    difference of the two halves, over 2. A
     component's colour is its weight in the result: what the other half said it is worth, at the depth of all
     molecules. The line marks the rank: components that are more signal than noise.
 
