@@ -450,9 +450,12 @@ def _checked_indptr(stored: Any, n_rows: int) -> np.ndarray:
 
 def _n_missing(array: Any) -> int:
     """Return how many chunks of an array of zarr are not there."""
-    if not hasattr(array, "nchunks_initialized") or getattr(array, "shards", None) is not None:
+    if not hasattr(array, "nchunks_initialized"):
         return 0
-    return int(array.nchunks - array.nchunks_initialized)
+    n_there, shards = int(array.nchunks_initialized), getattr(array, "shards", None)
+    if shards is not None and n_there == -(-array.shape[0] // shards[0]):
+        return 0  # an earlier zarr counts shards
+    return max(0, int(array.nchunks) - n_there)  # of a shard that the array ends in all chunks are counted
 
 
 def _checked(rows: Any, shape: tuple[int, int]) -> Any:

@@ -421,3 +421,17 @@ def test_counts_on_a_device_are_refused_in_one_sentence(name):
     on_device = type(name, (), {"device": "cuda:0", "shape": (5, 4), "format": "csr", "__getitem__": lambda *_: None})
     with pytest.raises(TypeError, match=f"X is of type {name}, on a device: bring it to the host"):
         chunks_of(on_device(), "X")
+
+
+@pytest.mark.parametrize("name", ["data", "indices"])
+def test_a_shard_that_is_missing_is_refused(counts, tmp_path, name):
+    zarr = pytest.importorskip("zarr", minversion="3.0")
+    group = zarr.open_group(tmp_path / "x.zarr", mode="w", zarr_format=3)
+    ad.io.write_elem(group, "X", counts, dataset_kwargs={"chunks": (500,), "shards": (2000,)})
+    dataset = ad.io.sparse_dataset(group["X"])
+    np.testing.assert_array_equal(OnDisk(dataset).in_memory().toarray(), counts.toarray())
+    assert group["X"][name].shards == (2000,)
+    (tmp_path / "x.zarr" / "X" / name / "c" / "2").unlink()
+    again = ad.io.sparse_dataset(zarr.open_group(tmp_path / "x.zarr", mode="r")["X"])
+    with pytest.raises(ValueError, match=f"chunks of its {name} are missing"):
+        OnDisk(again)
