@@ -306,7 +306,7 @@ def test_what_cannot_be_selected_is_refused_in_a_sentence():
         ({"resolutions": [1, -1]}, "resolutions is -1"),
         ({"resolutions": []}, "resolutions is empty: pass at least one"),
         ({"resolutions": ["a"]}, "resolutions is 'a': pass a number"),
-        ({"n_splits": 11}, "n_splits is 11: there are 10 tenths"),
+        ({"n_folds": 11}, "n_folds is 11: there are 10 tenths"),
         ({"rule": "elbow"}, "rule is 'elbow': pass one of least, one_standard_error"),
         ({"n_neighbors": 31}, "n_neighbors is 31: 30 is the most"),
         ({"key_added": "leiden"}, "a name that sc.tl.leiden writes to"),

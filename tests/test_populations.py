@@ -156,7 +156,7 @@ def test_steps_to_gene_totals_are_few_where_a_floor_holds_most_of_a_gene():
         proportional *= total / (floor + above * proportional)
     off, plainly_off = (np.mean(np.abs((floor + above * scale) / total - 1)) for scale in (secant, proportional))
     assert off < 1e-3 < 5e-3 < plainly_off
-    assert (_Steps(np.array([0.0, 5])).next(np.array([3.0, 0])) == 0).all()  # nothing to have, nothing to scale
+    assert list(_Steps(np.array([0.0, 5])).next(np.array([3.0, 0]))) == [0, 1]  # nothing to have, nothing to scale yet
 
 
 @pytest.mark.parametrize("height", [0.0, 0.25, 1.0])

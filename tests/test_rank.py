@@ -167,8 +167,8 @@ def test_the_default_rank_fits_what_components_are_learned_from(protocol):
 
 
 def test_a_larger_rank_is_asked_for_only_where_there_is_one():
-    adata = ad.AnnData(poisson_counts(low_rank_profiles(200, 6, 5, seed=0), depth=300, seed=1))
-    with pytest.warns(UserWarning, match="largest rank tried, 5: these counts have no more"):
+    adata = ad.AnnData(poisson_counts(low_rank_profiles(400, 10, 9, seed=0), depth=100, seed=1))
+    with pytest.warns(UserWarning, match="largest rank tried, 9: these counts have no more"):
         n2s.select_rank(adata)
     with pytest.warns(UserWarning, match="largest rank tried, 3: pass a larger max_rank"):
         n2s.select_rank(adata, max_rank=3)
