@@ -213,8 +213,7 @@ class _Parts:
 
     def n_used(self, block: Block) -> int:
         """Return how many entries the genes used have in a block."""
-        if self.used is None:
-            return sum(part.nnz for part in self.of_block(block))
+        assert self.used is not None  # else nothing is kept
         return sum(int(self.used[part.indices].sum()) for part in self.of_block(block))
 
 
