@@ -233,9 +233,7 @@ def chunks_of(matrix: Any, name: str) -> Chunks:
 def _check_shape(shape: tuple[int, int]) -> None:
     for n, what in zip(shape, ("cell", "gene"), strict=True):
         if n < 2:
-            raise ValueError(
-                f"there is {n} {what}: it is learned from {what}s and measured over them, so at least 2 are needed."
-            )
+            raise ValueError(f"there is {n} {what}: at least 2 are needed, to learn from and to measure over.")
 
 
 def _warn_if_empty(size: np.ndarray) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _ENTRIES = 1 << 25  # at most, of a dense block: 13 MB of counts where a twentieth is not zero
 _STRETCH, _STRETCHES = 1000, 20  # cells read in a row, and how often, where cells are wanted in random order
 _BYTES = 8  # of an entry of CSR in memory
-_MOST_KEPT = 0.2  # of the memory that is free, for entries that are kept; for a moment they take twice that
+_MOST_KEPT = 0.2  # of the memory that is free, for entries that are kept
 _FAN_IN = 8  # partial sums that a Dask task adds up
 
 Out = TypeVar("Out")

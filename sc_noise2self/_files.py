@@ -191,12 +191,12 @@ def _check_paths(source: Path, target: Path, overwrite: bool, model: str | os.Pa
         raise FileExistsError(f"{target} is the source: choose another name.")
     if source.resolve() in target.resolve().parents:
         raise ValueError(f"{target} is inside the source, which is not changed: choose another folder.")
-    if target.exists() and target.is_file() and not overwrite:
+    if target.is_file() and not overwrite:
         raise FileExistsError(
             f"{target} exists: nothing is overwritten, so choose another name, or pass overwrite=True."
         )
     check_target(target, overwrite)
-    if model is not None and expanded(model).resolve() == target.resolve():
+    if model is not None and Path(model).resolve() == target.resolve():
         raise ValueError(f"save_model is {os.fspath(model)!r}, the target too: choose another name.")
     if not os.access(target.resolve().parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{target.resolve().parent} may not be written to by this user: choose another folder.")

@@ -435,3 +435,19 @@ def test_a_shard_that_is_missing_is_refused(counts, tmp_path, name):
     again = ad.io.sparse_dataset(zarr.open_group(tmp_path / "x.zarr", mode="r")["X"])
     with pytest.raises(ValueError, match=f"chunks of its {name} are missing"):
         OnDisk(again)
+
+
+def test_a_matrix_of_another_shape_than_its_object_is_refused(counts, tmp_path):
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "x.h5ad"
+    ad.AnnData(counts).write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        file["X"].attrs["shape"] = [230, 50]
+    with pytest.raises(ValueError, match=r"X has shape \(230, 50\), and adata \(230, 40\): .* write it again"):
+        n2s.denoise(ad.read_h5ad(path, backed="r"), write_layer=False)
+
+
+def test_genes_scaled_in_some_cells_first_are_those_of_a_dask_array_too(counts, few_cells, monkeypatch):
+    monkeypatch.setattr("sc_noise2self.methods._pca.SCALED", 30 * 40)
+    monkeypatch.setattr("sc_noise2self.methods._profiles._STAGE", 2)
+    assert_alike(results(in_dask(counts)), results(ad.AnnData(counts)))

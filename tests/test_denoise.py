@@ -422,7 +422,7 @@ def test_never_writes_over_what_it_did_not_write(adata):
 @pytest.mark.parametrize(("shape", "what"), [((1, 120), "1 cell"), ((300, 1), "1 gene")])
 def test_refuses_one_cell_and_one_gene(adata, shape, what):
     small = adata[: shape[0], : shape[1]].copy()
-    with pytest.raises(ValueError, match=f"there is {what}: it is learned from"):
+    with pytest.raises(ValueError, match=f"there is {what}: at least 2 are needed"):
         n2s.denoise(small)
 
 

@@ -14,7 +14,7 @@ from scipy.stats import gamma, poisson
 
 import sc_noise2self as n2s
 from sc_noise2self._counts import column_sums, row_sums
-from sc_noise2self.methods import _pca
+from sc_noise2self.methods import _pca, _profiles
 from sc_noise2self.methods._populations import (
     AS_IT_IS,
     PHI,
@@ -225,7 +225,9 @@ def test_any_cells_may_be_asked_for_while_rates_are_kept():
         np.testing.assert_array_equal(profiles.counts(cells, slice(2, 9)), whole[cells, 2:9])
 
 
-def test_genes_have_their_totals_where_populations_were_learned_from_few_cells(real_data, monkeypatch):
+@pytest.mark.parametrize("stage", [2, 20])  # 2: genes are scaled in a quarter of the cells first
+def test_genes_have_their_totals_where_populations_were_learned_from_few_cells(real_data, stage, monkeypatch):
+    monkeypatch.setattr(_profiles, "_STAGE", stage)
     counts = sp.csr_matrix(real_data("pbmc3k_10x").X).astype(np.float32)
     often = np.argsort(-column_sums(counts))[:3000]
     genes = np.sort(np.random.default_rng(0).permutation(often)[:600])
