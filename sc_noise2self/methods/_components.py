@@ -112,11 +112,14 @@ class Components:
         self, coordinates: np.ndarray, size: np.ndarray, kept: Index = slice(None), gene_scale: np.ndarray | None = None
     ) -> LowRankProfiles:
         """Return the profiles that have these coordinates, shape (cells, components kept); cells have no scale yet."""
-        scores = np.column_stack([np.ones(len(size)), coordinates]) * self.transform.own_depth(size)[:, None]
+        own_depth = self.transform.own_depth(size)[:, None]
+        scores = np.empty((len(size), coordinates.shape[1] + 1), np.float32)  # made in place: there may be many cells
+        scores[:, :1] = own_depth
+        np.multiply(coordinates, own_depth, out=scores[:, 1:], casting="same_kind")
         scale = np.where(self.gene_weights > 0, self.gene_weights, 1)
         loadings = np.column_stack([self.mean, self.vectors[:, kept]]) / scale[:, None]
         link, loadings = self.transform.name, np.ascontiguousarray(loadings, dtype=np.float32)
-        return LowRankProfiles.unscaled(link, scores.astype(np.float32), loadings, size, self.gene_share, gene_scale)
+        return LowRankProfiles.unscaled(link, scores, loadings, size, self.gene_share, gene_scale)
 
     def _only_used(self, z: sp.csr_matrix) -> sp.csr_matrix:
         return z if self.used.all() else z[:, self.used]

@@ -20,9 +20,10 @@ import numpy as np
 import scipy.sparse as sp
 from sklearn.neighbors import KNeighborsTransformer
 
-from .._blocks import Counts, Partial
+from .._blocks import Block, Counts, Partial
 from .._checks import as_whole
 from .._counts import row_sums
+from .._threads import in_threads
 from ..partitions import Fold
 from ._base import Learner, Method, TrialLearner, as_several, bounded_values, set_tuples
 from ._components import Components, depth_of, learn_components
@@ -32,6 +33,7 @@ from ._profiles import LowRankProfiles
 from ._svd import N_PASSES
 
 _STILL = float(np.finfo(np.float32).eps)
+_TOGETHER = 8  # components that walk together: what they are on the way takes little memory
 _EXACT_CELLS = 50_000  # searched exactly; neighbours among more are found by nearest neighbour descent
 
 
@@ -76,13 +78,16 @@ class _Neighbors(Method):
         return components.profiles(moved, counts.size).scaled(n_rounds)
 
     def coordinates(self, counts: Counts, n_passes: int, rng: np.random.Generator) -> tuple[Components, np.ndarray]:
-        """Return the components and the coordinates of all cells on them, shape (cells, k)."""
+        """Return the components and the coordinates of all cells on them, float32 of shape (cells, k)."""
         assert self.n_components is not None  # checked
         n_components = min(self.n_components, counts.chunks.shape[0] - 1)
         about: dict[str, Any] = {"n_passes": n_passes, "used": counts.used, "depth": depth_of(counts.size)}
         components = learn_components(counts.chunks, "log1p", n_components, rng, **about)
-        found = counts.chunks.run(lambda block: Partial(rows=(components.coordinates(block.counts),)))
-        return components, found.rows[0]
+
+        def of_block(block: Block) -> Partial:
+            return Partial(rows=[components.coordinates(block.counts).astype(np.float32)])
+
+        return components, counts.chunks.run(of_block).rows[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,12 +223,23 @@ def nearest(points: np.ndarray, n_neighbors: int, rng: np.random.Generator) -> t
 
 
 def walked(walk: sp.csr_matrix, coordinates: np.ndarray, n_steps: int) -> np.ndarray:
-    """Return the coordinates after so many steps; a walk that moves nothing more, to single precision, has arrived."""
-    for _ in range(n_steps):
-        before, coordinates = coordinates, walk @ coordinates
-        if np.abs(coordinates - before).max(initial=0) <= _STILL * np.abs(before).max(initial=0):
-            break
-    return coordinates
+    """Return the coordinates after so many steps, each step in double precision, a few components at a time.
+
+    Components that a step no longer moves, to single precision, have arrived.
+    """
+    out = np.empty_like(coordinates)
+
+    def of_some(columns: slice) -> None:
+        moved = np.ascontiguousarray(coordinates[:, columns])
+        for _ in range(n_steps):
+            before, moved = moved, walk @ moved
+            if np.abs(moved - before).max(initial=0) <= _STILL * np.abs(before).max(initial=0):
+                break
+        out[:, columns] = moved
+
+    for _ in in_threads(of_some, (slice(i, i + _TOGETHER) for i in range(0, coordinates.shape[1], _TOGETHER))):
+        pass
+    return out
 
 
 def _walk(weights: np.ndarray, neighbors: np.ndarray, size: np.ndarray, symmetric: bool = False) -> sp.csr_matrix:
