@@ -28,7 +28,10 @@ _FEW = 4  # molecules dealt by inverting their distribution, which is faster tha
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """Stored counts of a batch of cells, on the device."""
+    """Stored counts of a batch of cells, on the device.
+
+    Values are gathered by `index_select`, which takes a quarter of the time of an index in brackets.
+    """
 
     rows: Tensor  # cell in the batch and gene of each entry, int64
     genes: Tensor
@@ -47,12 +50,17 @@ class Entries:
     def dense(self) -> Tensor:
         """Return the counts, dense of shape (cells, genes)."""
         out = torch.zeros(len(self.starts), self.n_genes, device=self.values.device)
-        out[self.rows, self.genes] = self.values
+        out.view(-1).index_copy_(0, self.places(), self.values)
         return out
+
+    def places(self) -> Tensor:
+        """Return where each entry is in dense counts, row after row."""
+        return self.rows * self.n_genes + self.genes
 
     def split(self, low: float, high: float) -> tuple[Entries, Entries]:
         """Deal each molecule to the first of two parts with a probability that each cell draws between two bounds."""
-        shares = torch.empty(len(self.starts), device=self.values.device).uniform_(low, high)[self.rows]
+        shares = torch.empty(len(self.starts), device=self.values.device).uniform_(low, high)
+        shares = shares.index_select(0, self.rows)
         few = torch.where(self.values <= _FEW, self.values, 0)
         # How many of few: a uniform number less the probabilities of 0, of 1, and so on, until it is below zero.
         odds = shares / (1 - shares)
@@ -69,7 +77,7 @@ class Entries:
         """Return cells without some genes, and these alone; each cell draws the probability of a gene to be hidden."""
         shares = torch.empty(len(self.starts), 1, device=self.values.device).uniform_(low, high)
         hidden = torch.rand(len(shares), self.n_genes, device=self.values.device) < shares
-        is_hidden = hidden[self.rows, self.genes]
+        is_hidden = hidden.view(-1).index_select(0, self.places())
         seen, held_out = self.values.masked_fill(is_hidden, 0), self.values.masked_fill(~is_hidden, 0)
         return replace(self, values=seen, hidden=hidden), replace(self, values=held_out, hidden=hidden)
 
@@ -155,10 +163,10 @@ class DeviceCounts:
         lengths = self._lengths[cells]
         starts = lengths.cumsum(0) - lengths
         rows = torch.repeat_interleave(lengths, output_size=n_entries)
-        positions = torch.arange(n_entries, device=self.device) + (self._starts[cells] - starts)[rows]
-        genes, values = self.genes[positions].long(), self.data[positions].float()
+        positions = torch.arange(n_entries, device=self.device) + (self._starts[cells] - starts).index_select(0, rows)
+        genes, values = (stored.index_select(0, positions) for stored in (self.genes, self.data))
         batch = None if self._batch is None else self._batch[cells]
-        return Entries(rows, genes, values, starts, lengths, batch, self.n_genes)
+        return Entries(rows, genes.long(), values.float(), starts, lengths, batch, self.n_genes)
 
 
 class Aside(NamedTuple):
@@ -241,7 +249,8 @@ class PrincipalScores(nn.Module):
         if entries.hidden is not None:
             sizes = sizes / (1 - entries.hidden.float() @ self.share).clamp_min(1e-3)
         to_depth = self.depth / sizes.clamp_min(1)
-        values = torch.log1p(entries.values * to_depth[entries.rows]) * self.gene_weights[entries.genes]
+        values = torch.log1p(entries.values * to_depth.index_select(0, entries.rows))
+        values = values * self.gene_weights.index_select(0, entries.genes)
         scores = F.embedding_bag(entries.genes, self.components, entries.starts, mode="sum", per_sample_weights=values)
         if entries.hidden is not None:
             scores = scores + entries.hidden.float() @ (self.mean[:, None] * self.components)

@@ -62,12 +62,13 @@ class _NatsPerMolecule(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, held_out: Entries) -> Tensor:
-        at, total = (held_out.rows, held_out.genes), held_out.values.sum().clamp_min(1)
+        at, total = held_out.places(), held_out.values.sum().clamp_min(1)
         precise = torch.promote_types(output.dtype, torch.float32)
-        log_p = F.log_softmax(output, dim=1, dtype=precise)
-        loss = -(log_p[at] * held_out.values).sum() / total
-        gradient = log_p.exp_().mul_((held_out.sizes() / total)[:, None])
-        gradient[at] -= held_out.values / total
+        p = F.softmax(output, dim=1, dtype=precise)
+        of_entries = p.view(-1).index_select(0, at).clamp_min(torch.finfo(precise).tiny)
+        loss = -(torch.log(of_entries) * held_out.values).sum() / total
+        gradient = p.mul_((held_out.sizes() / total)[:, None])
+        gradient.view(-1).index_add_(0, at, (held_out.values / total).to(precise), alpha=-1)
         ctx.save_for_backward(gradient.to(output.dtype))
         return loss
 
@@ -123,7 +124,7 @@ class NegativeBinomial(Loss):
         # log(r + m) without overflow; the terms with lgamma are zero where the count is.
         log_sum = torch.logaddexp(log_means, torch.log(r).expand_as(log_means))
         likelihood = (r * torch.log(r)).expand_as(output) - (r + counts) * log_sum + counts * log_means
-        of_genes = r[held_out.genes]
+        of_genes = r.index_select(0, held_out.genes)
         gammas = torch.lgamma(held_out.values + of_genes) - torch.lgamma(of_genes)
         likelihood = likelihood * (sizes > 0)
         return -(likelihood.sum() + gammas.sum()) / held_out.values.sum().clamp_min(1)
