@@ -242,11 +242,10 @@ def mixture_weights(probabilities: np.ndarray, molecules: np.ndarray) -> np.ndar
 
 
 class _Scores:
-    """Held-out probabilities and gains of candidates, on the same cells of every half."""
+    """Held-out gains of candidates, on the same cells of every half."""
 
     def __init__(self, halves: Sequence[Fold], cells: np.ndarray) -> None:
         self._folds = [half.of_cells(cells) for half in halves]
-        self._probabilities: dict[str, list[np.ndarray]] = {}
         self._gains: dict[str, Gain] = {}
         self._populations: dict[tuple[str, int], CrossFit] = {}
         parts = [np.flatnonzero(cell_folds(self._folds[0].cells) == fold) for fold in (0, 1)]
@@ -256,19 +255,17 @@ class _Scores:
     def add(self, choices: Sequence[Choice], bar: tqdm) -> None:
         """Predict and score candidates."""
         tasks = list(product(choices, range(len(self._folds))))
-        found: dict[str, list[tuple[np.ndarray, Gain]]] = {choice.label: [] for choice in choices}
-        for (choice, _), scored in zip(tasks, in_threads(self._scored, tasks), strict=True):
-            found[choice.label].append(scored)
-        for label, of_folds in found.items():
-            probabilities, gains = zip(*of_folds, strict=True)
-            self._probabilities[label], self._gains[label] = list(probabilities), sum(gains[1:], gains[0])
+        found: dict[str, list[Gain]] = {choice.label: [] for choice in choices}
+        for (choice, _), gain in zip(tasks, in_threads(self._scored, tasks), strict=True):
+            found[choice.label].append(gain)
+        for label, gains in found.items():
+            self._gains[label] = sum(gains[1:], gains[0])
             self.comparison.add({"label": label}, -self._gains[label])
             bar.update()
 
-    def _scored(self, about: tuple[Choice, int]) -> tuple[np.ndarray, Gain]:
+    def _scored(self, about: tuple[Choice, int]) -> Gain:
         choice, i = about
-        found = self._probabilities_of(choice, i)
-        return found, self._folds[i].gain_of(found)
+        return self._folds[i].gain_of(self._probabilities_of(choice, i))
 
     def refined(self, choice: Choice) -> Choice:
         """Return the choice with the refinement that gains most."""
@@ -303,7 +300,9 @@ class _Scores:
 
     def weighted(self, best: list[Choice]) -> tuple[Choice, ...]:
         """Return the choices with their weights in the mean, those of next to none left out."""
-        probabilities = np.array([np.concatenate(self._probabilities[choice.label]) for choice in best])
+        tasks = product(best, range(len(self._folds)))
+        of_tasks = list(in_threads(lambda about: self._probabilities_of(*about), tasks))
+        probabilities = np.concatenate(of_tasks).reshape(len(best), -1)
         molecules = np.concatenate([fold.held_out.data for fold in self._folds])
         weights = mixture_weights(probabilities, molecules)
         kept = weights >= _LEAST_WEIGHT

@@ -202,9 +202,9 @@ def denoise(
         selection = select(methods, counts, rng, average=is_ensemble(method), mix=mix, n_splits=n_splits)
         if not selection.beats_mean:
             warn(
-                f"no candidate predicts held-out molecules better than one mean profile (best gain {selection.gain}):"
-                " the mean profile is written. These cells look alike, or hold too few molecules to tell them apart."
-                + (" No model is saved." if save_model else "")
+                "no candidate predicts held-out molecules better than one mean profile (best gain "
+                f"{selection.unmixed_gain}): the mean profile is written. These cells look alike, or hold too few "
+                "molecules to tell them apart." + (" No model is saved." if save_model else "")
             )
         result = result_of(
             counts,

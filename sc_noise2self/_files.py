@@ -105,7 +105,8 @@ def denoise_file(
         adata = _with_counts(source, stored, layer, any(each.needs_memory for each in methods))
         if key_added in stored.get("layers", ()) and kind_of(adata, key_added) != "denoise":
             raise ValueError(f"layer {key_added!r} exists and is not an earlier result: choose another key_added.")
-        n_bytes = sum(each.stat().st_size for each in ([source] if source.is_file() else source.rglob("*")))
+        decompressed = source.suffix == ".zarr" and target.suffix == ".h5ad"
+        n_bytes = _size_of_arrays(stored) if decompressed else _size_of_files(source)
         check_fits_disk(n_bytes + 4 * adata.n_obs * adata.n_vars * write_layer, target.resolve().parent)
         in_memory = write_layer and not all(each.has_factors for each in methods)
         denoise(adata, method, layer=layer, key_added=key_added, write_layer=in_memory, **options)
@@ -383,6 +384,15 @@ def _create(out: Any, key: str, shape: tuple[int, ...], dtype: Any, chunks: tupl
     make = out.create_array if hasattr(out, "create_array") else out.create_dataset
     chunked = {} if 0 in shape else {"chunks": tuple(map(min, shape, chunks))}
     return make(key, shape=shape, dtype=dtype, **chunked)
+
+
+def _size_of_files(source: Path) -> int:
+    return sum(each.stat().st_size for each in ([source] if source.is_file() else source.rglob("*")))
+
+
+def _size_of_arrays(stored: Any) -> int:
+    """Return the bytes of all arrays in a group without compression, as they are written to `.h5ad`."""
+    return int(stored.nbytes) if hasattr(stored, "nbytes") else sum(_size_of_arrays(stored[name]) for name in stored)
 
 
 def _copy_file(source: Path, target: Path) -> None:

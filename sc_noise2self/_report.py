@@ -178,7 +178,10 @@ def _three_lines(adata: AnnData, key: str, figures: pd.DataFrame) -> str:
 def _gain_in_a_line(adata: AnnData, written: Mapping[str, Any], figures: pd.DataFrame) -> str:
     gain, covered, whole = figures.loc["gain"], figures["value"]["coverage"], f"{written['n_cells']:,} cells"
     if not written["beats_mean"] or written["gain_cells"] < 2:
-        return f"Molecules held out of {whole} do not tell that it predicts them better than one mean profile does."
+        untold = f"Molecules held out of {whole} do not tell that it predicts them better than one mean profile does"
+        if "unmixed_gain" not in written or written["gain_cells"] < 2:
+            return f"{untold}."
+        return f"{untold}; with each cell's own counts mixed in the gain is {gain['value']:.3f} +- {gain['error']:.3f}."
     said, where = f"{gain['value']:.3f} +- {gain['error']:.3f}", whole
     if "gain here" in figures.index and np.isfinite(figures["error"]["gain here"]):
         here, covered = figures.loc["gain here"], figures["value"]["coverage here"]

@@ -46,7 +46,7 @@ def select_resolution(
 
     Cells are clustered by nine tenths of their molecules, and each cluster's profile must predict the last tenth. Too
     few clusters average over cells that differ; too many have profiles that are noise. The answer is for `sc.tl.leiden`
-    on the neighbours by as many components: it is the finest partition that the molecules tell from noise, and not
+    on the neighbours by as many components: it is the coarsest partition that predicts as well as the best, and not
     the number of cell types. A continuum, as of a gene's level or the cell cycle, is cut as finely as it can be told.
 
     Parameters

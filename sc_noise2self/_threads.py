@@ -6,6 +6,7 @@ SciPy's sparse products and NumPy's loops let go of the interpreter, so threads 
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -58,7 +59,7 @@ def in_threads(work: Callable[[Item], Out], items: Iterable[Item]) -> Iterator[O
 def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
     """Yield items, the next of which is made in a thread while one is worked on."""
     end = object()
-    with ThreadPoolExecutor(1, initializer=_start) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(1, initializer=_start) as pool:
         waiting: Future[Any] = pool.submit(next, items, end)
         while (item := waiting.result()) is not end:
             waiting = pool.submit(next, items, end)
@@ -96,6 +97,8 @@ def one_blas_thread() -> Iterator[None]:
 
 
 def _ask(user: _User, begins: bool) -> None:
+    if sys.is_finalizing():  # nobody answers any more: what is closed only now was left suspended
+        return
     done: Future[None] = Future()
     _requests.put((user, begins, done))
     done.result()

@@ -94,10 +94,11 @@ def interval(
     predictive: bool = False,
     gene_symbols: str | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the interval that holds a cell's expected count with a probability of `level`.
+    """Return the interval in which a cell's expected count lies, or, with `predictive=True`, a fresh count of it.
 
-    The true rate is Gamma distributed around the denoised value, as widely as held-out molecules of the gene say
-    (`.var["denoised_phi"]`). Where counts were mixed in, the cell's own count is evidence too.
+    The model: the true rate is Gamma distributed around the denoised value, as widely as held-out molecules of the gene
+    say (`.var["denoised_phi"]`), by one coefficient of variation for all cells. Where counts were mixed in, the cell's
+    own count is evidence too. What held-out molecules can be held against, and are, is the interval of a fresh count.
 
     Parameters
     ----------
@@ -106,8 +107,9 @@ def interval(
     level
         Probability, above 0 and below 1; the interval leaves half of the rest on each side.
     predictive
-        The interval of a fresh count of the cell at its own depth instead, which adds the noise of counting. It is what
-        held-out counts are scored against; whole numbers, with `scale="counts"` alone.
+        The interval of a fresh count of the cell at its own depth instead, which adds the noise of counting. It holds
+        one with a probability of `level`, which held-out counts are scored against; whole numbers, with
+        `scale="counts"` alone.
 
     Returns
     -------
@@ -121,8 +123,9 @@ def interval(
     Notes
     -----
     The coverage that intervals had on molecules held out is in `.uns["denoised"]["coverage"]`, by expression and depth;
-    `sc_noise2self.pl.calibration` draws it. The dispersion is that around a prediction from half of the molecules, so
-    intervals of the result, which is fitted to all, are a little wide.
+    `sc_noise2self.pl.calibration` draws it. It is that of fresh counts. Rates themselves
+    are never observed: where the error is the denoiser's own, and not a spread of the gene, it differs between cells,
+    and in simulations with known rates and no other spread 90 % intervals of expected counts held 72 to 74 % of them.
 
     Examples
     --------

@@ -228,17 +228,17 @@ class Genes:
         Number of random sets, or positions of genes (boolean or whole numbers) by name: pathways. Genes in no
         pathway are always seen and never scored; pathways may share genes.
     n_folds
-        Groups of cells, and ways to hide; at least the number of sets. Each call of the denoiser hides one set in each
-        group, and each cell has one set hidden at a time.
+        Groups of cells, and ways to hide, as many as there are sets or more. None takes as many, but at least 10. Each
+        call of the denoiser hides one set in each group, and each cell has one set hidden at a time.
     """
 
     sets: int | Mapping[str, Sequence[int] | np.ndarray] = 10
-    n_folds: int = 10
+    n_folds: int | None = None
 
     def __post_init__(self) -> None:
-        as_whole("n_folds", self.n_folds, least=2)
-        if not isinstance(self.sets, Mapping):
-            as_whole("sets", self.sets, least=2)
+        n_sets = len(self.sets) if isinstance(self.sets, Mapping) else as_whole("sets", self.sets, least=2)
+        if self.n_folds is not None and as_whole("n_folds", self.n_folds, least=2) < n_sets:
+            raise ValueError(f"n_folds is {self.n_folds} for {n_sets} sets: pass {n_sets} or more, or leave it out.")
 
     def folds(self, data: sp.csr_matrix, rng: np.random.Generator) -> list[Fold]:
         """Return the folds of counts, CSR of shape (cells, genes)."""
@@ -247,7 +247,7 @@ class Genes:
             sets = np.array([_chosen(genes, n_genes) for genes in self.sets.values()]).reshape(-1, n_genes)
         else:
             sets = _groups_of("genes", n_genes, self.sets, rng) == np.arange(self.sets)[:, None]
-        n_groups = max(self.n_folds, len(sets))
+        n_groups = max(10, len(sets)) if self.n_folds is None else self.n_folds
         groups = _groups_of("cells", n_cells, n_groups, rng)
         turns = np.vstack([sets, np.zeros((n_groups - len(sets), n_genes), bool)])
         turned = [np.roll(turns, shift, axis=0) for shift in range(n_groups)]

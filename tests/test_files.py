@@ -189,6 +189,20 @@ def test_a_layer_too_large_for_the_disk_is_refused_with_its_gigabytes(source, mo
         n2s.denoise_file(source, source.with_name("out.h5ad"), layer="counts")
 
 
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+def test_what_is_written_without_compression_is_counted_without_it(source, monkeypatch):
+    adata = ad.read_h5ad(source)
+    adata.obsm["zeros"] = np.zeros((adata.n_obs, 5000), np.float32)
+    packed = source.with_name("packed.zarr")
+    adata.write_zarr(packed)
+    size = sum(each.stat().st_size for each in packed.rglob("*"))
+    least = adata.obsm["zeros"].nbytes
+    assert size < least
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=(size + least) // 2))
+    with pytest.raises(OSError, match="are free in"):
+        n2s.denoise_file(packed, source.with_name("out.h5ad"), layer="counts", write_layer=False)
+
+
 def test_an_error_while_writing_leaves_nothing(source, monkeypatch):
     def fails(*args, **options):
         raise OSError("disk full")

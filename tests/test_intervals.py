@@ -43,6 +43,19 @@ def test_the_interval_is_that_of_the_gamma_and_of_the_negative_binomial(phi):
     np.testing.assert_array_equal([low, high], expected)
 
 
+@pytest.mark.parametrize(("spread", "mix", "least"), [(0.25, False, 0.82), (0.25, True, 0.72), (0, False, 0.68)])
+def test_expected_counts_themselves_are_held_as_often_as_the_docstring_says(spread, mix, least):
+    rng = np.random.default_rng(0)
+    truth = low_rank_profiles(400, 120, 3, seed=0)
+    truth = truth * (rng.gamma(1 / spread, spread, truth.shape) if spread else 1)
+    truth /= truth.sum(axis=1, keepdims=True)
+    adata = ad.AnnData(poisson_counts(truth, depth=1500, seed=1))
+    n2s.denoise(adata, mix=mix)
+    low, high = n2s.get.interval(adata, adata.var_names)
+    expected = truth * adata.obs["denoised_size"].to_numpy()[:, None]
+    assert least < ((low <= expected) & (expected <= high)).to_numpy().mean() < 0.95
+
+
 def test_what_is_not_expected_at_all_has_the_interval_zero():
     belief = Belief.around(np.array([0.0, 1.0]), np.array([0.3, 0.0]))
     for low, high in (belief.interval(0.9), belief.interval(0.9, predictive=True)):

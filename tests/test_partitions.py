@@ -262,6 +262,7 @@ def test_entries_in_no_mask_are_denoised_as_they_are():
         (lambda: Molecules(1), "n_folds is 1: pass a whole number, 2 or more"),
         (lambda: Molecules(5, 0.5), "n_folds and fraction were both given"),
         (lambda: Genes(1), "sets is 1"),
+        (lambda: Genes(10, n_folds=2), "n_folds is 2 for 10 sets: pass 10 or more, or leave it out"),
         (lambda: Blocks(2, 1.5), "genes is 1.5"),
         (lambda: folds_of(Genes(41), np.eye(40)), "40 genes cannot be dealt to 41 groups"),
         (lambda: as_partition("molecule", None), "partition is 'molecule': pass one of molecules, genes, blocks"),

@@ -181,6 +181,20 @@ def test_three_lines_of_nothing_gained_say_so(adata):
     assert "Gain" not in said
 
 
+def test_where_only_mixing_gains_every_form_says_so():
+    rng = np.random.default_rng(0)
+    means = 1500 * rng.gamma(8, 1 / 8, (300, 1)) * rng.dirichlet(np.full(100, 2.0))
+    adata = ad.AnnData(rng.poisson(means * rng.gamma(2, 0.5, means.shape)).astype(np.float32))
+    with pytest.warns(UserWarning, match="no candidate predicts") as warned:
+        n2s.denoise(adata, n2s.Clusters(resolution=0, n_pcs=1), mix=True, write_layer=False)
+    record = adata.uns["denoised"]
+    assert record["gain"] > 0.1 > abs(record["unmixed_gain"])
+    assert f"(best gain {record['unmixed_gain']:.4f}" in str(warned[0].message)
+    for text in (n2s.report(adata), n2s.report(adata, detail=True)):
+        assert f"{record['gain']:.3f} +- {record['gain_error']:.3f}" in text
+        assert "mix" in text
+
+
 def test_report_as_a_frame_has_a_row_for_each_figure(pbmc):
     n2s.denoise(pbmc, mix=True, write_layer=False)
     record, found = pbmc.uns["denoised"], n2s.report(pbmc, as_frame=True)

@@ -1,6 +1,7 @@
 """Choosing and combining denoisers by the gain on held-out molecules, and mixing the counts back in."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,6 +156,23 @@ def test_small_dispersions_of_abundant_genes_are_told_from_none():
     profiles = flat_profiles(1500, np.full(20, 0.05), 40_000.0)
     found = dispersions(dispersion_curves(profiles, held_out, np.full(1500, 40_000.0))).reshape(2, 10).mean(axis=1)
     np.testing.assert_allclose(found, [0.001, 0.004], rtol=0.25)
+
+
+@pytest.mark.parametrize(("least", "most"), [(20, 200), (0.01, 3)])
+def test_dispersion_curves_of_any_expected_counts_are_those_of_every_entry(least, most):
+    """Entries are summed in bins, whose width must not look like a dispersion of less than none."""
+    from scipy.stats import nbinom, poisson
+
+    rng = np.random.default_rng(0)
+    m = np.exp(rng.uniform(np.log(least), np.log(most), (600, 30))).astype(np.float32)
+    x = rng.poisson(m * rng.gamma(500, 1 / 500, m.shape)).astype(np.float32)
+    x[x.sum(axis=1) == 0, 0] = 1
+    profiles = SimpleNamespace(blocks=lambda: iter([(slice(0, 600), m)]))
+    curves = dispersion_curves(profiles, sp.csr_matrix(x), x.sum(axis=1))
+    expected = [nbinom.logpmf(x, 1 / phi, 1 / (1 + phi * m)) if phi else poisson.logpmf(x, m) for phi in PHI]
+    expected = np.array([each.sum(axis=0) for each in expected])
+    difference = (curves - curves[0]) - (expected - expected[0])
+    np.testing.assert_allclose(difference, 0, atol=0.1)
 
 
 def test_dispersion_curve_is_the_negative_binomial_likelihood():

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -11,7 +12,7 @@ import pytest
 from threadpoolctl import threadpool_info
 
 import sc_noise2self as n2s
-from sc_noise2self._threads import in_threads, one_blas_thread
+from sc_noise2self._threads import in_threads, one_blas_thread, read_ahead
 
 
 def blas_threads():
@@ -44,6 +45,17 @@ def test_a_limit_that_cannot_be_set_is_the_callers_error_and_nobody_elses(monkey
 def test_results_come_in_order_and_no_item_is_lost():
     for n in (0, 1, 2, 3, 50):
         assert list(in_threads(lambda i: i * i, range(n))) == [i * i for i in range(n)]
+
+
+def test_what_is_read_ahead_limits_nobody_after():
+    before = blas_threads()
+    assert list(read_ahead(iter(range(3)))) == [0, 1, 2]
+    assert blas_threads() == before
+
+
+def test_a_process_ends_though_results_were_left_waiting():
+    program = "from sc_noise2self._threads import in_threads; waiting = in_threads(abs, range(10)); next(waiting)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -54,6 +54,7 @@ _STEPS = 800  # of training in all: PBMC 8k gains .1288 by 200, .1309 by 400, .1
 _BATCHES = (128, 4096)  # cells a step, at least and at most
 _PREDICTED = 1024  # cells predicted at a time
 _SCALED_CELLS = 20_000  # that the scales of genes are learned from, at most
+_INVARIANCE = 0.5  # the weight of Noise2Same's second term, unless one is given
 _LEAST_SPREAD = 0.01  # of the first score, in lengths of the mean cell
 Out = TypeVar("Out")
 _TRAINING = Lock()  # its random numbers are those of the process
@@ -87,7 +88,8 @@ class Autoencoder(Method):
     learning_rate
         Learning rate of Adam. It is constant; the states that it passes through are averaged.
     invariance
-        Weight of Noise2Same's invariance term, in units of the noise's standard deviation. The theorem has 2, which
+        Weight of Noise2Same's invariance term, in units of the noise's standard deviation; other losses have none. None
+        takes 0.5. The theorem has 2, which
         allows for more copying than a bottleneck can do.
     prior_scale
         Standard deviation of the Gaussian prior on the weights of each gene. Against the likelihood of the gene's own
@@ -126,7 +128,7 @@ class Autoencoder(Method):
     n_components: int | None = None
     n_hidden: int | None = None
     learning_rate: float = 7e-3
-    invariance: float = 0.5
+    invariance: float | None = None
     prior_scale: float = 0.08
     n_epochs: int | None = None
     batch_size: int | None = None
@@ -143,7 +145,12 @@ class Autoencoder(Method):
                 as_whole(name, getattr(self, name))
         for name in ("learning_rate", "prior_scale"):
             check_number(name, getattr(self, name), 0, np.inf, open_below=True)
-        check_number("invariance", self.invariance, 0, np.inf)
+        if self.invariance is not None:
+            check_number("invariance", self.invariance, 0, np.inf)
+            if not self.loss.startswith("noise2same"):
+                raise ValueError(
+                    f"invariance was given with the loss {self.loss!r}, which has no such term: leave it out."
+                )
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -283,7 +290,7 @@ class _AutoencoderLearner(Learner):
         plan = _Plan(
             fold,
             self._principal_scores(seen, device, rng),
-            LOSSES[options.loss](seen, options.invariance),
+            LOSSES[options.loss](seen, _INVARIANCE if options.invariance is None else options.invariance),
             n_epochs,
             options.batch_size or int(np.clip(n_epochs * n_shown // _STEPS, *_BATCHES)),
         )

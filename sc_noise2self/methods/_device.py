@@ -40,7 +40,7 @@ class DeviceProfiles(LowRankProfiles):
         for start in range(0, len(self.size), step):
             rows = slice(start, start + step)
             population = self.population[rows]
-            known = None if population[0] == UNKNOWN else torch.from_numpy(population).long().to(self.device)
+            known = None if (population == UNKNOWN).any() else torch.from_numpy(population).long().to(self.device)
             level, *scales = scaling(self.scores[rows], self.size[rows], known, sums)
             self.scores[rows, -1] -= level
             self.population[rows], self.cell_scale[rows], self.row_scale[rows] = scales

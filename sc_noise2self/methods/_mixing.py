@@ -37,22 +37,26 @@ def dispersion_curves(
     """Return the log likelihood of each phi of the grid, which starts with 0, for each gene, shape (grid, genes).
 
     `profiles` were predicted from a part with `size` molecules in each cell, and are brought to the depth of the other.
-    What every entry adds, zero or not, is summed over expected counts in bins that are a quarter wide at most.
+    What every entry adds, zero or not, is summed over expected counts in bins that are a quarter wide at most, by their
+    mean and their variance in the bin (Taylor's series to the second order).
     """
     depth = (row_sums(held_out) / np.maximum(size, 1)).astype(np.float32)
     n_genes = held_out.shape[1]
     expected = np.empty(held_out.nnz)
-    number, total = np.zeros((2, n_genes, _BINS))
+    number, total, squares = np.zeros((3, n_genes, _BINS))
     for rows, found in profiles.blocks():
         block = found * depth[rows, None]
         entries = slice(held_out.indptr[rows.start], held_out.indptr[rows.stop])
         lengths = np.diff(held_out.indptr[rows.start : rows.stop + 1])
         expected[entries] = block[np.repeat(np.arange(len(lengths)), lengths), held_out.indices[entries]]
-        _add_to_bins(block, block.view(np.int32), number, total)
+        _add_to_bins(block, block.view(np.int32), number, total, squares)
     gene, bin = np.nonzero(number)
     number, mean = number[gene, bin], total[gene, bin] / number[gene, bin]
+    spread = np.maximum(squares[gene, bin] - number * mean**2, 0) / 2
     zeros = [-total.sum(axis=1)]
-    zeros += [-np.bincount(gene, number * np.log1p(phi * mean), n_genes) / phi for phi in grid[1:]]
+    for phi in grid[1:]:
+        of_bins = spread * phi / (1 + phi * mean) ** 2 - number * np.log1p(phi * mean) / phi
+        zeros.append(np.bincount(gene, of_bins, n_genes))
     x = held_out.data.astype(np.int64)
     distinct = np.flatnonzero(np.bincount(x))
     numbers = np.zeros(distinct.max(initial=0) + 1, np.intp)
@@ -82,7 +86,9 @@ def _add_stored(
 
 
 @numba.njit(nogil=True, cache=True)
-def _add_to_bins(values: np.ndarray, bits: np.ndarray, number: np.ndarray, total: np.ndarray) -> None:
+def _add_to_bins(
+    values: np.ndarray, bits: np.ndarray, number: np.ndarray, total: np.ndarray, squares: np.ndarray
+) -> None:
     """Add values >= 0, shape (cells, genes), to the bins of their genes, which the first bits of a float32 tell.
 
     A few genes at a time, whose bins stay in the processor's cache.
@@ -93,7 +99,9 @@ def _add_to_bins(values: np.ndarray, bits: np.ndarray, number: np.ndarray, total
             for g in range(start, min(start + _AT_A_TIME, n_genes)):
                 bin = min(max((bits[i, g] >> _SHIFT) - _FIRST, 0), _BINS - 1)
                 number[g, bin] += 1
-                total[g, bin] += values[i, g]
+                value = np.float64(values[i, g])
+                total[g, bin] += value
+                squares[g, bin] += value * value
 
 
 def dispersions(curves: np.ndarray, grid: np.ndarray = PHI) -> np.ndarray:
