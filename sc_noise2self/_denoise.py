@@ -98,7 +98,8 @@ def denoise(
         `sc_noise2self.get.lazy` makes a layer that is computed where it is read; the layer is dense, 4 bytes x cells x
         genes. Of counts that are not in memory the layer is a lazy one.
     save_model
-        File to write the fitted model to, for `sc_noise2self.denoise_with`; it must not exist.
+        File to write the fitted model to, for `sc_noise2self.denoise_with`; it must not exist. What `mix=True` mixes in
+        is not of the model.
     copy
         Return a copy with the result instead of writing to `adata`.
     random_state

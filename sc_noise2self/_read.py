@@ -159,7 +159,7 @@ def beliefs(adata: AnnData, key: str, rows: Index, columns: Index) -> Belief:
     mix = record(adata, key)["params"]["mix"]
     if f"{key}_phi" not in adata.var:
         raise KeyError(f"adata.var[{f'{key}_phi'!r}], the dispersion of each gene, is gone: {_again(key)}.")
-    phi = in_memory(adata.var[f"{key}_phi"]).to_numpy()[columns]
+    phi = np.asarray(in_memory(adata.var[[f"{key}_phi"]]))[columns, 0]
     if not mix:
         return Belief.around(values_of(adata, key, rows, columns, as_scale("counts")), phi)
     mixed = profiles(adata, key)

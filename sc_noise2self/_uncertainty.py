@@ -17,7 +17,7 @@ from ._intervals import Belief, Coverage, sampled_genes
 from ._threads import in_threads
 from .methods._base import Sample
 from .methods._components import cell_folds
-from .methods._mixing import dispersion_curves, dispersions
+from .methods._mixing import dispersion_curves, dispersions, hidden_by_totals
 from .methods._profiles import MixedProfiles, Profiles
 
 _DISPERSION = 100_000_000  # dense entries of the cells that dispersions are learned from: rare genes need cells
@@ -51,7 +51,9 @@ class Dispersions:
         # The mean over halves, not the sum: the two directions of a split say nearly the same.
         found = list(in_threads(curves, product((0, 1), range(len(halves)))))
         by_fold = np.mean(np.reshape(found, (2, len(halves), *found[0].shape)), axis=1)
-        return cls(dispersions(by_fold[0] + by_fold[1]), (dispersions(by_fold[1]), dispersions(by_fold[0])))
+        hidden = float(np.mean([hidden_by_totals(row_sums(seen)) for seen, _ in halves]))
+        of_all, *of_folds = (dispersions(each) + hidden for each in (by_fold[0] + by_fold[1], by_fold[1], by_fold[0]))
+        return cls(of_all, (of_folds[0], of_folds[1]))
 
     def mixed(self, predict: Predict) -> Predict:
         """Return what predicts with each cell's own counts mixed in; cells are of one fold at a time."""

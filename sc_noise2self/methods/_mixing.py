@@ -118,6 +118,16 @@ def dispersions(curves: np.ndarray, grid: np.ndarray = PHI) -> np.ndarray:
     return grid @ posterior
 
 
+def hidden_by_totals(size: np.ndarray) -> float:
+    """Return what dispersions are larger by than counts show that are compared at the cells' own totals.
+
+    Given its total n, a cell's count of a gene with mean m varies by m - m^2 / n, so m^2 / n of its spread is not seen:
+    a phi of 1 / n, in the mean over cells weighted by n^2, as m^2 is.
+    """
+    square = np.square(size, dtype=np.float64).sum()
+    return float(size.sum() / square) if square else 0.0
+
+
 def scales_of_cells(chunks: Chunks, profiles: Profiles, phi: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return what gives mixed cells their sizes, shape (cells,), and the weight of a cell's own count, shape (genes,).
 
