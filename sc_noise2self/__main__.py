@@ -199,11 +199,10 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _tell(quiet: bool) -> None:
-    """Have scanpy say what is being done."""
+    """Have scanpy say what is being done, or show no progress either."""
     import scanpy as sc
 
-    if not quiet:
-        sc.settings.verbosity = "info"
+    sc.settings.verbosity = "error" if quiet else "info"
 
 
 def _made(given: _Named, classes: Mapping[str, Sequence[Callable[..., Any]]]) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from ._checks import check_flag
+from ._checks import check_flag, check_name
 from ._intervals import strata_of
 from ._loss import Score
 from ._read import clear_gains, gains_of_genes, record, sizes
@@ -118,6 +118,7 @@ def report(
         names = " and ".join(name for name, is_given in given.items() if is_given)
         raise ValueError(f"{names} were given: each asks for another form of the report, so pass one of them.")
     if groupby is not None:
+        check_name("groupby", groupby)
         return _table(adata, key, groupby)
     figures = _figures(adata, key)
     if as_frame:
@@ -143,7 +144,7 @@ def _figures(adata: AnnData, key: str) -> pd.DataFrame:
     ]
     if "unmixed_gain" in written:
         rows.append(("gain without mixing", written["unmixed_gain"], np.nan, cells))
-    if over_cells and {f"{key}_gain", f"{key}_coverage"} <= set(adata.obs):
+    if over_cells and adata.n_obs and {f"{key}_gain", f"{key}_coverage"} <= set(adata.obs):
         here = _of_cells(adata, key, np.zeros(adata.n_obs, dtype=int)).squeeze()
         these = f"{here['n']:,.0f} cells here{over_genes}"
         rows.append(("gain here", here["gain"], here["gain_error"], these))
@@ -339,9 +340,9 @@ def _of_cells(adata: AnnData, key: str, groups: np.ndarray | pd.Categorical) -> 
 def _by_group(groups: np.ndarray | pd.Categorical, gain: np.ndarray, molecules: np.ndarray) -> pd.DataFrame:
     """Return the gain of each group that is there, its members weighted by their molecules, in order."""
     known = ~np.isnan(gain) & (molecules > 0)
-    rows = {}
+    rows, columns = {}, ["n", "gain", "gain_error"]
     for group in pd.Categorical(groups).remove_unused_categories().categories:
         own = known & (groups == group)
         score = Score(gain[own] * molecules[own], molecules[own].astype(np.float64))
-        rows[group] = {"n": int(own.sum()), "gain": score.mean if own.any() else np.nan, "gain_error": score.error}
-    return pd.DataFrame.from_dict(rows, orient="index")
+        rows[group] = [int(own.sum()), score.mean if own.any() else np.nan, score.error]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)

@@ -282,6 +282,18 @@ def test_groups_come_in_the_order_of_their_categories_and_missing_ones_are_left_
     assert list(n2s.report(adata, groupby="number").index) == ["0.0", "1.0"]
 
 
+def test_a_report_of_no_cells_or_genes_has_nothing_to_tell_and_says_so(adata):
+    n2s.denoise(adata, write_layer=False)
+    adata.obs["kind"] = pd.Categorical([None] * adata.n_obs, categories=["a"])
+    assert f"{adata.uns['denoised']['gain']:.3f}" in n2s.report(adata[:0])
+    for part, groupby in ((adata[:0], "depth"), (adata[:, :0], "expression"), (adata, "kind")):
+        table = n2s.report(part, groupby=groupby)
+        assert list(table) == ["n", "gain", "gain_error", "coverage"]
+        assert not len(table)
+    with pytest.raises(TypeError, match="groupby is"):
+        n2s.report(adata, groupby=["depth"])
+
+
 def test_forms_of_a_report_exclude_each_other(adata):
     n2s.denoise(adata, write_layer=False)
     for options, names in [

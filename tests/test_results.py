@@ -157,6 +157,10 @@ class TestParts:
         assert n2s.report(lazy) == n2s.report(expected)
         assert len(n2s.pl.gain_per_gene(lazy).collections) == 3
         assert n2s.pl.spectrum(lazy).get_title() == "Spectrum, PCA of counts"
+        for of_lazy, of_whole in zip(
+            *(n2s.get.interval(each, each.var_names) for each in (lazy, expected)), strict=True
+        ):
+            pd.testing.assert_frame_equal(of_lazy, of_whole, check_names=False)
         n2s.denoise(lazy, **QUICK)
         assert "denoised_mixed" not in lazy.var
         assert n2s.get.denoised(lazy).shape == (60, 20)
