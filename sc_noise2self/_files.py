@@ -387,6 +387,7 @@ def _create(out: Any, key: str, shape: tuple[int, ...], dtype: Any, chunks: tupl
 
 
 def _size_of_files(source: Path) -> int:
+    """Return the bytes of a file, or of all files of a store."""
     return sum(each.stat().st_size for each in ([source] if source.is_file() else source.rglob("*")))
 
 
