@@ -29,6 +29,7 @@ from ._threads import in_threads, one_blas_thread
 from ._uncertainty import Dispersions
 from .methods._base import Learner, MeanLearner, Method, Sample
 from .methods._components import cell_folds
+from .methods._dispersion import Dispersion
 from .methods._populations import AS_IT_IS, CrossFit, Populations, Refinement, best_refinement, cross_fit
 from .methods._profiles import Profiles, ScaledProfiles, combine, parts_of, ratio
 from .partitions import Fold, fold_of
@@ -74,7 +75,7 @@ class Selection:
     unmixed_gain: Gain
     measured: np.ndarray  # numbers of the cells that the gain was measured on
     gene_gains: tuple[np.ndarray, np.ndarray]  # the gain of each gene and its error, shape (genes,), see `GeneGains`
-    phi: np.ndarray  # dispersion of each gene around the prediction, shape (genes,)
+    dispersion: Dispersion  # of rates around the prediction
     coverage: Coverage
 
     def refit(self, counts: Counts, rng: np.random.Generator) -> list[Part]:
@@ -130,11 +131,11 @@ def select(
         choices = (Choice(MeanLearner(), "as it is"),)
         predict = _Prediction(choices, sample)
         _, gene_gains = measure(predict)
-    phi, gain = Dispersions.learned(predict, sample), unmixed
+    dispersions, gain = Dispersions.learned(predict, sample), unmixed
     if mix:
-        gain, gene_gains = measure(phi.mixed(predict), by_fold=True)
-    coverage = phi.coverage(predict, sample, mix=mix)
-    about = (gain, unmixed, sample.cells, gene_gains, phi.of_all, coverage)
+        gain, gene_gains = measure(dispersions.mixed(predict), by_fold=True)
+    coverage = dispersions.coverage(predict, sample, mix=mix)
+    about = (gain, unmixed, sample.cells, gene_gains, dispersions.of_all, coverage)
     return Selection(scores.comparison, choices, beats_mean, *about)
 
 

@@ -125,8 +125,8 @@ def denoise(
     `.var["denoised_total"]`
         The molecules of each gene.
     `.var["denoised_phi"]`
-        Squared coefficient of variation of each gene's true rate around the prediction: how sure a value is, see
-        `sc_noise2self.get.interval`.
+        Squared coefficient of variation of each gene's true rate around the prediction, where that is the gene's mean:
+        how sure a value is, see `sc_noise2self.get.interval`.
     `.var["denoised_mixed"]`
         With `mix=True`: the mean weight of a cell's own count.
     `.obs["denoised_cell_scale"]`
@@ -227,7 +227,7 @@ def denoise(
             warnings=warned,
             candidates=_candidates(selection),
             unmixed_gain=selection.unmixed_gain if mix else None,
-            phi=selection.phi,
+            dispersion=selection.dispersion,
             coverage=selection.coverage,
             beats_mean=selection.beats_mean,
         )
@@ -284,10 +284,11 @@ def result_of(
     """Return all that is to be written, `fields` by their names in `Result`, with the layer where one is wanted."""
     where = {} if layer is None else {"layer": layer}
     fields["params"] = {**where, **fields["params"], "random_state": seed_of(random_state)}
+    fields["dispersion"] = fields["dispersion"]._replace(level=counts.totals / len(counts.size))
     depth = float(np.median(counts.size[counts.size > 0]))
     result = Result(size=counts.size, totals=counts.totals, depth=depth, scale=scale.settled(depth), **fields)
     if result.params["mix"]:
-        cell_scale, mixed = scales_of_cells(counts.chunks, result.profiles, result.phi)
+        cell_scale, mixed = scales_of_cells(counts.chunks, result.profiles, result.dispersion)
         result = replace(result, cell_scale=cell_scale, mixed=mixed)
     if write_layer:
         return replace(result, layer=layer_of(result, counts))

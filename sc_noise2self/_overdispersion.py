@@ -9,7 +9,7 @@ from ._anndata import as_counts
 from ._blocks import Counts
 from ._threads import one_blas_thread
 from .methods._clusters import profiles_of_clusters
-from .methods._mixing import dispersion_curves, dispersions
+from .methods._dispersion import HeldOut, posterior_means
 
 _GRID = np.concatenate([[0], np.geomspace(0.003, 300, 81)])  # steps of 15 %: parts that are split with it are that near
 
@@ -67,5 +67,5 @@ def overdispersion_within(labels: np.ndarray, counts: Counts) -> np.ndarray:
     """Return phi of each gene within groups, whole numbers from 0, shape (genes,)."""
     with one_blas_thread():
         profiles = profiles_of_clusters(labels, counts).scaled(n_rounds=0)
-        curves = dispersion_curves(profiles, counts.in_memory(), counts.size, _GRID)
-        return dispersions(curves, _GRID)
+        found = HeldOut.of(profiles, counts.in_memory(), counts.size)
+        return posterior_means(found.curves(_GRID), _GRID)[0]

@@ -17,6 +17,7 @@ from ._counts import NotACount, column_sums, row_sums
 from ._intervals import Belief
 from ._result import GeneFactors
 from ._slots import as_array, check_not_transposed, in_memory, is_stamped, kind_of, named, owned, results_in
+from .methods._dispersion import Dispersion
 from .methods._profiles import Index, MixedProfiles, Profiles
 from .scales import Scale, as_scale
 
@@ -117,8 +118,18 @@ def profiles(adata: AnnData, key: str = "denoised", layer: str | None = None) ->
         return combined
     if f"{key}_phi" not in adata.var or f"{key}_cell_scale" not in adata.obs:
         raise KeyError(f"the weights of the counts that were mixed into {key!r} are gone: pass source='layer'.")
-    phi, cell_scale = adata.var[f"{key}_phi"].to_numpy(), adata.obs[f"{key}_cell_scale"].to_numpy()
-    return MixedProfiles(combined, observed(adata, key, layer, to_mix=True), phi, cell_scale)
+    cell_scale = adata.obs[f"{key}_cell_scale"].to_numpy()
+    return MixedProfiles(combined, observed(adata, key, layer, to_mix=True), _dispersion(adata, key), cell_scale)
+
+
+def _dispersion(adata: AnnData, key: str) -> Dispersion:
+    """Return how widely rates lie around expected counts."""
+    of_genes, written = [f"{key}_phi", f"{key}_total"], record(adata, key)
+    for name in of_genes:
+        if name not in adata.var:
+            raise KeyError(f"adata.var[{name!r}], which tells the dispersion of each gene, is gone: {_again(key)}.")
+    phi, total = np.asarray(in_memory(adata.var[of_genes])).T
+    return Dispersion(phi, total / written["n_cells"], float(written["phi_power"]))
 
 
 def values_of(
@@ -157,15 +168,15 @@ def values_of(
 def beliefs(adata: AnnData, key: str, rows: Index, columns: Index) -> Belief:
     """Return how the rates of some cells and genes are distributed, by position."""
     mix = record(adata, key)["params"]["mix"]
-    if f"{key}_phi" not in adata.var:
-        raise KeyError(f"adata.var[{f'{key}_phi'!r}], the dispersion of each gene, is gone: {_again(key)}.")
-    phi = np.asarray(in_memory(adata.var[[f"{key}_phi"]]))[columns, 0]
+    dispersion = _dispersion(adata, key)
     if not mix:
-        return Belief.around(values_of(adata, key, rows, columns, as_scale("counts")), phi)
+        expected = values_of(adata, key, rows, columns, as_scale("counts"))
+        return Belief.around(expected, dispersion.at(expected, columns))
     mixed = profiles(adata, key)
     assert isinstance(mixed, MixedProfiles)
     own = mixed.observed.part(rows, columns) if isinstance(mixed.observed, Chunks) else mixed.observed[rows][:, columns]
-    belief = Belief.around(mixed.profiles.counts(rows, columns), phi, own.toarray())
+    expected = mixed.profiles.counts(rows, columns)
+    belief = Belief.around(expected, dispersion.at(expected, columns), own.toarray())
     return belief.times(mixed.cell_scale[rows][:, None])
 
 

@@ -23,6 +23,7 @@ from ._loss import Gain
 from ._slots import LEAST_STAMP, committed, is_stamped, marked, stamped
 from ._transform import Link
 from .methods._base import Learned
+from .methods._dispersion import Dispersion
 from .methods._profiles import N_SCALES, LowRankProfiles, Profiles, combine, scales_from, split_scales_of_genes
 from .scales import Scale
 
@@ -50,8 +51,8 @@ class Result:
     """All that is written of a run of `denoise` or `denoise_with`.
 
     `params` has `mix` and `random_state`, and `layer` where the counts are in one. `candidates` has a row for each
-    candidate: `label`, `gain`, `error` of its difference to the best, `chosen`. For `phi` and, where counts are mixed
-    in, `cell_scale` see `MixedProfiles`; `mixed` is the mean weight of a cell's own count.
+    candidate: `label`, `gain`, `error` of its difference to the best, `chosen`. For `dispersion` and, where counts are
+    mixed in, `cell_scale` see `MixedProfiles`; `mixed` is the mean weight of a cell's own count.
     """
 
     method: str
@@ -65,7 +66,7 @@ class Result:
     totals: np.ndarray
     depth: float  # median of `size`, by which a scale is settled
     warnings: Sequence[str]
-    phi: np.ndarray
+    dispersion: Dispersion
     coverage: Coverage
     candidates: pd.DataFrame | None = None
     unmixed_gain: Gain | None = None
@@ -117,7 +118,7 @@ def write(adata: AnnData, key: str, result: Result) -> AbstractContextManager[No
                 f"{key}_gain": gain,
                 f"{key}_gain_error": error,
                 f"{key}_total": result.totals,
-                f"{key}_phi": result.phi,
+                f"{key}_phi": result.dispersion.phi,
                 f"{key}_mixed": result.mixed,
             },
             "uns": {key: marked("denoise", _record(result, factors))},
@@ -156,6 +157,7 @@ def _record(result: Result, factors: GeneFactors) -> dict[str, Any]:
         "gain_molecules": int(gain.weights.sum()),
         "gain_cells": gain.n_cells,
         **({} if result.unmixed_gain is None else {"unmixed_gain": result.unmixed_gain.mean}),
+        "phi_power": result.dispersion.power,
         "coverage": result.coverage.table(),
         "has_factors": factors.loadings is not None,
         "fingerprint": factors.fingerprint,
@@ -217,7 +219,7 @@ class GeneFactors:
             loadings, scales = None, np.empty((len(result.totals), 0), np.float32)
             populations = [(1, 0.0)] * len(weights)
             told_by = [np.stack([result.totals, *result.gene_gains], axis=1)]
-        told_by += [] if result.cell_scale is None else [result.phi[:, None]]
+        told_by += [] if result.cell_scale is None else [result.dispersion.phi[:, None]]
         fingerprint = _fingerprint(np.hstack(told_by), (links, weights, n_factors, populations, repr(result.scale)))
         members = {"link": np.array(links), "weight": np.array(weights), "n_factors": np.array(n_factors)}
         members |= dict(zip(_OF_POPULATIONS, np.array(populations).T.copy(), strict=True))

@@ -107,7 +107,7 @@ def denoise_with(
             return combine(predict(seen, cells), saved.weights)
 
         gain, gene_gains = Measurement(sample)(predict_half)
-        phi = Dispersions.learned(predict_half, sample)
+        dispersions = Dispersions.learned(predict_half, sample)
         if not gain.is_clear:
             warn(
                 "the model predicts held-out molecules of these cells no better than their own mean profile (gain "
@@ -125,8 +125,8 @@ def denoise_with(
             members=_members(models, saved.weights, predict, counts),
             gain=gain,
             measured=sample.cells,
-            phi=phi.of_all,
-            coverage=phi.coverage(predict_half, sample, mix=False),
+            dispersion=dispersions.of_all,
+            coverage=dispersions.coverage(predict_half, sample, mix=False),
             gene_gains=gene_gains,
             warnings=warned,
         )

@@ -1,11 +1,12 @@
 """Learn how sure predictions are, from molecules that they were made without, and how often intervals then hold them.
 
-The dispersion of each gene around the prediction is learned by fold of cells, and used on the other fold.
+The dispersion of each gene around the prediction is learned by fold of cells, and used on the other fold; its power is
+one number, learned from all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -17,10 +18,11 @@ from ._intervals import Belief, Coverage, sampled_genes
 from ._threads import in_threads
 from .methods._base import Sample
 from .methods._components import cell_folds
-from .methods._mixing import dispersion_curves, dispersions, hidden_by_totals
+from .methods._dispersion import Dispersion, HeldOut, best_power, hidden_by_totals, posterior_means
 from .methods._profiles import MixedProfiles, Profiles
 
 _DISPERSION = 100_000_000  # dense entries of the cells that dispersions are learned from: rare genes need cells
+_TELLING = 500  # genes, those with most molecules, which tell the power as all do
 _COVERED = 20_000_000  # and of those that intervals are held against
 _COVERED_CELLS = 2_000
 _GENES_EACH = 10  # of each tenth of the genes
@@ -31,29 +33,42 @@ Predict = Callable[[int, sp.csr_matrix, np.ndarray], Profiles]
 
 @dataclass(frozen=True, eq=False)
 class Dispersions:
-    """Squared coefficients of variation of each gene's rate around the prediction, shape (genes,)."""
+    """How widely rates lie around the prediction."""
 
-    of_all: np.ndarray
-    for_folds: tuple[np.ndarray, np.ndarray]  # those for cells of a fold, learned from the other
+    of_all: Dispersion
+    for_folds: tuple[Dispersion, Dispersion]  # that for halves of cells of a fold, learned from the other
 
     @classmethod
     def learned(cls, predict: Predict, sample: Sample) -> Dispersions:
         """Return what the molecules of each half say around what the other half predicts."""
         halves = sample.some(_DISPERSION)
 
-        def curves(about: tuple[int, int]) -> np.ndarray:
+        def observed(about: tuple[int, int]) -> HeldOut:
             fold, i = about
             seen, cells = halves[i]
             own = np.flatnonzero((cell_folds(cells) == fold) & (row_sums(seen) > 0))
             profiles = predict(i, seen[own], cells[own])
-            return dispersion_curves(profiles, halves[i ^ 1][0][own], row_sums(seen[own]))
+            return HeldOut.of(profiles, halves[i ^ 1][0][own], row_sums(seen[own]))
 
-        # The mean over halves, not the sum: the two directions of a split say nearly the same.
-        found = list(in_threads(curves, product((0, 1), range(len(halves)))))
-        by_fold = np.mean(np.reshape(found, (2, len(halves), *found[0].shape)), axis=1)
+        found = list(in_threads(observed, product((0, 1), range(len(halves)))))
+
+        def by_fold(found: Sequence[HeldOut], power: float) -> np.ndarray:
+            """Return curves, shape (folds, grid, genes)."""
+            curves = np.array(list(in_threads(lambda each: each.curves(power=power), found)))
+            # The mean over halves, not the sum: the two directions of a split say nearly the same.
+            return curves.reshape(2, len(halves), *curves.shape[1:]).mean(axis=1)
+
+        totals = np.sum(sample.totals[:2], axis=0)
+        telling = np.isin(np.arange(len(totals)), np.argsort(-totals, kind="stable")[:_TELLING])
+        of_telling = [each.some(telling) for each in found]
+        power = best_power(lambda power: by_fold(of_telling, power).sum(axis=0))
+        curves, level = by_fold(found, power), totals / len(sample.cells)
         hidden = float(np.mean([hidden_by_totals(row_sums(seen)) for seen, _ in halves]))
-        of_all, *of_folds = (dispersions(each) + hidden for each in (by_fold[0] + by_fold[1], by_fold[1], by_fold[0]))
-        return cls(of_all, (of_folds[0], of_folds[1]))
+        all_cells, first, second = (
+            Dispersion(posterior_means(each)[0] + hidden, level / 2, power)
+            for each in (curves.sum(axis=0), curves[1], curves[0])
+        )
+        return cls(all_cells._replace(level=level), (first, second))
 
     def mixed(self, predict: Predict) -> Predict:
         """Return what predicts with each cell's own counts mixed in; cells are of one fold at a time."""
@@ -92,8 +107,8 @@ class Dispersions:
             for rows, block in profiles.blocks():
                 at, drawn = own[rows], genes[own[rows]]
                 flat, shape = drawn.reshape(len(at), -1), drawn.shape
-                phi = self.for_folds[fold][flat]
                 expected = np.take_along_axis(block, flat, axis=1)
+                phi = self.for_folds[fold].at(expected, flat)
                 evidence = np.take_along_axis(seen[at].toarray(), flat, axis=1) if mix else None
                 belief = Belief.around(expected, phi, evidence).times((depth[at] / size[at] * scale[rows])[:, None])
                 count = np.take_along_axis(held_out[at].toarray(), flat, axis=1)

@@ -288,7 +288,7 @@ def test_molecules_dealt_at_random_gain_nothing(adata, options):
     share = x.sum(axis=0) / x.sum()
     if "mix" not in options:
         assert not adata.var["denoised_gain"].any()
-    np.testing.assert_allclose(profiles, np.tile(share, (300, 1)), rtol=0.05 if "mix" in options else 1e-3, atol=1e-3)
+    np.testing.assert_allclose(profiles, np.tile(share, (300, 1)), rtol=0.1 if "mix" in options else 1e-3, atol=1e-3)
     with pytest.warns(UserWarning, match="no rank predicts held-out molecules better than rank 0"):
         n2s.select_rank(adata, max_rank=20)
 

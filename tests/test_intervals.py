@@ -14,7 +14,9 @@ from scipy.stats import gamma, kstest, nbinom
 
 import sc_noise2self as n2s
 from sc_noise2self._intervals import LEVELS, Belief, sampled_genes, strata_of
+from sc_noise2self._read import beliefs
 from sc_noise2self._uncertainty import Dispersions
+from sc_noise2self.methods._dispersion import POWERS
 
 LEVEL_ERRORS = 3.5  # binomial standard errors
 
@@ -47,7 +49,7 @@ def test_the_interval_is_that_of_the_gamma_and_of_the_negative_binomial(phi):
     np.testing.assert_array_equal([low, high], expected)
 
 
-@pytest.mark.parametrize(("spread", "mix", "least"), [(0.25, False, 0.82), (0.25, True, 0.73), (0, False, 0.79)])
+@pytest.mark.parametrize(("spread", "mix", "least"), [(0.25, False, 0.9), (0.25, True, 0.78), (0, False, 0.9)])
 def test_expected_counts_themselves_are_held_as_often_as_the_docstring_says(spread, mix, least):
     rng = np.random.default_rng(0)
     truth = low_rank_profiles(400, 120, 3, seed=0)
@@ -57,7 +59,7 @@ def test_expected_counts_themselves_are_held_as_often_as_the_docstring_says(spre
     n2s.denoise(adata, mix=mix)
     low, high = n2s.get.interval(adata, adata.var_names)
     expected = truth * adata.obs["denoised_size"].to_numpy()[:, None]
-    assert least < ((low <= expected) & (expected <= high)).to_numpy().mean() < 0.95
+    assert least < ((low <= expected) & (expected <= high)).to_numpy().mean() < 0.97
 
 
 def test_a_dispersion_below_one_over_the_depth_is_not_lost_because_totals_are_known():
@@ -68,14 +70,46 @@ def test_a_dispersion_below_one_over_the_depth_is_not_lost_because_totals_are_kn
     rates = share * rng.gamma(1 / phi, phi, (n_cells, 40))
     halves = [sp.csr_matrix(rng.poisson(depth * rates).astype(np.float32)) for _ in range(2)]
     cells = np.arange(n_cells)
-    sample = SimpleNamespace(some=lambda n_entries: [(half, cells) for half in halves])
+    sample = SimpleNamespace(
+        some=lambda n_entries: [(half, cells) for half in halves],
+        totals=[np.asarray(half.sum(axis=0)).ravel() for half in halves],
+        cells=cells,
+    )
 
     def predict(i, seen, cells):
         expected = share * np.asarray(seen.sum(axis=1))
         return SimpleNamespace(blocks=lambda: iter([(slice(0, len(cells)), expected.astype(np.float32))]))
 
-    found = Dispersions.learned(predict, sample).of_all
+    found = Dispersions.learned(predict, sample).of_all.phi
     assert abs(found.mean() - phi) < 0.0025
+
+
+@pytest.mark.parametrize("power", POWERS)
+@pytest.mark.parametrize("phi", [0.02, 0.3])
+def test_how_dispersions_fall_with_expression_is_found(phi, power):
+    """Rates are Gamma distributed with phi (m / level)^power around what is expected, which varies a hundredfold."""
+    rng, cells = np.random.default_rng(0), np.arange(3000)
+    expected = 5 * np.exp(rng.uniform(np.log(0.1), np.log(10), (len(cells), 60)))
+    level = expected.mean(axis=0)
+    own = phi * (expected / level) ** power
+    rates = rng.gamma(1 / own, own * expected)
+    halves = [sp.csr_matrix(rng.poisson(rates).astype(np.float32)) for _ in range(2)]
+    sample = SimpleNamespace(
+        some=lambda n_entries: [(half, cells) for half in halves],
+        totals=[np.asarray(half.sum(axis=0)).ravel() for half in halves],
+        cells=cells,
+    )
+
+    def predict(i, seen, cells):
+        depth = np.asarray(seen.sum(axis=1) / halves[1 - i][cells].sum(axis=1))  # is undone again
+        found = (expected[cells] * depth).astype(np.float32)
+        return SimpleNamespace(blocks=lambda: iter([(slice(0, len(cells)), found)]))
+
+    found = Dispersions.learned(predict, sample).of_all
+    assert found.power == power
+    assert abs(found.phi.mean() / phi - 1) < 0.1
+    of_all = found.at(2 * expected)  # both halves
+    np.testing.assert_allclose(of_all.mean(axis=0), found.phi * own.mean(axis=0) / phi, rtol=0.05)
 
 
 def test_what_is_not_expected_at_all_has_the_interval_zero():
@@ -110,15 +144,16 @@ def test_the_integral_transform_is_uniform_if_the_belief_is_right(phi):
 def test_intervals_cover_molecules_that_nothing_saw(denoised, level):
     one, other = denoised
     low, high = n2s.get.interval(one, list(one.var_names), level=level, predictive=True)
-    m, phi = one.layers["denoised"], one.var["denoised_phi"].to_numpy()
+    m = one.layers["denoised"]
     depth = (other.X.sum(axis=1).A1 / one.X.sum(axis=1).A1)[:, None]
     counts, uniform = other.X.toarray(), np.random.default_rng(0).random(m.shape)
-    integrals = Belief.around(m * depth, phi).probability_integral(counts, uniform)
+    integrals = beliefs(one, "denoised", slice(None), slice(None)).times(depth).probability_integral(counts, uniform)
     inside = np.abs(integrals - 0.5) <= level / 2
-    assert abs(inside.mean() - level) < 0.01
+    # The dispersion was learned of predictions from half as many molecules: intervals are a little too wide.
+    assert -0.01 < inside.mean() - level < 0.02
     for tenth in range(10):
-        assert abs(inside[:, strata_of(m.sum(axis=0)) == tenth].mean() - level) < 0.03
-        assert abs(inside[strata_of(m.sum(axis=1)) == tenth].mean() - level) < 0.03
+        assert -0.03 < inside[:, strata_of(m.sum(axis=0)) == tenth].mean() - level < 0.06
+        assert -0.03 < inside[strata_of(m.sum(axis=1)) == tenth].mean() - level < 0.06
     # What is asked of counts as they are is at least as wide, because they are discrete.
     assert ((counts >= low) & (counts <= high)).to_numpy().mean() > level - 0.01
 

@@ -19,6 +19,7 @@ from sc_noise2self._intervals import Coverage
 from sc_noise2self._loss import Gain
 from sc_noise2self._result import Member, Result
 from sc_noise2self.methods._base import Learned
+from sc_noise2self.methods._dispersion import Dispersion
 from sc_noise2self.methods._profiles import TableProfiles
 
 SLOTS = ("layers", "obsm", "varm", "obs", "var", "uns")
@@ -379,7 +380,7 @@ def with_values(scale="counts", seed=0):
         ],
         gain=Gain(0.1 * size, size),
         measured=np.arange(len(size)),
-        phi=0.1 * ones,
+        dispersion=Dispersion(0.1 * ones, ones, 0.0),
         coverage=Coverage(np.arange(1), np.full((1, 10, 1), 0.5), size[:1]),
         gene_gains=(ones, 0.1 * ones),
         size=size,

@@ -17,6 +17,7 @@ from .._progress import progress_bar
 from .._threads import in_threads
 from .._transform import Link, rates
 from ..partitions import Rows
+from ._dispersion import Dispersion
 from ._populations import (
     AS_IT_IS,
     Populations,
@@ -553,7 +554,7 @@ class MixedProfiles(Profiles):
 
     profiles: Profiles  # the denoiser's expected counts m
     observed: sp.csr_matrix | Chunks  # the counts x, or where they are, of which the cells and genes asked are read
-    phi: np.ndarray  # squared coefficient of variation of each gene's rate around m
+    dispersion: Dispersion  # phi, the squared coefficient of variation of rates around m
     cell_scale: np.ndarray  # gives every cell its observed size again
 
     @property
@@ -562,7 +563,7 @@ class MixedProfiles(Profiles):
 
     def of_cells(self, cells: np.ndarray) -> MixedProfiles:
         observed = self.observed.part(cells) if isinstance(self.observed, Chunks) else self.observed[cells]
-        return MixedProfiles(self.profiles.of_cells(cells), observed, self.phi, self.cell_scale[cells])
+        return MixedProfiles(self.profiles.of_cells(cells), observed, self.dispersion, self.cell_scale[cells])
 
     def scales_to(self, size: np.ndarray) -> np.ndarray:
         """Return what every cell is multiplied by to hold so many molecules, shape (cells,)."""
@@ -574,11 +575,11 @@ class MixedProfiles(Profiles):
     def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
         """Return m (1 + phi x) / (1 + phi m), dense float32 of shape (cells asked, genes asked)."""
         out = self.profiles.counts(cells, genes)
-        phi = self.phi[genes].astype(np.float32)
+        phi = self.dispersion.at(out, genes)
         out /= 1 + phi * out
         x = self.observed
         entry = (x.part(cells, genes) if isinstance(x, Chunks) else x[cells][:, genes]).tocoo()
-        out[entry.row, entry.col] *= 1 + phi[entry.col] * entry.data
+        out[entry.row, entry.col] *= 1 + phi[entry.row, entry.col] * entry.data
         out *= self.cell_scale[cells][:, None]
         return out
 
