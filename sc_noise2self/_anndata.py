@@ -21,6 +21,7 @@ from ._warnings import warn
 
 _LARGE = 10_000  # a count, and the end of a histogram
 _SAMPLED = 100_000  # entries, of a block
+_FEW_GENES = 50  # of a cell
 _READS = 10  # a median non-zero count above this is not seen with UMIs
 _BARCODE = re.compile(r"[ACGT]{12,}(-\d+)?")
 _HOUSEKEEPING = {"ACTB", "GAPDH", "MALAT1", "Actb", "Gapdh", "Malat1"}
@@ -156,7 +157,7 @@ def as_counts(
         )
     _check_shape(chunks.shape)
     try:
-        (totals, histogram, n_entries), (size,) = chunks.run(_counted, checked_block)
+        (totals, histogram, n_entries), (size, digest) = chunks.run(_counted, checked_block)
     except NotACount as error:
         raise error.named(name, adata.obs_names, adata.var_names) from None
     if not totals.any():
@@ -164,15 +165,24 @@ def as_counts(
     _warn_if_transposed(adata)
     _warn_if_reads(histogram, name)
     _warn_if_empty(size)
+    _warn_if_repeated(digest, adata.obs_names)
     read = {each: read_labels(adata, each, argument) for each in columns}
     names = adata.obs_names, adata.var_names
     return Counts(chunks, size, totals, int(n_entries[0]), *names, read_mask(adata, mask_var), read)
 
 
 def _counted(block: Block) -> Partial:
-    """Return totals of genes, a histogram of counts, the number of entries, and sizes of cells."""
+    """Return totals of genes, a histogram of counts, the number of entries, and sizes and digests of cells."""
     counts = block.counts
-    return Partial((column_sums(counts), _histogram(counts.data), np.array([counts.nnz])), (row_sums(counts),))
+    rows = row_sums(counts), _digests(counts)
+    return Partial((column_sums(counts), _histogram(counts.data), np.array([counts.nnz])), rows)
+
+
+def _digests(counts: sp.csr_matrix) -> np.ndarray:
+    """Return a number for each cell that only equal counts share; 0 for cells of few genes, which chance may repeat."""
+    of_genes = np.random.default_rng(0).integers(1 << 63, size=counts.shape[1], dtype=np.uint64)
+    found = sp.csr_matrix((counts.data.astype(np.uint64), counts.indices, counts.indptr), counts.shape) @ of_genes
+    return np.where(np.diff(counts.indptr) < _FEW_GENES, np.uint64(0), found)
 
 
 def checked_block(start: int, rows: Any) -> Block:
@@ -239,6 +249,18 @@ def _check_shape(shape: tuple[int, int]) -> None:
 def _warn_if_empty(size: np.ndarray) -> None:
     if n := int((size == 0).sum()):
         warn(f"{n} cell(s) hold no molecule and stay zero: remove them with sc.pp.filter_cells(adata, min_counts=1).")
+
+
+def _warn_if_repeated(digest: np.ndarray, names: pd.Index) -> None:
+    found = pd.Series(digest[digest > 0])
+    again = found.duplicated().to_numpy()
+    if again.any():
+        of_first = np.flatnonzero(digest == found[again].iloc[0])
+        first, second = (names[i] for i in of_first[:2])
+        warn(
+            f'{int(again.sum())} cell(s) have exactly the counts of another, such as "{second}" of "{first}": each '
+            "predicts its copy, so the gain and the rank come out too high. Was a sample read twice? Keep one of each."
+        )
 
 
 def read_labels(adata: AnnData, key: str, argument: str) -> pd.Series:

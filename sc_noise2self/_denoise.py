@@ -141,7 +141,8 @@ def denoise(
         singular value on a half and the largest that noise alone has there, or a `table` of what was compared inside
         the method; every candidate's `gain` with the
         standard error of its difference to the best; `gain`, `gain_error` (nats per held-out molecule above the mean
-        profile), `coverage`, a table of how often intervals held held-out counts, by tenths of genes and of cells;
+        profile), `phi_power`, by which dispersions change with expected counts, `coverage`, a table of how often
+        intervals held held-out counts, by tenths of genes and of cells;
         `gain_molecules` and `gain_cells` that it was measured on, and `n_cells`, of how many (the error is
         infinite where fewer than two cells tell); with `mix=True` also `unmixed_gain`; `n_genes` and the
         `fingerprint`; and the `warnings`. `sc_noise2self.report` says the same in a paragraph,
@@ -163,8 +164,9 @@ def denoise(
     Warns
     -----
     UserWarning
-        If nothing beats the mean profile (which is then written), if cells are empty, if the counts look like
-        reads or transposed, if training diverges and its best state is kept, or if a device takes half a batch alone.
+        If nothing beats the mean profile (which is then written), if cells are empty, if cells have exactly the counts
+        of others (a sample was read twice), if the counts look like reads or transposed, if training diverges and its
+        best state is kept, or if a device takes half a batch alone.
 
     Notes
     -----

@@ -25,6 +25,7 @@ SLOTS = ("obs", "var", "obsm", "varm", "obsp", "varp", "uns", "layers")
 
 WARNINGS = (
     r"\d+ cell\(s\) hold no molecule and stay zero",
+    r"\d+ cell\(s\) have exactly the counts of another",
     "no candidate predicts (held-out|hidden) molecules better than one mean profile",
     "no rank predicts held-out molecules better than rank 0",
     ".* looks like reads, not molecules",

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import anndata as ad
+import dask.array as da
 import numpy as np
 import pytest
 import scanpy as sc
@@ -474,6 +475,25 @@ def test_reads_are_recognised(adata):
     adata.X = adata.X * 30
     with pytest.warns(UserWarning, match="X looks like reads, not molecules .* Use UMI counts"):
         n2s.split_molecules(adata)
+
+
+def test_cells_that_were_read_twice_are_noticed(adata):
+    """Equal counts of many genes are no chance; a molecule that differs, or cells of few genes, are."""
+    again = adata[:7].copy()
+    again.obs_names = [f"{name}-copy" for name in again.obs_names]
+    first = again.X[0].indices[0]
+    again.X[0, first] += 1
+    both = ad.concat([adata, again])
+    name = adata.obs_names[1]
+    message = f'6 cell.s. have exactly the counts of another, such as "{name}-copy" of "{name}": each predicts its copy'
+    with pytest.warns(UserWarning, match=message):
+        n2s.denoise(both, write_layer=False)
+    assert any("exactly the counts" in each for each in both.uns["denoised"]["warnings"])
+    both.X = da.from_array(both.X, chunks=(100, -1), asarray=False)
+    with pytest.warns(UserWarning, match=message):
+        n2s.select_rank(both, max_rank=10)
+    shallow = ad.AnnData(sp.vstack([adata.X[:, :40]] * 2).tocsr())
+    n2s.denoise(shallow, write_layer=False)  # warnings are errors
 
 
 def test_refuses_what_is_not_anndata(adata):
