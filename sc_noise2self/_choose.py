@@ -22,20 +22,20 @@ from ._blocks import Counts, Partial
 from ._compare import Comparison
 from ._intervals import Coverage
 from ._loss import Gain, GeneGains
+from ._mixture import mixture_weights
 from ._progress import progress_bar
-from ._random import as_key
+from ._random import as_key, random_sample
+from ._split import cell_folds
 from ._split import halves as even_split
 from ._threads import in_threads, one_blas_thread
 from ._uncertainty import Dispersions
 from .methods._base import Learner, MeanLearner, Method, Sample
-from .methods._components import cell_folds
 from .methods._dispersion import Dispersion
 from .methods._populations import AS_IT_IS, CrossFit, Populations, Refinement, best_refinement, cross_fit
 from .methods._profiles import Profiles, ScaledProfiles, combine, parts_of, ratio
 from .partitions import Fold, fold_of
 
 _SCORED = 20_000_000  # dense entries that candidates are compared on: as many cells, drawn at random, as have so many
-_WEIGHT_STEPS = 200  # of expectation maximisation, for the weights of a mean
 _MEASURED = 400_000_000  # and those that the gain of the choice is measured on
 _REFINED = 100_000_000  # and those that populations are learned from, for that
 _LEAST_WEIGHT = 0.01  # members of a smaller weight are left out of the mean
@@ -107,10 +107,10 @@ def select(
     cells = np.arange(chunks.shape[0])
     enough = max(learner.enough_cells or len(cells) for learner in learners)
     if enough < len(cells):
-        cells = np.sort(rng.choice(cells, enough, replace=False))
+        cells = random_sample(len(cells), enough, rng)
     some = chunks.take(cells)
     n_cells, n_genes = some.shape
-    scored = _some(rng, n_cells, _SCORED // n_genes)
+    scored = random_sample(n_cells, max(2, _SCORED // n_genes), rng)
     keys = [as_key(rng) for _ in range(n_splits)]
     halves = _halves(some, keys, cells)
     check_enough([half.held_out[scored].sum() for half in halves], len(scored))
@@ -123,7 +123,7 @@ def select(
         for learner in chosen:
             learner.learn_all(counts, keys, rng)
     measured = np.arange(chunks.shape[0]) if all(learner.predicts_others for learner in chosen) else cells
-    sample = Sample.of(chunks, keys, measured[_some(rng, len(measured), _MEASURED // n_genes)])
+    sample = Sample.of(chunks, keys, measured[random_sample(len(measured), max(2, _MEASURED // n_genes), rng)])
     measure, predict = Measurement(sample), _Prediction(choices, sample)
     unmixed, gene_gains = measure(predict)
     beats_mean = unmixed.is_clear
@@ -207,11 +207,6 @@ def _learn(halves: Sequence[Fold], about: tuple[Learner, Sequence[np.random.Gene
         learner.learn(half, rng)
 
 
-def _some(rng: np.random.Generator, n_cells: int, n_wanted: int) -> np.ndarray:
-    """Return as many of the cells as are wanted, at least two, drawn at random, in rising order."""
-    return np.sort(rng.choice(n_cells, min(n_cells, max(2, n_wanted)), replace=False))
-
-
 def _halves(counts: sp.csr_matrix, keys: Sequence[int], cells: np.ndarray) -> list[Fold]:
     """Return both directions of each split."""
     pairs = [even_split(counts, key, cells) for key in keys]
@@ -227,19 +222,6 @@ def check_enough(molecules: Sequence[float], n_cells: int) -> None:
             f"the counts hold {int(molecules[0] + molecules[1])} molecule(s) in {n_cells} cells: too few "
             "to split into halves that each hold some, so nothing can be predicted from one and tested on the other."
         )
-
-
-def mixture_weights(probabilities: np.ndarray, molecules: np.ndarray) -> np.ndarray:
-    """Return the weights of the mixture of distributions under which the molecules are likeliest.
-
-    Takes the probability that each learner gave to each held-out entry, shape (learners, entries), and the molecules of
-    each entry, shape (entries,). A concave problem; expectation maximisation climbs it without a step size.
-    """
-    weights = np.full(len(probabilities), 1 / len(probabilities))
-    probabilities = probabilities + 1e-12
-    for _ in range(_WEIGHT_STEPS):
-        weights = weights * (probabilities @ (molecules / (weights @ probabilities))) / molecules.sum()
-    return weights
 
 
 class _Scores:

@@ -125,6 +125,11 @@ def row_sums(counts: CountMatrix) -> np.ndarray:
     return np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
 
 
+def depth_of(size: np.ndarray) -> float:
+    """Return the median number of molecules of the cells that hold one."""
+    return float(np.median(size[size > 0]))
+
+
 def column_sums(counts: CountMatrix) -> np.ndarray:
     """Return the molecules of each gene, float64 of shape (genes,)."""
     if isinstance(counts, np.ndarray) or counts.format != "csr":

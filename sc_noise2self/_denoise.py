@@ -22,6 +22,7 @@ from ._anndata import as_counts
 from ._blocks import Counts, InMemory
 from ._checks import as_whole, check_flag, check_name, describe_counts, describe_mask, seed_of
 from ._choose import Selection, numbered, select
+from ._counts import depth_of
 from ._memory import check_fits_memory
 from ._random import RandomState, as_generator
 from ._replace import check_target
@@ -287,7 +288,7 @@ def result_of(
     where = {} if layer is None else {"layer": layer}
     fields["params"] = {**where, **fields["params"], "random_state": seed_of(random_state)}
     fields["dispersion"] = fields["dispersion"]._replace(level=counts.totals / len(counts.size))
-    depth = float(np.median(counts.size[counts.size > 0]))
+    depth = depth_of(counts.size)
     result = Result(size=counts.size, totals=counts.totals, depth=depth, scale=scale.settled(depth), **fields)
     if result.params["mix"]:
         cell_scale, mixed = scales_of_cells(counts.chunks, result.profiles, result.dispersion)

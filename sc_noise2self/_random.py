@@ -38,6 +38,11 @@ def as_key(rng: np.random.Generator) -> int:
     return int(rng.integers(1 << 64, dtype=np.uint64))
 
 
+def random_sample(n: int, most: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the numbers of at most so many of n cells, drawn at random, in rising order."""
+    return np.sort(rng.choice(n, min(n, most), replace=False))
+
+
 def random_groups(n: int, n_groups: int, rng: np.random.Generator) -> np.ndarray:
     """Return the random group of each of n cells or genes, as even as can be, shape (n,)."""
     return rng.permutation(n) % n_groups

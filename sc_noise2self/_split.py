@@ -171,6 +171,11 @@ def _check_share(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value!r}: pass a number between 0 and 1, both excluded.")
 
 
+def cell_folds(cells: np.ndarray) -> np.ndarray:
+    """Return the fold of each cell, 0 or 1 at random, by its number."""
+    return (row_keys(0, cells) & np.uint64(1)).astype(np.intp)
+
+
 def checked_phi(overdispersion: float | np.ndarray, n_genes: int) -> np.ndarray:
     """Return the overdispersion of each gene, shape (genes,); raise for what is none."""
     try:

@@ -15,9 +15,9 @@ import scipy.sparse as sp
 
 from ._counts import row_sums
 from ._intervals import Belief, Coverage, sampled_genes
+from ._split import cell_folds
 from ._threads import in_threads
 from .methods._base import Sample
-from .methods._components import cell_folds
 from .methods._dispersion import Dispersion, HeldOut, best_power, hidden_by_totals, posterior_means
 from .methods._profiles import MixedProfiles, Profiles
 

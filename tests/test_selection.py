@@ -10,7 +10,8 @@ from helpers import divergence, low_rank_profiles, poisson_counts
 
 import sc_noise2self as n2s
 from sc_noise2self._blocks import Counts, InMemory
-from sc_noise2self._choose import denoised, mixture_weights, select
+from sc_noise2self._choose import denoised, select
+from sc_noise2self._mixture import mixture_weights
 from sc_noise2self.methods import Method
 from sc_noise2self.methods._dispersion import PHI, POWERS, Dispersion, HeldOut, posterior_means
 from sc_noise2self.methods._mixing import scales_of_cells

@@ -27,6 +27,7 @@ from .._compare import Comparison
 from .._counts import column_sums, row_sums
 from .._loss import Gain
 from .._model import LINKS, State
+from .._random import random_sample
 from .._transform import Link
 from .._warnings import warn
 from ..partitions import Fold, fold_of
@@ -233,13 +234,13 @@ class _AutoencoderLearner(Learner):
         """
         n_cells, of_halves = counts.chunks.shape[0], self._fits
         if n_cells > _LEARNED_CELLS:
-            cells, of_halves = np.sort(rng.choice(n_cells, _LEARNED_CELLS, replace=False)), []
+            cells, of_halves = random_sample(n_cells, _LEARNED_CELLS, rng), []
             self._fitted = self._fit(counts.chunks.take(cells), cells, (self.width,), rng, shown=counts)
         whole = self._fitted.model
         fitted = [whole, *(replace(half, gene_share=whole.gene_share) for half in of_halves)]
         weights = np.array([1.0, *(0.5 for _ in of_halves)])
         profiles = [model.profiles(counts, self._codes, self.refinement) for model in fitted]
-        # gives these cells the same
+        # With the scales of its own genes each gives these cells again, and other cells by the same law.
         self.models = [
             replace(model, gene_scale=own.gene_scale, populations=own.populations)
             for model, own in zip(fitted, profiles, strict=True)
@@ -281,7 +282,7 @@ class _AutoencoderLearner(Learner):
 
         options, device = self._options, choose_device(self._options.device)
         n_cells, n_genes = counts.shape
-        held = np.sort(rng.choice(n_cells, min(n_cells, max(2, _VALIDATION_ENTRIES // n_genes)), replace=False))
+        held = random_sample(n_cells, max(2, _VALIDATION_ENTRIES // n_genes), rng)
         seen, aside = set_aside(counts, held, rng)
         fold = fold_of(seen[held], aside, cells[held], share=column_sums(seen) / seen.sum())
         n_shown = n_cells if shown is None else shown.chunks.shape[0]
@@ -363,7 +364,7 @@ class _AutoencoderLearner(Learner):
         self, model: AutoencoderModel, counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator
     ) -> np.ndarray:
         """Return what gives every gene the total that it has in some of the cells, shape (genes,)."""
-        rows = np.sort(rng.choice(counts.shape[0], min(counts.shape[0], _SCALED_CELLS), replace=False))
+        rows = random_sample(counts.shape[0], _SCALED_CELLS, rng)
         some, codes = counts[rows], _of_cells(self._codes, cells[rows])
         model = replace(model, gene_share=column_sums(some) / max(1, some.sum()))
         return model.unscaled(some, codes).balanced(n_rounds=2).gene_scale
@@ -377,7 +378,7 @@ class _AutoencoderLearner(Learner):
 
         cells = np.flatnonzero(row_sums(counts))
         if len(cells) > _COMPONENT_CELLS:
-            cells = np.sort(rng.choice(cells, _COMPONENT_CELLS, replace=False))
+            cells = cells[random_sample(len(cells), _COMPONENT_CELLS, rng)]
         some = counts[cells]
         some.eliminate_zeros()
         assert self._options.n_components is not None  # checked: less than the genes used
@@ -514,7 +515,7 @@ def _enough(counts: sp.csr_matrix, cells: np.ndarray, rng: np.random.Generator) 
     """Return as many of the cells as are enough to learn from."""
     if counts.shape[0] <= _LEARNED_CELLS:
         return counts, cells
-    some = np.sort(rng.choice(counts.shape[0], _LEARNED_CELLS, replace=False))
+    some = random_sample(counts.shape[0], _LEARNED_CELLS, rng)
     return counts[some], cells[some]
 
 

@@ -23,6 +23,7 @@ from .._checks import as_whole
 from .._compare import Comparison
 from .._counts import column_sums, row_sums
 from .._model import State
+from .._random import random_sample
 from .._split import halves
 from ..partitions import Fold, fold_of
 from ._populations import AS_IT_IS
@@ -281,7 +282,7 @@ class TrialLearner(Learner):
         if not grid_of(self.method):
             return
         if counts.shape[0] > _ENOUGH_CELLS:
-            some = np.sort(rng.choice(counts.shape[0], _ENOUGH_CELLS, replace=False))
+            some = random_sample(counts.shape[0], _ENOUGH_CELLS, rng)
             counts, cells = counts[some], cells[some]
         self.compare(nine_tenths(counts, rng, cells), rng)
         chosen = self._comparison.parameters(self._comparison.best())

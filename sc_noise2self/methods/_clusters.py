@@ -28,7 +28,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 
 from .._blocks import Block, Chunks, Counts, Partial
 from .._checks import bounded, check_number
-from .._counts import column_sums, row_sums
+from .._counts import column_sums, depth_of, row_sums
 from .._loss import Gain
 from .._split import checked_phi, split_matrix
 from .._transform import Transform
@@ -203,7 +203,7 @@ def principal_coordinates(counts: Counts, n_pcs: int, rng: np.random.Generator) 
 
     Cells are brought to their median depth by all of their genes; the components are those of the genes that are used.
     """
-    transform = Transform("log1p", float(np.median(counts.size[counts.size > 0])))
+    transform = Transform("log1p", depth_of(counts.size))
     n_cells = counts.chunks.shape[0]
 
     def logged(block: Block) -> sp.csr_matrix:

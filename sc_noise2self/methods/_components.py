@@ -22,9 +22,8 @@ import scipy.optimize
 import scipy.sparse as sp
 
 from .._blocks import Block, Chunks, Partial, as_chunks, as_row
-from .._counts import column_sums, row_sums
-from .._dealing import row_keys
-from .._split import halves
+from .._counts import column_sums, depth_of, row_sums
+from .._split import cell_folds, halves
 from .._transform import Transform, TransformName
 from ._profiles import Index, LowRankProfiles
 from ._svd import N_PASSES, GramProduct, components_of, gram_product, start_block, transposed
@@ -178,11 +177,6 @@ def learn_halves(
 
     learned, (*sums, squares) = _with_other_genes(found, parts, of_halves)
     return learned, [worth_from(*sums[:2]), worth_from(*sums[2:])], noise_edge(squares, chunks.shape[0])
-
-
-def depth_of(size: np.ndarray) -> float:
-    """Return the median size of the cells that hold a molecule."""
-    return float(np.median(size[size > 0]))
 
 
 def whole(block: Block) -> list[sp.csr_matrix]:
@@ -363,11 +357,6 @@ def noise_edge(squares: np.ndarray, n_cells: int) -> float:
         return float(a * (1 + (squares / (a - squares)).sum() / n_cells))
 
     return scipy.optimize.minimize_scalar(squared, bounds=(-20, 20), method="bounded").fun ** 0.5
-
-
-def cell_folds(cells: np.ndarray) -> np.ndarray:
-    """Return the fold of each cell, 0 or 1 at random, by its number."""
-    return (row_keys(0, cells) & np.uint64(1)).astype(np.intp)
 
 
 def shrinkage(worth: np.ndarray, strength: float) -> np.ndarray:

@@ -25,11 +25,11 @@ import scipy.sparse as sp
 
 from .._counts import row_sums
 from .._loss import Profiles
+from .._mixture import mixture_weights
 
 PHI = np.concatenate([[0], np.geomspace(1e-4, 100, 25)])
 """The grid of phi; thousands of molecules in a cell tell one of 0.001 from 0."""
 POWERS = (0.0, -0.25, -0.5, -0.75, -1.0)
-_STEPS = 200  # of expectation maximisation
 _SHIFT = 21  # bits of a float32 that are left out of its bin: four bins an octave
 _FIRST = (127 - 20) << 2  # bin of 2^-20, where the logarithm is a straight line
 _BINS = 35 * 4  # up to 2^15
@@ -220,17 +220,13 @@ def posterior_means(curves: np.ndarray, grid: np.ndarray = PHI) -> tuple[np.ndar
     """Return the posterior mean of phi for each gene, and the log likelihood of all genes.
 
     The log likelihoods of phi are those of `HeldOut.curves`. The prior over the grid is the one that makes all genes
-    likeliest, a concave problem for expectation maximisation.
+    likeliest.
     """
     highest = curves.max(axis=0)
     likelihood = np.exp(curves - highest)
-    prior = np.full(len(grid), 1 / len(grid))
-    for _ in range(_STEPS):
-        posterior = prior[:, None] * likelihood
-        of_genes = posterior.sum(axis=0)
-        posterior /= of_genes
-        prior = posterior.mean(axis=1)
-    return grid @ posterior, float((np.log(of_genes) + highest).sum())
+    posterior = mixture_weights(likelihood)[:, None] * likelihood
+    of_genes = posterior.sum(axis=0)
+    return grid @ (posterior / of_genes), float((np.log(of_genes) + highest).sum())
 
 
 def best_power(curves_of: Callable[[float], np.ndarray]) -> float:

@@ -22,7 +22,7 @@ from anndata import AnnData
 from .._blocks import Counts
 from .._checks import check_one_of
 from .._compare import Parameters, describe
-from .._counts import row_sums
+from .._counts import depth_of, row_sums
 from .._transform import Transform, TransformName, rates
 from ..partitions import LazyRows, Rows, as_numbers
 from ._base import Method
@@ -146,7 +146,7 @@ class Function(Method):
         size, given = row_sums(counts), counts.copy()
         transform = None
         if self.transform != "none":
-            transform = Transform(self.transform, float(np.median(size[size > 0])))
+            transform = Transform(self.transform, depth_of(size))
             given = transform.apply(given, size)
         before, parameters, name = given.copy(), {**self.parameters, **parameters}, self.label
         if next(iter(_signature(self.function).parameters), "") == "adata":

@@ -22,11 +22,11 @@ from sklearn.neighbors import KNeighborsTransformer
 
 from .._blocks import Block, Counts, Partial
 from .._checks import as_whole
-from .._counts import row_sums
+from .._counts import depth_of, row_sums
 from .._threads import in_threads
 from ..partitions import Fold
 from ._base import Learner, Method, TrialLearner, as_several, bounded_values, set_tuples
-from ._components import Components, depth_of, learn_components
+from ._components import Components, learn_components
 from ._pca import n_components_of
 from ._populations import HEIGHTS
 from ._profiles import LowRankProfiles

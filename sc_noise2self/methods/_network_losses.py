@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._counts import column_sums, row_sums
+from .._counts import column_sums, depth_of, row_sums
 from .._transform import Transform, TransformName
 from ._network import Entries, Network
 
@@ -137,8 +137,7 @@ class SquaredError(Loss):
     compared = 0.5  # share of the molecules that the output is compared with
 
     def __init__(self, counts: sp.csr_matrix, invariance: float = 0, *, transform: TransformName) -> None:
-        sizes = row_sums(counts)
-        self.depth = float(np.median(sizes[sizes > 0]))
+        self.depth = depth_of(row_sums(counts))
         self.transform = Transform(transform, self.depth * self.compared)
         super().__init__(counts, invariance)
 

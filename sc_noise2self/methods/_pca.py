@@ -11,14 +11,14 @@ import scipy.sparse as sp
 
 from .._blocks import Block, Counts, Partial
 from .._checks import bounded, check_one_of
+from .._counts import depth_of
 from .._model import State
+from .._split import cell_folds
 from .._transform import Transform, TransformName
 from ..partitions import Fold
 from ._base import Learned, Learner, Method, Sample
 from ._components import (
     Components,
-    cell_folds,
-    depth_of,
     learn_components,
     learn_halves,
     noise_edge,

@@ -187,17 +187,22 @@ class ScaledProfiles(Profiles):
         """
         if n_rounds != 0 and self._kept is None and len(self.size) * len(self.gene_share) <= _KEPT:
             object.__setattr__(self, "_kept", {})
-        target = self.gene_share * float(self.size.sum())
+        self.scale_genes(self.scale_cells, self.gene_share * float(self.size.sum()), off, n_rounds)
+        return self
+
+    def scale_genes(
+        self, totals_of: Callable[[], np.ndarray], target: np.ndarray, off: float, n_rounds: int | None = None
+    ) -> None:
+        """Scale genes until `totals_of`, what they add up to as they are scaled, is right."""
         steps = _Steps(target)
         for _ in range(_MOST_ROUNDS if n_rounds is None else n_rounds):
-            totals = self.scale_cells()
+            totals = totals_of()
             if n_rounds is None and _mean_deviation(totals, target) <= off:
-                return self
+                return
             # What is scaled must not change which population a cell belongs to.
             scale = self.gene_scale if len(self.populations.factors) == 1 else self.populations.factors
             scale *= steps.next(totals)
             self.cell_scale.fill(UNKNOWN)
-        return self
 
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         own = self.populations.times(self.gene_scale)
@@ -474,22 +479,16 @@ def profiles_in_blocks(
         some = some.like(np.array(all_scores[::step]), size[::step]).balanced(off=1.5 * _TOTALS_OFF)
     if isinstance(all_scores, np.ndarray):
         return some.like(all_scores, size).balanced(off=3 * _TOTALS_OFF).scaled(n_rounds=0)
-    gene_scale, populations, target = some.gene_scale, some.populations, some.gene_share * size.sum(dtype=np.float64)
+    model = some.like(some.scores[:0], some.size[:0])  # of genes alone
 
     def of_block(block: Block) -> LowRankProfiles:
         """Return the profiles of a block, whose cells have no scale yet."""
-        model = replace(some, gene_scale=gene_scale, populations=populations)
         return model.like(scores_of(block), row_sums(block.counts).astype(np.float32))
 
-    steps = _Steps(target)
-    for _ in range(_MOST_ROUNDS):
-        totals = chunks.run(lambda block: Partial([of_block(block).scale_cells()])).sums[0]
-        if _mean_deviation(totals, target) <= 3 * _TOTALS_OFF:
-            break
-        if len(populations.factors) == 1:
-            gene_scale = gene_scale * steps.next(totals)
-        else:
-            populations = replace(populations, factors=populations.factors * steps.next(totals))
+    def totals() -> np.ndarray:
+        return chunks.run(lambda block: Partial([of_block(block).scale_cells()])).sums[0]
+
+    model.scale_genes(totals, some.gene_share * size.sum(dtype=np.float64), 3 * _TOTALS_OFF)
 
     def of_cells(block: Block) -> Partial:
         found = of_block(block)
@@ -498,7 +497,7 @@ def profiles_in_blocks(
 
     scores, scales = chunks.rows(of_cells, (some.scores.shape[1], N_SCALES))
     lazy: dict[str, Any] = scales_from(scales) | {"scores": scores, "size": size}
-    return replace(some, gene_scale=gene_scale, populations=populations, **lazy)
+    return replace(model, **lazy)
 
 
 def _mean_deviation(totals: np.ndarray, target: np.ndarray) -> float:

@@ -29,7 +29,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from .._blocks import Block, Chunks, Partial
-from .._counts import column_sums, row_sums
+from .._counts import column_sums, depth_of, row_sums
 from .._random import as_key, random_groups
 from .._split import halves
 from .._transform import Transform, TransformName
@@ -127,7 +127,7 @@ def rank_curve(
                 f"the counts hold {int(np.sum(of_halves))} molecule(s): too few to split into halves that each hold "
                 f"some, which protocol {protocol!r} needs."
             )
-        medians = [float(np.median(size[size > 0])) for size in of_halves]
+        medians = [depth_of(size) for size in of_halves]
         each.transforms = [Transform(transform, median) for median in medians]
 
     def pieces(block: Block) -> list[Piece]:
