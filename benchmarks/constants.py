@@ -23,7 +23,7 @@ from peers import heldout
 
 import sc_noise2self as n2s
 from sc_noise2self.methods._pca import Shrinkage
-from sc_noise2self.methods._populations import HEIGHTS, PHI
+from sc_noise2self.methods._populations import FACTOR_GRID, HEIGHTS
 
 
 def strengths(*values: float) -> tuple[Shrinkage, ...]:
@@ -58,11 +58,11 @@ OF_PCA: list[tuple[str, str, dict[str, Any]]] = [
     ("random projections that cells are clustered by, 100", "methods._populations._SKETCH", {"50": 50, "200": 200}),
     (
         "grid of the dispersion of factors, 15 from 0.003 to 1e4",
-        "methods._populations.PHI",
+        "methods._populations.FACTOR_GRID",
         {
             "8": np.concatenate([[0], np.geomspace(0.003, 1e4, 8)]),
             "30": np.concatenate([[0], np.geomspace(0.003, 1e4, 30)]),
-            "to 1e3": PHI[:-2],
+            "to 1e3": FACTOR_GRID[:-2],
         },
     ),
     ("gene totals are right to 0.1 %", "methods._profiles._TOTALS_OFF", {"0.05 %": 5e-4, "0.2 %": 2e-3}),

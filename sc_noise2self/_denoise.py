@@ -34,7 +34,7 @@ from .get import layer_of, require_dask
 from .methods import as_methods, is_ensemble
 from .methods._base import Method
 from .methods._mixing import scales_of_cells
-from .methods._profiles import in_memory
+from .methods._profiles import computed
 from .scales import Scale, as_scale
 
 
@@ -310,7 +310,7 @@ def _members(selection: Selection, counts: Counts, rng: np.random.Generator, mix
         if choice in written:  # once is enough
             learned = replace(learned, values={})
         written.add(choice)
-        members.append(Member(name, str(choice.setting), weight, in_memory(profiles) if mix else profiles, learned))
+        members.append(Member(name, str(choice.setting), weight, computed(profiles) if mix else profiles, learned))
     return members
 
 

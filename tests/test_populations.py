@@ -17,7 +17,7 @@ from sc_noise2self._counts import column_sums, row_sums
 from sc_noise2self.methods import _pca, _profiles
 from sc_noise2self.methods._populations import (
     AS_IT_IS,
-    PHI,
+    FACTOR_GRID,
     Populations,
     Refinement,
     clusters_of,
@@ -30,7 +30,7 @@ from sc_noise2self.methods._profiles import UNKNOWN, LowRankProfiles, TableProfi
 def test_the_factor_is_the_posterior_mean_of_the_true_rate_over_the_expected():
     """Of one gene, whose prior over phi stays where its likelihood is largest: the Gamma posterior by quadrature."""
     observed, expected = np.array([[30.0]]), np.array([[12.0]])
-    phi = PHI[np.argmax([_marginal(30, 12, each) for each in PHI])]
+    phi = FACTOR_GRID[np.argmax([_marginal(30, 12, each) for each in FACTOR_GRID])]
     prior = gamma(1 / phi, scale=phi)
     top, bottom = (
         quad(lambda r, power=power: r**power * prior.pdf(r) * poisson.pmf(30, 12 * r), 0, 20, limit=400)[0]

@@ -48,7 +48,7 @@ _compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 _inlined = numba.njit(inline="always")
 _in_any_order = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nnan", "nsz"})
 
-PHI = np.concatenate([[0], np.geomspace(0.003, 1e4, 15)])
+FACTOR_GRID = np.concatenate([[0], np.geomspace(0.003, 1e4, 15)])
 """The grid of phi; the last is a Gamma distribution of nearly 0 or nearly any rate."""
 HEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0)
 _BLOCK = 1 << 20  # dense entries rebuilt at a time, 4 MB
@@ -315,20 +315,20 @@ def factors_of(observed: np.ndarray, expected: np.ndarray) -> np.ndarray:
     else:
         homes = np.argmax(expected / expected.sum(axis=1, keepdims=True), axis=0)
     order = np.argsort(homes, kind="stable")
-    homes, phi = homes[order], PHI[1:]
+    homes, phi = homes[order], FACTOR_GRID[1:]
 
     def of_population(k: int) -> np.ndarray:
         x, m = observed[k, order, None], expected[k, order, None]
         shape = 1 / phi
         log, log_m = np.log1p(phi * m), np.log(m)
-        curves = np.empty((len(order), len(PHI)))
+        curves = np.empty((len(order), len(FACTOR_GRID)))
         curves[:, :1] = x * log_m - m
         distinct, number = np.unique(x, return_inverse=True)
         gammas = gammaln(distinct[:, None] + shape) - gammaln(shape)
         curves[:, 1:] = gammas[number.ravel()] + x * (np.log(phi) + log_m - log) - shape * log
         curves -= curves.max(axis=1, keepdims=True)
         found = np.empty(len(order))
-        values = (1 + PHI * x) / (1 + PHI * m)
+        values = (1 + FACTOR_GRID * x) / (1 + FACTOR_GRID * m)
         _posterior_means(np.exp(curves, dtype=np.float32), values.astype(np.float32), homes, found)
         return found
 

@@ -20,6 +20,7 @@ from ..partitions import Rows
 from ._dispersion import Dispersion
 from ._populations import (
     AS_IT_IS,
+    Index,
     Populations,
     Refinement,
     clusters_of,
@@ -46,8 +47,6 @@ _LONGEST_STEP = 10  # what is missing of a gene's total, that often
 
 _SCALES = ("cell_scale", "row_scale", "population")  # of cells, as they are kept
 N_SCALES = len(_SCALES)
-
-Index = slice | np.ndarray
 
 
 def _is_all(index: Index) -> bool:
@@ -599,7 +598,7 @@ def scales_from(scales: Any) -> dict[str, Any]:
     return {name: scales[:, i] for i, name in enumerate(_SCALES)}
 
 
-def in_memory(profiles: Profiles) -> Profiles:
+def computed(profiles: Profiles) -> Profiles:
     """Return profiles whose scores and scales of cells are NumPy arrays, where they were Dask's."""
     if not isinstance(profiles, LowRankProfiles) or isinstance(profiles.scores, np.ndarray):
         return profiles
