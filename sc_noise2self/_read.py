@@ -167,9 +167,13 @@ def values_of(
 
 def beliefs(adata: AnnData, key: str, rows: Index, columns: Index) -> Belief:
     """Return how the rates of some cells and genes are distributed, by position."""
-    mix = record(adata, key)["params"]["mix"]
-    dispersion = _dispersion(adata, key)
-    if not mix:
+    written, dispersion = record(adata, key), _dispersion(adata, key)
+    if not written["has_factors"] and written["scale"] != "counts":
+        raise ValueError(
+            f"intervals are of expected counts, and all there is of {key!r} is a layer on the scale "
+            f'{written["scale"]!r}: denoise with scale="counts", and ask for the interval on that scale.'
+        )
+    if not written["params"]["mix"]:
         expected = values_of(adata, key, rows, columns, as_scale("counts"))
         return Belief.around(expected, dispersion.at(expected, columns))
     mixed = profiles(adata, key)

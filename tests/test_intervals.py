@@ -210,6 +210,16 @@ def test_what_cannot_be_is_refused(denoised, options, what):
         n2s.get.interval(denoised[0], ["g1"], **options)
 
 
+def test_a_layer_on_another_scale_without_factors_has_no_intervals(denoised):
+    adata = denoised[0]
+    n2s.denoise(adata, n2s.Function(lambda counts: counts.toarray() + 0.1), scale="log1p_cp10k")
+    with pytest.raises(ValueError, match=r"intervals are of expected counts, .* denoise with scale=\"counts\""):
+        n2s.get.interval(adata, ["g1"])
+    n2s.denoise(adata, n2s.Function(lambda counts: counts.toarray() + 0.1))
+    low, high = n2s.get.interval(adata, ["g1"], scale="log1p_cp10k")
+    assert (low < high).all(axis=None)
+
+
 def test_a_report_by_group_adds_up_to_the_gain(denoised):
     one, _ = denoised
     total = one.uns["denoised"]["gain"]
