@@ -52,17 +52,19 @@ class Dispersions:
 
         found = list(in_threads(observed, product((0, 1), range(len(halves)))))
 
-        def by_fold(found: Sequence[HeldOut], power: float) -> np.ndarray:
+        totals = np.sum(sample.totals[:2], axis=0)
+        level = totals / len(sample.cells)
+
+        def by_fold(found: Sequence[HeldOut], power: float, level: np.ndarray) -> np.ndarray:
             """Return curves, shape (folds, grid, genes)."""
-            curves = np.array(list(in_threads(lambda each: each.curves(power=power), found)))
+            curves = np.array(list(in_threads(lambda each: each.curves(power=power, level=level / 2), found)))
             # The mean over halves, not the sum: the two directions of a split say nearly the same.
             return curves.reshape(2, len(halves), *curves.shape[1:]).mean(axis=1)
 
-        totals = np.sum(sample.totals[:2], axis=0)
         telling = np.isin(np.arange(len(totals)), np.argsort(-totals, kind="stable")[:_TELLING])
         of_telling = [each.some(telling) for each in found]
-        power = best_power(lambda power: by_fold(of_telling, power).sum(axis=0))
-        curves, level = by_fold(found, power), totals / len(sample.cells)
+        power = best_power(lambda power: by_fold(of_telling, power, level[telling]).sum(axis=0))
+        curves = by_fold(found, power, level)
         hidden = float(np.mean([hidden_by_totals(row_sums(seen)) for seen, _ in halves]))
         all_cells, first, second = (
             Dispersion(posterior_means(each)[0] + hidden, level / 2, power)

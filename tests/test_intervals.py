@@ -16,7 +16,7 @@ import sc_noise2self as n2s
 from sc_noise2self._intervals import LEVELS, Belief, sampled_genes, strata_of
 from sc_noise2self._read import beliefs
 from sc_noise2self._uncertainty import Dispersions
-from sc_noise2self.methods._dispersion import POWERS
+from sc_noise2self.methods._dispersion import POWERS, Dispersion
 
 LEVEL_ERRORS = 3.5  # binomial standard errors
 
@@ -110,6 +110,14 @@ def test_how_dispersions_fall_with_expression_is_found(phi, power):
     assert abs(found.phi.mean() / phi - 1) < 0.1
     of_all = found.at(2 * expected)  # both halves
     np.testing.assert_allclose(of_all.mean(axis=0), found.phi * own.mean(axis=0) / phi, rtol=0.05)
+
+
+def test_a_gene_that_no_cell_has_keeps_its_dispersion_wherever_a_model_expects_it():
+    dispersion = Dispersion(np.array([0.5, 0.5]), np.array([0.0, 1.0]), -1.0)
+    np.testing.assert_allclose(dispersion.at(np.array([[0.1, 0.1], [0.0, 0.0]])), [[0.5, 5], [0.5, 5e5]])
+    low, high = Belief.around(np.zeros((1, 2)), dispersion.at(np.zeros((1, 2)))).interval(0.9)
+    assert not low.any()
+    assert not high.any()
 
 
 def test_what_is_not_expected_at_all_has_the_interval_zero():

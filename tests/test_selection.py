@@ -171,9 +171,9 @@ def test_dispersion_curves_of_any_expected_counts_are_those_of_every_entry(least
     m = np.exp(rng.uniform(np.log(least), np.log(most), (600, 30))).astype(np.float32)
     x = rng.poisson(m * rng.gamma(500, 1 / 500, m.shape)).astype(np.float32)
     x[x.sum(axis=1) == 0, 0] = 1
-    profiles = SimpleNamespace(blocks=lambda: iter([(slice(0, 600), m)]))
-    curves = HeldOut.of(profiles, sp.csr_matrix(x), x.sum(axis=1)).curves(power=power)
-    laws = [phi * (m / m.mean(axis=0, dtype=np.float64)) ** power for phi in PHI]
+    profiles, level = SimpleNamespace(blocks=lambda: iter([(slice(0, 600), m)])), m.mean(axis=0, dtype=np.float64)
+    curves = HeldOut.of(profiles, sp.csr_matrix(x), x.sum(axis=1)).curves(power=power, level=level)
+    laws = [phi * (m / level) ** power for phi in PHI]
     expected = [nbinom.logpmf(x, 1 / phi, 1 / (1 + phi * m)) if phi.any() else poisson.logpmf(x, m) for phi in laws]
     expected = np.array([each.sum(axis=0) for each in expected])
     found, expected = (each - each[0] for each in (curves, expected))

@@ -51,7 +51,8 @@ class Dispersion(NamedTuple):
         if not self.power:
             return np.broadcast_to(phi, expected.shape)
         relative = np.maximum(expected / np.where(level > 0, level, 1), expected.dtype.type(_LEAST))
-        return phi * np.power(relative, expected.dtype.type(self.power), out=relative)
+        np.power(relative, expected.dtype.type(self.power), out=relative)
+        return phi * np.where(level > 0, relative, 1)
 
 
 class _Law(NamedTuple):
@@ -93,8 +94,7 @@ class HeldOut:
     term, which are a quarter wide at most.
     """
 
-    level: np.ndarray  # mean expected count of each gene
-    total: np.ndarray  # and their sum
+    total: np.ndarray  # expected counts of each gene
     entries: _Bins  # every entry, zero or not
     molecules: _Bins
     repeated: tuple[np.ndarray, np.ndarray, np.ndarray]  # gene, expected count and count where that is 2 or more
@@ -120,7 +120,7 @@ class HeldOut:
         molecules = [np.bincount(place, x * m**k, n_genes * _BINS).reshape(n_genes, _BINS) for k in range(3)]
         more, total = np.flatnonzero(x > 1), sums[1].sum(axis=1)
         repeated = gene[more], m[more], x[more].astype(np.int64)
-        return cls(total / max(1, len(depth)), total, _Bins.of(*sums), _Bins.of(*molecules), repeated)
+        return cls(total, _Bins.of(*sums), _Bins.of(*molecules), repeated)
 
     def some(self, genes: np.ndarray) -> HeldOut:
         """Return what they say of the genes that are marked."""
@@ -128,15 +128,15 @@ class HeldOut:
         kept = number >= 0
         repeated = number[kept], self.repeated[1][kept], self.repeated[2][kept]
         bins = self.entries.some(genes), self.molecules.some(genes)
-        return HeldOut(self.level[genes], self.total[genes], *bins, repeated)
+        return HeldOut(self.total[genes], *bins, repeated)
 
-    def curves(self, grid: np.ndarray = PHI, power: float = 0.0) -> np.ndarray:
+    def curves(self, grid: np.ndarray = PHI, power: float = 0.0, level: np.ndarray | float = 1.0) -> np.ndarray:
         """Return the log likelihood of each phi of the grid, which starts with 0, for each gene, shape (grid, genes).
 
-        What all phi and powers have in common is left out.
+        `power` and `level` are those of `Dispersion`. What all phi and powers have in common is left out.
         """
-        out = np.zeros((len(self.level), len(grid)))
-        law = _Law(np.where(self.level > 0, self.level, 1), grid[1:], power)
+        out = np.zeros((len(self.total), len(grid)))
+        law = _Law(np.broadcast_to(level, len(out)), grid[1:], power)
         for i in range(2):
             for bins, over_phi in ((self.entries, True), (self.molecules, False)):
                 _add_logs(bins.gene, bins.weight, bins.expected[i], law, over_phi, out[:, 1:])
@@ -171,8 +171,8 @@ def _add_to_bins(
 
 @numba.njit(nogil=True, cache=True)
 def _relative(m: float, level: float, power: float) -> float:
-    """Return what the dispersion around m is that of the gene's mean times."""
-    return max(m / level, _LEAST) ** power if power != 0 else 1.0
+    """Return how many times that at the level the dispersion around m is."""
+    return max(m / level, _LEAST) ** power if power != 0 and level > 0 else 1.0
 
 
 @numba.njit(nogil=True, cache=True)
