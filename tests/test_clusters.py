@@ -16,6 +16,7 @@ import scipy.stats
 from helpers import dense, low_rank_profiles, poisson_counts, said_by_scanpy
 from promises import difference, documented_warnings, fingerprint
 from scipy.cluster.hierarchy import is_valid_linkage
+from scipy.optimize import minimize_scalar
 from sklearn.metrics import adjusted_rand_score
 
 import sc_noise2self as n2s
@@ -413,6 +414,42 @@ def test_groups_are_supported_and_halves_of_groups_are_not():
     n2s.remove(adata, "cluster_support")
     assert not len(adata.obs.columns)
     assert not adata.uns
+
+
+def test_a_join_says_what_the_documentation_says():
+    """Its distance, gain, error and support, from the formulas of docs/method.md, cell by cell."""
+    rng = np.random.default_rng(0)
+    share = rng.dirichlet(np.ones(30), size=3)[[0, 1, 1]]  # the last two groups are one
+    labels = np.repeat([0, 1, 2], [20, 30, 25])
+    seen, held_out = (sp.csr_matrix(rng.poisson(40 * share[labels]).astype(np.float32)) for _ in range(2))
+    table, linkage = joins(labels, seen, held_out)
+    molecules = np.array([np.asarray(seen[labels == k].sum(axis=0)).ravel() for k in range(3)])
+    mean = molecules.sum(axis=0) / molecules.sum()
+
+    def minus_likelihood(log_s):
+        s = np.exp(log_s)
+        each = (molecules - 1 + s * mean) / (molecules.sum(axis=1, keepdims=True) - 1 + s)
+        return -(molecules * np.log(np.where(molecules > 0, each, 1))).sum()
+
+    s = np.exp(minimize_scalar(minus_likelihood, bounds=(-3, 15), method="bounded", options={"xatol": 1e-6}).x)
+
+    def profile(*clusters):
+        of_both = molecules[list(clusters)].sum(axis=0)
+        return (of_both + s * mean) / (of_both.sum() + s)
+
+    first = table.iloc[0]
+    assert (first["cluster"], first["other"], first["n_cells"], first["n_cells_other"]) == ("1", "2", 30, 25)
+    gained = {k: np.log(profile(k) / profile(1, 2)) for k in (1, 2)}
+    of_seen = [molecules[k] @ gained[k] / molecules[k].sum() for k in (1, 2)]
+    assert first["distance"] == pytest.approx(np.mean(of_seen), rel=1e-3)
+    x = held_out.toarray()[labels > 0]
+    nats, size = (x * np.array([gained[k] for k in labels[labels > 0]])).sum(axis=1), x.sum(axis=1)
+    assert first["gain"] == pytest.approx(nats.sum() / size.sum(), rel=1e-3, abs=1e-6)
+    residual = nats - first["gain"] * size
+    assert first["error"] == pytest.approx(np.sqrt(55 / 54 * (residual**2).sum()) / size.sum(), rel=1e-3)
+    assert list(table["supported"]) == list(table["gain"] > 2 * table["error"]) == [False, True]
+    assert is_valid_linkage(linkage)
+    assert linkage[:, 3].tolist() == [2, 3]
 
 
 def test_joins_of_noise_are_supported_as_often_as_chance_says():
