@@ -565,7 +565,7 @@ def false_positives(counts, level, seed, **options):
 def test_of_noise_as_many_genes_differ_as_the_level_says(kind, level):
     phi = np.full(500, 0.5)
     found = []
-    for seed in range(8):
+    for seed in range(24):
         counts = negative_binomial(phi if kind == "overdispersed" else phi * 1e-6, seed=seed)
         found.append(false_positives(counts, level, seed))
     shares, discoveries = np.transpose(found)

@@ -637,6 +637,7 @@ def test_memory_of_a_container_counts_and_files_that_were_read_do_not(limit, fre
     assert available_memory() == free
 
 
+@pytest.mark.filterwarnings("ignore:.*exactly the counts of another")
 def test_a_layer_takes_its_own_memory_and_no_more(adata):
     big = ad.AnnData(sp.vstack([adata.X] * 40, format="csr"))
     n2s.denoise(big, [n2s.PCA(transform="log1p"), n2s.PCA(transform="sqrt")], write_layer=False)
