@@ -167,8 +167,11 @@ def as_counts(
     _warn_if_empty(size)
     _warn_if_repeated(digest, adata.obs_names)
     read = {each: read_labels(adata, each, argument) for each in columns}
+    used = read_mask(adata, mask_var)
+    if used is not None and not totals[used].any():
+        raise ValueError(f"mask_var keeps {used.sum()} genes, none of which has a molecule: cells cannot be compared.")
     names = adata.obs_names, adata.var_names
-    return Counts(chunks, size, totals, int(n_entries[0]), *names, read_mask(adata, mask_var), read)
+    return Counts(chunks, size, totals, int(n_entries[0]), *names, used, read)
 
 
 def _counted(block: Block) -> Partial:

@@ -416,6 +416,16 @@ def test_groups_are_supported_and_halves_of_groups_are_not():
     assert not adata.uns
 
 
+@pytest.mark.parametrize("function", [n2s.select_resolution, n2s.cluster_support, n2s.select_rank, n2s.denoise])
+def test_genes_without_molecules_cannot_say_which_cells_are_alike(function):
+    adata = grouped(2, n_cells=60, n_genes=30, depth=200)[0]
+    x = adata.X.toarray()
+    x[:, :4] = 0
+    adata.X = sp.csr_matrix(x)
+    with pytest.raises(ValueError, match="mask_var keeps 4 genes, none of which has a molecule"):
+        function(adata, mask_var=np.arange(30) < 4)
+
+
 def test_a_join_says_what_the_documentation_says():
     """Its distance, gain, error and support, from the formulas of docs/method.md, cell by cell."""
     rng = np.random.default_rng(0)
