@@ -61,6 +61,11 @@ def test_report_says_what_was_done_and_what_it_gained(pbmc):
     assert "Warnings" not in text
 
 
+def test_a_report_says_where_components_ran_out(adata):
+    n2s.denoise(adata, n2s.PCA(transform="log1p", n_components=2))
+    assert n2s.report(adata).startswith("PCA of log1p (all 2 components tried worth more than noise")
+
+
 def test_report_of_mixing_layers_scales_and_ensembles(adata):
     adata.layers["counts"], adata.X = adata.X, None
     n2s.denoise(adata, ["pca", "knn"], layer="counts", mix=True, scale="rates", key_added="m")

@@ -196,7 +196,8 @@ class PCALearner(Learner):
             "singular_values": fit.components.singular_values,
             "noise_edge": edge,
         }
-        return Learned(title, f"{title} ({rank} components worth more than noise, {setting})", rank, values)
+        found = f"{rank} components" if rank < len(worth) else f"all {rank} components tried"
+        return Learned(title, f"{title} ({found} worth more than noise, {setting})", rank, values)
 
     def _full_weights(self, setting: Shrinkage) -> np.ndarray:
         """Return the weight of each component in a fit to all molecules, shape (k,)."""
