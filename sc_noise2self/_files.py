@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from importlib.metadata import version
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,8 @@ def denoise_file(
     source, target = expanded(source), expanded(target)
     if "copy" in options:
         raise TypeError("copy was given: the target is the copy, so leave it out.")
+    if unknown := [name for name in options if name not in signature(denoise).parameters]:
+        raise TypeError(f"denoise_file() got an unexpected keyword argument {unknown[0]!r}: its options are denoise's.")
     check_flag("write_layer", write_layer)
     check_flag("overwrite", overwrite)
     check_key_name(key_added)

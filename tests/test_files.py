@@ -165,6 +165,7 @@ def test_an_earlier_target_is_replaced_only_when_asked(source):
         ({"method": "nonsense"}, ValueError, "method is 'nonsense': pass one of pca, "),
         ({"method": n2s.Function(len), "write_layer": False}, ValueError, "a function, which has no factors"),
         ({"copy": True}, TypeError, "copy was given: the target is the copy"),
+        ({"splits": 2}, TypeError, r"denoise_file\(\) got an unexpected keyword argument 'splits'"),
     ],
 )
 def test_what_cannot_be_done_is_said_and_leaves_nothing(source, given, error, message):
