@@ -27,7 +27,7 @@ Source = Literal["factors", "layer"]
 _NEEDED = {
     *("method", "version", "params", "scale", "scale_meaning", "members", "warnings"),
     *("gain", "gain_error", "gain_molecules", "gain_cells", "beats_mean", "has_factors", "fingerprint"),
-    *("n_cells", "n_genes", "depth"),
+    *("n_cells", "n_genes", "depth", "phi_power"),
 }
 _NEEDED_PARAMS = {"mix", "random_state"}
 

@@ -51,7 +51,6 @@ class Dispersions:
             return HeldOut.of(profiles, halves[i ^ 1][0][own], row_sums(seen[own]))
 
         found = list(in_threads(observed, product((0, 1), range(len(halves)))))
-
         totals = np.sum(sample.totals[:2], axis=0)
         level = totals / len(sample.cells)
 

@@ -189,6 +189,20 @@ def test_intervals_of_a_mixed_result_stand_around_it_and_are_narrower(denoised):
     )
 
 
+def test_the_interval_follows_from_what_is_written_as_the_docstring_says(denoised):
+    """A Gamma quantile whose variation is phi (value / mean)^power, of any cells and genes, of a subset too."""
+    one, _ = denoised
+    assert one.uns["denoised"]["phi_power"] < 0
+    mean = n2s.get.denoised(one, one.var_names).mean(axis=0)
+    genes, cells = ["g7", "g2", "g90"], list(one.obs_names[[9, 3, 250]])
+    value = n2s.get.denoised(one, genes, cells=cells)
+    phi = one.var.loc[genes, "denoised_phi"].to_numpy() * (value / mean[genes]) ** one.uns["denoised"]["phi_power"]
+    expected = [gamma.ppf(end, 1 / phi, scale=value * phi) for end in (0.05, 0.95)]
+    np.testing.assert_allclose(n2s.get.interval(one, genes, cells=cells), expected, rtol=1e-3)
+    some = one[cells, genes].copy()
+    np.testing.assert_allclose(n2s.get.interval(some, genes), expected, rtol=1e-3)
+
+
 def test_intervals_follow_the_scale_the_cells_and_the_level(denoised):
     one, _ = denoised
     genes, cells = ["g7", "g2"], list(one.obs_names[[9, 3]])

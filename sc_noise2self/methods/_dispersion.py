@@ -115,12 +115,13 @@ class HeldOut:
             lengths = np.diff(held_out.indptr[rows.start : rows.stop + 1])
             stored[entries] = block[np.repeat(np.arange(len(lengths)), lengths), held_out.indices[entries]]
             _add_to_bins(block, block.view(np.int32), *sums)
+        of_entries, total = _Bins.of(*sums), sums[1].sum(axis=1)
         gene, x, m = held_out.indices.astype(np.intp), held_out.data, stored.astype(np.float64)
         place = gene * _BINS + np.clip((stored.view(np.int32) >> _SHIFT) - _FIRST, 0, _BINS - 1)
-        molecules = [np.bincount(place, x * m**k, n_genes * _BINS).reshape(n_genes, _BINS) for k in range(3)]
-        more, total = np.flatnonzero(x > 1), sums[1].sum(axis=1)
-        repeated = gene[more], m[more], x[more].astype(np.int64)
-        return cls(total, _Bins.of(*sums), _Bins.of(*molecules), repeated)
+        for k, each in enumerate(sums):
+            each[:] = np.bincount(place, x * m**k, each.size).reshape(each.shape)
+        more = np.flatnonzero(x > 1)
+        return cls(total, of_entries, _Bins.of(*sums), (gene[more], m[more], x[more].astype(np.int64)))
 
     def some(self, genes: np.ndarray) -> HeldOut:
         """Return what they say of the genes that are marked."""
