@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_info
 import sc_noise2self as n2s
 
 TOO_FEW = "too few to split into halves"
+NONE_KEPT = "none of which has a molecule"
 NETWORK = n2s.Autoencoder(width=2, n_epochs=2, device="cpu")
 METHODS = {
     "pca": n2s.PCA(),
@@ -49,22 +50,26 @@ def tiny_counts(draw) -> np.ndarray:
     return x.astype(np.float32)
 
 
-def denoised(x: np.ndarray, method: str, **options) -> ad.AnnData | None:
+def denoised(x: np.ndarray, method: str, mask_var: np.ndarray | None = None, **options) -> ad.AnnData | None:
     """Denoise, with warnings of arithmetic as errors; None where there are too few molecules."""
     adata = ad.AnnData(sp.csr_matrix(x))
-    refused = _refused(n2s.denoise, adata, method=METHODS[method], **options)
+    options |= {"method": METHODS[method], "mask_var": mask_var}
+    if mask_var is not None and not x[:, mask_var].any():
+        assert _refused(n2s.denoise, adata, NONE_KEPT, **options)
+        return None
+    refused = _refused(n2s.denoise, adata, **options)
     assert not refused or x.sum() < 50
     return None if refused else adata
 
 
-def _refused(function, adata: ad.AnnData, **options) -> bool:
-    """Whether a function refuses the counts as too few; any other error is raised."""
+def _refused(function, adata: ad.AnnData, words: str = TOO_FEW, /, **options) -> bool:
+    """Whether a function refuses the counts, in these words; any other error is raised."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             function(adata, **options)
     except ValueError as error:
-        if TOO_FEW not in str(error) or adata.uns:
+        if words not in str(error) or adata.uns:
             raise
         return True
     return False
