@@ -121,7 +121,7 @@ def select(
             learner.forget()
     if len(cells) < chunks.shape[0]:
         for learner in chosen:
-            learner.learn_all(counts, keys, rng)
+            learner.learn_all(counts, keys)
     measured = np.arange(chunks.shape[0]) if all(learner.predicts_others for learner in chosen) else cells
     sample = Sample.of(chunks, keys, measured[random_sample(len(measured), max(2, _MEASURED // n_genes), rng)])
     measure, predict = Measurement(sample), _Prediction(choices, sample)

@@ -139,7 +139,7 @@ class Learner(ABC):
     def learn(self, half: Fold, rng: np.random.Generator) -> None:
         """Learn from `half.seen`, and, per fold of cells, what `half.held_out` says of the settings."""
 
-    def learn_all(self, counts: Counts, keys: Sequence[int], rng: np.random.Generator) -> None:  # noqa: B027
+    def learn_all(self, counts: Counts, keys: Sequence[int]) -> None:  # noqa: B027
         """Learn the halves of the splits with these keys again from all cells, where `learn` saw some of them."""
 
     def forget(self) -> None:

@@ -143,9 +143,11 @@ def learn_components(
     starts from vectors that are known to be near the components (`used_vectors`), or from random ones. `depth` is the
     median size of the cells that hold a molecule; it takes a pass where it is not known.
     """
-    chunks, starts = as_chunks(chunks), None if start is None else [start]
+    chunks = as_chunks(chunks)
     parts = _Parts(chunks, whole, 1, used, None if depth is None else [depth])
-    found = _factorised(parts, transform, n_components, rng, n_passes, starts, product)
+    if start is None:
+        start = start_block(chunks.shape[1] if used is None else int(used.sum()), n_components, rng)
+    found = _factorised(parts, transform, n_components, n_passes, [start], product)
     return found[0] if used is None else _with_other_genes(found, parts, lambda *_: [])[0][0]
 
 
@@ -153,7 +155,6 @@ def learn_halves(
     chunks: Chunks,
     transform: TransformName,
     n_components: int,
-    rng: np.random.Generator,
     *,
     key: int,
     depth: float,
@@ -166,7 +167,7 @@ def learn_halves(
     The options are those of `learn_components`; `depth` is half of the median size of a cell.
     """
     parts = _Parts(chunks, partial(_halves_of, key), 2, used, [depth, depth])
-    found = _factorised(parts, transform, n_components, rng, n_passes, starts, gram_product)
+    found = _factorised(parts, transform, n_components, n_passes, starts, gram_product)
 
     def of_halves(
         learned: Sequence[Components], halves: Sequence[sp.csr_matrix], cells: np.ndarray
@@ -232,15 +233,12 @@ def _factorised(
     parts: _Parts,
     transform: TransformName,
     n_components: int,
-    rng: np.random.Generator,
     n_passes: int,
-    starts: Sequence[np.ndarray] | None,
+    starts: Sequence[np.ndarray],
     product: GramProduct,
 ) -> list[Components]:
     """Return the components of each part, whose vectors are on the genes used alone."""
     learned, mean_rows, kept = _without_vectors(parts, transform)
-    if starts is None:
-        starts = [start_block(int(each.used.sum()), n_components, rng) for each in learned]
 
     def matrices(block: Block) -> list[sp.csr_matrix]:
         if kept is None:

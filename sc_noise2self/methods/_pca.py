@@ -137,11 +137,11 @@ class PCALearner(Learner):
         products = components.products(half.seen, half.held_out, cell_folds(half.cells))
         self._fits.append(_Fit(components, half, worth_from(*products)))
 
-    def learn_all(self, counts: Counts, keys: Sequence[int], rng: np.random.Generator) -> None:
+    def learn_all(self, counts: Counts, keys: Sequence[int]) -> None:
         """Start each half from what some of its own cells gave, which has seen nothing of the other half."""
         fits, depth, self._edge = [], depth_of(counts.size) / 2, None
         for key, *pair in zip(keys, self._fits[::2], self._fits[1::2], strict=True):
-            about: dict[str, Any] = {"key": key, "depth": depth, "n_passes": _FURTHER_PASSES, "rng": rng}
+            about: dict[str, Any] = {"key": key, "depth": depth, "n_passes": _FURTHER_PASSES}
             starts = [fit.components.used_vectors for fit in pair]
             learned, worths, edge = learn_halves(counts.chunks, starts=starts, **about, **self._options)
             self._edge = edge if self._edge is None else self._edge
