@@ -133,6 +133,7 @@ def select(
         _, gene_gains = measure(predict)
     dispersions, gain = Dispersions.learned(predict, sample), unmixed
     if mix:
+        dispersions = dispersions.with_evidence(predict, sample)
         gain, gene_gains = measure(dispersions.mixed(predict), by_fold=True)
     coverage = dispersions.coverage(predict, sample, mix=mix)
     about = (gain, unmixed, sample.cells, gene_gains, dispersions.of_all, coverage)

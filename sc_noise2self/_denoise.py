@@ -85,9 +85,9 @@ def denoise(
         Independent splits to average the choice over, each used in both directions.
     mix
         Mix each cell's own counts back in, gene by gene, as much as the denoiser leaves unexplained (Noise2Self,
-        section 4.2). Copies of one molecule (UMI errors, PCR) look like unexplained expression too, and predict
-        held-out molecules without being biology. So compare before you believe what mixing adds, above all for
-        genes with a large `.var["denoised_mixed"]`.
+        section 4.2), and as much of them as is news to the prediction. Copies of one molecule (UMI errors, PCR) look
+        like unexplained expression too, and predict held-out molecules without being biology. So compare before you
+        believe what mixing adds, above all for genes with a large `.var["denoised_mixed"]`.
     scale
         Scale of the layer: `"counts"`, expected counts at each cell's own depth; `"rates"`, rows that sum to 1;
         `"log1p_cp10k"`, log1p of 10 000 x the rate; `"expected_log1p_cp10k"`, what log1p(CP10k) of a fresh sample of
@@ -142,8 +142,9 @@ def denoise(
         singular value on a half and the largest that noise alone has there, or a `table` of what was compared inside
         the method; every candidate's `gain` with the
         standard error of its difference to the best; `gain`, `gain_error` (nats per held-out molecule above the mean
-        profile), `phi_power`, by which dispersions change with expected counts, `coverage`, a table of how often
-        intervals held held-out counts, by tenths of genes and of cells;
+        profile), `phi_power`, by which dispersions change with expected counts, `evidence`, the share of a cell's own
+        count that is mixed in, `coverage`, a table of how often intervals held held-out counts, by tenths of genes and
+        of cells;
         `gain_molecules` and `gain_cells` that it was measured on, and `n_cells`, of how many (the error is
         infinite where fewer than two cells tell); with `mix=True` also `unmixed_gain`; `n_genes` and the
         `fingerprint`; and the `warnings`. `sc_noise2self.report` says the same in a paragraph,

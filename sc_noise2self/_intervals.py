@@ -2,8 +2,8 @@
 
 The true rate of a gene in a cell is Gamma distributed around the denoiser's expected count m, with the squared
 coefficient of variation phi that held-out molecules say (`sc_noise2self.methods._mixing`): its shape is 1 / phi. With
-the cell's own count x as evidence the shape is 1 / phi + x and the mean m (1 + phi x) / (1 + phi m). A fresh count of
-the cell is then negative binomial.
+a share e of the cell's own count x as evidence the shape is 1 / phi + e x, the mean m (1 + phi e x) / (1 + phi e m). A
+fresh count of the cell is then negative binomial.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ class Belief:
     mean: np.ndarray
 
     @classmethod
-    def around(cls, expected: np.ndarray, phi: np.ndarray, observed: np.ndarray | None = None) -> Belief:
-        """Return those around expected counts; `observed` are the cells' own counts, where they are evidence."""
+    def around(
+        cls, expected: np.ndarray, phi: np.ndarray, observed: np.ndarray | None = None, evidence: float = 1.0
+    ) -> Belief:
+        """Return those around expected counts; of the cells' own counts `observed`, a share is `evidence`."""
         expected = np.maximum(np.asarray(expected, dtype=np.float64), _NONE)
         phi = np.broadcast_to(np.maximum(phi, 1 / _LARGEST_SHAPE), expected.shape)
         if observed is None:
             return cls(1 / phi, expected)
-        return cls(1 / phi + observed, expected * (1 + phi * observed) / (1 + phi * expected))
+        own, mixing = evidence * observed, evidence * phi
+        return cls(1 / phi + own, expected * (1 + phi * own) / (1 + mixing * expected))
 
     def times(self, factor: np.ndarray) -> Belief:
         """Return the distributions of a multiple of the rates."""
@@ -49,28 +52,34 @@ class Belief:
             found = [self._count_quantile(each) for each in (low, high)]
         else:
             found = [gammaincinv(self.shape, each) / self.shape * self.mean for each in (low, high)]
-            sure = self.shape >= _LARGEST_SHAPE / 2
-            found = [np.where(sure, self.mean, each) for each in found]
+            found = [np.where(self._is_sure, self.mean, each) for each in found]
         ends = [np.where(self.mean > _NONE, each, 0.0) for each in found]
         return ends[0], ends[1]
 
     def _count_quantile(self, level: float) -> np.ndarray:
-        sure = self.shape >= _LARGEST_SHAPE / 2
-        shape = np.where(sure, 1, self.shape)
-        return np.where(sure, poisson.ppf(level, self.mean), nbinom.ppf(level, shape, shape / (shape + self.mean)))
+        shape = np.where(self._is_sure, 1, self.shape)
+        of_both = nbinom.ppf(level, shape, shape / (shape + self.mean))
+        return np.where(self._is_sure, poisson.ppf(level, self.mean), of_both)
 
     def probability_integral(self, count: np.ndarray, uniform: np.ndarray) -> np.ndarray:
         """Return the randomised probability integral transform of fresh counts: uniform if the belief is right.
 
         Of a discrete distribution it is P(X < x) + u P(X = x), u uniform (Smith 1985).
         """
-        sure = self.shape >= _LARGEST_SHAPE / 2
-        n, k = np.where(sure, 1, self.shape), np.asarray(count, dtype=np.float64)
-        p = n / (n + self.mean)
-        below = np.where(k > 0, np.where(sure, pdtr(k - 1, self.mean), betainc(n, np.maximum(k, 1), p)), 0)
-        log = gammaln(k + n) - gammaln(n) - gammaln(k + 1) + n * np.log(p) + xlogy(k, self.mean / (n + self.mean))
-        log_poisson = k * np.log(self.mean) - self.mean - gammaln(k + 1)
-        return below + uniform * np.exp(np.where(sure, log_poisson, log))
+        n, k = np.where(self._is_sure, 1, self.shape), np.asarray(count, dtype=np.float64)
+        within = np.where(self._is_sure, pdtr(k - 1, self.mean), betainc(n, np.maximum(k, 1), n / (n + self.mean)))
+        return np.where(k > 0, within, 0) + uniform * np.exp(self.log_likelihood(k))
+
+    def log_likelihood(self, count: np.ndarray) -> np.ndarray:
+        """Return the log probability of fresh counts."""
+        n, k = np.where(self._is_sure, 1, self.shape), np.asarray(count, dtype=np.float64)
+        of_both = gammaln(k + n) - gammaln(n) - n * np.log1p(self.mean / n) + xlogy(k, self.mean / (n + self.mean))
+        return np.where(self._is_sure, k * np.log(self.mean) - self.mean, of_both) - gammaln(k + 1)
+
+    @property
+    def _is_sure(self) -> np.ndarray:
+        """Where the rate is its mean."""
+        return self.shape >= _LARGEST_SHAPE / 2
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ Source = Literal["factors", "layer"]
 _NEEDED = {
     *("method", "version", "params", "scale", "scale_meaning", "members", "warnings"),
     *("gain", "gain_error", "gain_molecules", "gain_cells", "beats_mean", "has_factors", "fingerprint"),
-    *("n_cells", "n_genes", "depth", "phi_power"),
+    *("n_cells", "n_genes", "depth", "phi_power", "evidence"),
 }
 _NEEDED_PARAMS = {"mix", "random_state"}
 
@@ -129,7 +129,7 @@ def _dispersion(adata: AnnData, key: str) -> Dispersion:
         if name not in adata.var:
             raise KeyError(f"adata.var[{name!r}], which tells the dispersion of each gene, is gone: {_again(key)}.")
     phi, total = np.asarray(in_memory(adata.var[of_genes])).T
-    return Dispersion(phi, total / written["n_cells"], float(written["phi_power"]))
+    return Dispersion(phi, total / written["n_cells"], float(written["phi_power"]), float(written["evidence"]))
 
 
 def values_of(
@@ -180,7 +180,7 @@ def beliefs(adata: AnnData, key: str, rows: Index, columns: Index) -> Belief:
     assert isinstance(mixed, MixedProfiles)
     own = mixed.observed.part(rows, columns) if isinstance(mixed.observed, Chunks) else mixed.observed[rows][:, columns]
     expected = mixed.profiles.counts(rows, columns)
-    belief = Belief.around(expected, dispersion.at(expected, columns), own.toarray())
+    belief = Belief.around(expected, dispersion.at(expected, columns), own.toarray(), dispersion.evidence)
     return belief.times(mixed.cell_scale[rows][:, None])
 
 

@@ -226,7 +226,8 @@ def _how(written: Mapping[str, Any], *, brief: bool = False) -> str:
     what = f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
     source = f"the counts in layer {params['layer']!r}" if "layer" in params else "the counts in X"
     how = f"A model fitted to other cells, {what}, applied to" if "model" in params else f"{what} of"
-    mixed = ", with each cell's own count of a gene mixed back in" if params["mix"] else ""
+    share = f"{written['evidence']:.0%}"
+    mixed = f", with each cell's own count of a gene mixed back in ({share} of it)" if params["mix"] else ""
     return f"{how[0].upper()}{how[1:]} {source}{mixed}"
 
 

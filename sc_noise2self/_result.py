@@ -158,6 +158,7 @@ def _record(result: Result, factors: GeneFactors) -> dict[str, Any]:
         "gain_cells": gain.n_cells,
         **({} if result.unmixed_gain is None else {"unmixed_gain": result.unmixed_gain.mean}),
         "phi_power": result.dispersion.power,
+        "evidence": result.dispersion.evidence,
         "coverage": result.coverage.table(),
         "has_factors": factors.loadings is not None,
         "fingerprint": factors.fingerprint,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -26,6 +27,7 @@ _TELLING = 500  # genes, those with most molecules, which tell the power as all 
 _COVERED = 20_000_000  # and of those that intervals are held against
 _COVERED_CELLS = 2_000
 _GENES_EACH = 10  # of each tenth of the genes
+_EVIDENCE = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 Predict = Callable[[int, sp.csr_matrix, np.ndarray], Profiles]
 """Takes the number of a half, what it shows of some cells, and their numbers; returns their profiles."""
@@ -71,6 +73,38 @@ class Dispersions:
         )
         return cls(all_cells._replace(level=level), (first, second))
 
+    def with_evidence(self, predict: Predict, sample: Sample) -> Dispersions:
+        """Return these with the share of a cell's own count under which molecules held out are likeliest.
+
+        Shares are tried from 1 down, until they are less likely than with the last.
+        """
+        genes = np.argsort(-np.sum(sample.totals[:2], axis=0), kind="stable")[:_TELLING]
+        halves = _at_most(_COVERED_CELLS, sample.some(_COVERED))
+
+        def told(about: tuple[int, int]) -> tuple[Any, ...]:
+            """Return what is expected of some cells, phi, the counts seen and held out, and the depth of these."""
+            fold, i = about
+            (seen, cells), held_out = halves[i], halves[i ^ 1][0]
+            own = np.flatnonzero((cell_folds(cells) == fold) & (row_sums(seen) > 0))
+            found = [expected[:, genes] for _, expected in predict(i, seen[own], cells[own]).blocks()]
+            expected = np.concatenate([np.zeros((0, len(genes)), np.float32), *found])
+            observed, count = (part[own][:, genes].toarray() for part in (seen, held_out))
+            depth = row_sums(held_out[own]) / row_sums(seen[own])
+            return expected, self.for_folds[fold].at(expected, genes), observed, count, depth[:, None]
+
+        parts = list(in_threads(told, product((0, 1), range(len(halves)))))
+        best, most = _EVIDENCE[0], -np.inf
+        for evidence in _EVIDENCE:
+            likelihood = 0.0
+            for expected, phi, observed, count, depth in parts:
+                belief = Belief.around(expected, phi, observed, evidence).times(depth)
+                likelihood += float(belief.log_likelihood(count)[expected > 0].sum())
+            if likelihood <= most:
+                break
+            best, most = evidence, likelihood
+        of_all, *folds = (each._replace(evidence=best) for each in (self.of_all, *self.for_folds))
+        return Dispersions(of_all, (folds[0], folds[1]))
+
     def mixed(self, predict: Predict) -> Predict:
         """Return what predicts with each cell's own counts mixed in; cells are of one fold at a time."""
 
@@ -91,9 +125,7 @@ class Dispersions:
         The random numbers are its own: what is only reported must not move other draws.
         """
         rng = np.random.default_rng(0)
-        (seen, cells), (held_out, _) = sample.some(_COVERED)[:2]
-        step = -(-len(cells) // _COVERED_CELLS)
-        seen, held_out, cells = seen[::step], held_out[::step], cells[::step]
+        (seen, cells), (held_out, _) = _at_most(_COVERED_CELLS, sample.some(_COVERED)[:2])
         size, depth = row_sums(seen), row_sums(held_out)
         genes = sampled_genes(np.sum(sample.totals[:2], axis=0), len(cells), _GENES_EACH, rng)
         uniform, integrals = rng.random(genes.shape), np.full(genes.shape, np.nan)
@@ -109,10 +141,19 @@ class Dispersions:
                 at, drawn = own[rows], genes[own[rows]]
                 flat, shape = drawn.reshape(len(at), -1), drawn.shape
                 expected = np.take_along_axis(block, flat, axis=1)
-                phi = self.for_folds[fold].at(expected, flat)
-                evidence = np.take_along_axis(seen[at].toarray(), flat, axis=1) if mix else None
-                belief = Belief.around(expected, phi, evidence).times((depth[at] / size[at] * scale[rows])[:, None])
+                law = self.for_folds[fold]
+                observed = np.take_along_axis(seen[at].toarray(), flat, axis=1) if mix else None
+                belief = Belief.around(expected, law.at(expected, flat), observed, law.evidence)
+                belief = belief.times((depth[at] / size[at] * scale[rows])[:, None])
                 count = np.take_along_axis(held_out[at].toarray(), flat, axis=1)
                 integrals[at] = belief.probability_integral(count, uniform[at].reshape(flat.shape)).reshape(shape)
         integrals[genes < 0] = np.nan
         return Coverage(cells, integrals, size + depth)
+
+
+def _at_most(
+    n_cells: int, halves: Sequence[tuple[sp.csr_matrix, np.ndarray]]
+) -> list[tuple[sp.csr_matrix, np.ndarray]]:
+    """Return counts and numbers of so many of their cells, evenly chosen."""
+    step = -(-len(halves[0][1]) // n_cells)
+    return [(counts[::step], cells[::step]) for counts, cells in halves]

@@ -98,8 +98,8 @@ def interval(
 
     The model: the true rate is Gamma distributed around the denoised value, as widely as held-out molecules say, with
     the squared coefficient of variation `phi * (value / mean) ** power`: `.var["denoised_phi"]` of the gene, its mean
-    denoised count over all cells, and one `.uns["denoised"]["phi_power"]`. Where counts were mixed in, the cell's own
-    count is evidence too.
+    denoised count over all cells, and one `.uns["denoised"]["phi_power"]`. Where counts were mixed in, the share
+    `.uns["denoised"]["evidence"]` of the cell's own count is evidence too.
 
     Parameters
     ----------
@@ -126,7 +126,7 @@ def interval(
     The coverage that intervals had on molecules held out is in `.uns["denoised"]["coverage"]`, by expression and depth;
     `sc_noise2self.pl.calibration` draws it. It is that of fresh counts. Expected counts are never observed. Of deep
     counts of which a fifth or less was denoised, 90 % intervals held 88 to 90 % of the rest; in simulations, 91 to 96 %
-    of expected counts, with `mix=True` 81 to 95 %, in groups without any spread within 75 to 84 % (`docs/method.md`).
+    of expected counts, with `mix=True` 87 to 96 %, in groups without any spread within 75 to 84 % (`docs/method.md`).
 
     Examples
     --------

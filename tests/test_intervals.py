@@ -49,7 +49,7 @@ def test_the_interval_is_that_of_the_gamma_and_of_the_negative_binomial(phi):
     np.testing.assert_array_equal([low, high], expected)
 
 
-@pytest.mark.parametrize(("spread", "mix", "least"), [(0.25, False, 0.9), (0.25, True, 0.78), (0, False, 0.9)])
+@pytest.mark.parametrize(("spread", "mix", "least"), [(0.25, False, 0.9), (0.25, True, 0.88), (0, False, 0.9)])
 def test_expected_counts_themselves_are_held_as_often_as_the_docstring_says(spread, mix, least):
     rng = np.random.default_rng(0)
     truth = low_rank_profiles(400, 120, 3, seed=0)
@@ -62,6 +62,31 @@ def test_expected_counts_themselves_are_held_as_often_as_the_docstring_says(spre
     assert least < ((low <= expected) & (expected <= high)).to_numpy().mean() < 0.97
 
 
+def sample_of(halves):
+    """Return two halves as `Sample` gives them."""
+    cells = np.arange(halves[0].shape[0])
+    totals = [np.asarray(half.sum(axis=0)).ravel() for half in halves]
+    return SimpleNamespace(some=lambda n_entries: [(half, cells) for half in halves], totals=totals, cells=cells)
+
+
+@pytest.mark.parametrize(("is_used", "most"), [(0, 1.0), (1, 0.0)])
+def test_a_count_is_evidence_as_far_as_its_prediction_has_not_used_it(is_used, most):
+    """The prediction is the mean of the rate, or its posterior mean given the count that would be mixed in again."""
+    rng, phi, depth = np.random.default_rng(0), 0.5, 120
+    expected = (depth * rng.dirichlet(np.full(40, 3.0))).astype(np.float32)
+    rates = expected * rng.gamma(1 / phi, phi, (2000, 40))
+    halves = [sp.csr_matrix(rng.poisson(rates).astype(np.float32)) for _ in range(2)]
+
+    def predict(i, seen, cells):
+        found = expected * (1 + is_used * phi * seen.toarray()) / (1 + is_used * phi * expected)
+        found *= np.asarray(seen.sum(axis=1)) / found.sum(axis=1, keepdims=True)
+        return SimpleNamespace(blocks=lambda: iter([(slice(0, len(cells)), found.astype(np.float32))]))
+
+    sample = sample_of(halves)
+    found = Dispersions.learned(predict, sample).with_evidence(predict, sample)
+    assert [each.evidence for each in (found.of_all, *found.for_folds)] == 3 * [most]
+
+
 def test_a_dispersion_below_one_over_the_depth_is_not_lost_because_totals_are_known():
     """Given its total a count varies less than by Poisson's law: taken for Poisson's, the dispersion would be 0."""
     rng = np.random.default_rng(0)
@@ -69,18 +94,12 @@ def test_a_dispersion_below_one_over_the_depth_is_not_lost_because_totals_are_kn
     share = rng.dirichlet(np.full(40, 3.0))
     rates = share * rng.gamma(1 / phi, phi, (n_cells, 40))
     halves = [sp.csr_matrix(rng.poisson(depth * rates).astype(np.float32)) for _ in range(2)]
-    cells = np.arange(n_cells)
-    sample = SimpleNamespace(
-        some=lambda n_entries: [(half, cells) for half in halves],
-        totals=[np.asarray(half.sum(axis=0)).ravel() for half in halves],
-        cells=cells,
-    )
 
     def predict(i, seen, cells):
         expected = share * np.asarray(seen.sum(axis=1))
         return SimpleNamespace(blocks=lambda: iter([(slice(0, len(cells)), expected.astype(np.float32))]))
 
-    found = Dispersions.learned(predict, sample).of_all.phi
+    found = Dispersions.learned(predict, sample_of(halves)).of_all.phi
     assert abs(found.mean() - phi) < 0.0025
 
 
@@ -94,18 +113,13 @@ def test_how_dispersions_fall_with_expression_is_found(phi, power):
     own = phi * (expected / level) ** power
     rates = rng.gamma(1 / own, own * expected)
     halves = [sp.csr_matrix(rng.poisson(rates).astype(np.float32)) for _ in range(2)]
-    sample = SimpleNamespace(
-        some=lambda n_entries: [(half, cells) for half in halves],
-        totals=[np.asarray(half.sum(axis=0)).ravel() for half in halves],
-        cells=cells,
-    )
 
     def predict(i, seen, cells):
         depth = np.asarray(seen.sum(axis=1) / halves[1 - i][cells].sum(axis=1))  # is undone again
         found = (expected[cells] * depth).astype(np.float32)
         return SimpleNamespace(blocks=lambda: iter([(slice(0, len(cells)), found)]))
 
-    found = Dispersions.learned(predict, sample).of_all
+    found = Dispersions.learned(predict, sample_of(halves)).of_all
     assert found.power == power
     assert abs(found.phi.mean() / phi - 1) < 0.1
     of_all = found.at(2 * expected)  # both halves
@@ -176,9 +190,19 @@ def test_coverage_is_written_down_and_right(denoised):
     assert one.obs["denoised_coverage"].between(0, 1).all()
 
 
-def test_intervals_of_a_mixed_result_stand_around_it_and_are_narrower(denoised):
-    one, _ = denoised
+@pytest.fixture
+def mixed():
+    rng = np.random.default_rng(0)
+    truth = low_rank_profiles(400, 120, 3, seed=0) * rng.gamma(1, 1, (400, 120))
+    one = ad.AnnData(poisson_counts(truth / truth.sum(axis=1, keepdims=True), depth=1500, seed=1))
+    one.var_names = [f"g{i}" for i in range(120)]
+    n2s.denoise(one)
     n2s.denoise(one, mix=True, key_added="mixed")
+    return one
+
+
+def test_intervals_of_a_mixed_result_stand_around_it_and_are_narrower(mixed):
+    one = mixed
     genes = list(one.var_names[:5])
     low, high = n2s.get.interval(one, genes, key="mixed")
     values = n2s.get.denoised(one, genes, key="mixed")
@@ -187,6 +211,24 @@ def test_intervals_of_a_mixed_result_stand_around_it_and_are_narrower(denoised):
     assert ((high - low) / values).mean(axis=None) < ((plain_high - plain_low) / n2s.get.denoised(one, genes)).mean(
         axis=None
     )
+
+
+def test_what_is_mixed_in_follows_from_what_is_written(mixed):
+    """m (1 + phi e x) / (1 + phi e m), and a Gamma distribution around it of the shape 1 / phi + e x."""
+    one = mixed
+    assert one.uns["denoised"]["evidence"] == 0
+    share, power = (one.uns["mixed"][name] for name in ("evidence", "phi_power"))
+    assert 0 < share <= 1
+    m, x = n2s.get.denoised(one, one.var_names), one.X.toarray()
+    phi = one.var["mixed_phi"].to_numpy() * (m / (one.var["mixed_total"] / one.n_obs)) ** power
+    mean = m * (1 + phi * share * x) / (1 + phi * share * m)
+    scale = one.obs["denoised_size"].to_numpy() / mean.sum(axis=1)
+    np.testing.assert_allclose(one.obs["mixed_cell_scale"], scale, rtol=1e-3)
+    np.testing.assert_allclose(one.layers["mixed"], mean.mul(scale, axis=0), rtol=1e-3)
+    np.testing.assert_allclose(one.var["mixed_mixed"], (phi * share * m / (1 + phi * share * m)).mean(), rtol=1e-3)
+    shape = 1 / phi + share * x
+    expected = [gamma.ppf(end, shape, scale=mean.mul(scale, axis=0) / shape) for end in (0.05, 0.95)]
+    np.testing.assert_allclose(n2s.get.interval(one, one.var_names, key="mixed"), expected, rtol=2e-3)
 
 
 def test_the_interval_follows_from_what_is_written_as_the_docstring_says(denoised):

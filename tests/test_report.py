@@ -69,8 +69,11 @@ def test_a_report_says_where_components_ran_out(adata):
 def test_report_of_mixing_layers_scales_and_ensembles(adata):
     adata.layers["counts"], adata.X = adata.X, None
     n2s.denoise(adata, ["pca", "knn"], layer="counts", mix=True, scale="rates", key_added="m")
-    text = n2s.report(adata, key="m", detail=True)
-    assert "of the counts in layer 'counts', with each cell's own count of a gene mixed back in" in text
+    text, share = n2s.report(adata, key="m", detail=True), adata.uns["m"]["evidence"]
+    assert (
+        f"of the counts in layer 'counts', with each cell's own count of a gene mixed back in ({share:.0%} of it)"
+        in text
+    )
     assert "share of each gene in the cell's molecules" in text
     assert f"{adata.uns['m']['unmixed_gain']:.3f} without mixing" in text
     assert "compare with mix=False" in text

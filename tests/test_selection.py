@@ -209,11 +209,11 @@ def test_mixing_is_the_posterior_mean_and_keeps_the_size_of_cells(power):
     rng = np.random.default_rng(0)
     x = sp.csr_matrix(rng.poisson(0.6, size=(30, 12)).astype(np.float32))
     share = rng.dirichlet(np.ones(12))
-    dispersion = Dispersion(np.linspace(0, 3, 12), np.full(12, 0.5), power)
+    dispersion = Dispersion(np.linspace(0, 3, 12), np.full(12, 0.5), power, 0.6)
     profiles = flat_profiles(30, share, 8.0)
     m = profiles.counts().astype(np.float64)
     phi = dispersion.phi * (m / 0.5) ** power
-    expected = m * (1 + phi * x.toarray()) / (1 + phi * m)
+    expected = m * (1 + phi * 0.6 * x.toarray()) / (1 + phi * 0.6 * m)
     size = np.asarray(x.sum(axis=1))
     expected *= size / expected.sum(axis=1, keepdims=True)
     cells, genes = np.array([3, 1]), np.array([11, 0, 5])
@@ -223,7 +223,7 @@ def test_mixing_is_the_posterior_mean_and_keeps_the_size_of_cells(power):
         np.testing.assert_allclose(mixed.counts(), expected, rtol=1e-5)
         np.testing.assert_allclose(mixed.counts(cells, genes), expected[cells][:, genes], rtol=1e-5)
         np.testing.assert_allclose(mixed.of_cells(cells).counts(), expected[cells], rtol=1e-5)
-    np.testing.assert_allclose(weight, (phi * m / (1 + phi * m)).mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(weight, (phi * 0.6 * m / (1 + phi * 0.6 * m)).mean(axis=0), rtol=1e-5)
 
 
 def test_mixing_pays_where_the_denoiser_leaves_something_unexplained(truth, counts):

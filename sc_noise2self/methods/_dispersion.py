@@ -44,6 +44,7 @@ class Dispersion(NamedTuple):
     phi: np.ndarray  # squared coefficient of variation of each gene's rate where it is expected as in the mean
     level: np.ndarray  # mean expected count of each gene
     power: float
+    evidence: float = 0.0  # share of a cell's own count that is news to the prediction, where counts are mixed in
 
     def at(self, expected: np.ndarray, genes: Any = slice(None)) -> np.ndarray:
         """Return the squared coefficients of variation around expected counts, which are of these genes."""
@@ -53,6 +54,10 @@ class Dispersion(NamedTuple):
         relative = np.maximum(expected / np.where(level > 0, level, 1), expected.dtype.type(_LEAST))
         np.power(relative, expected.dtype.type(self.power), out=relative)
         return phi * np.where(level > 0, relative, 1)
+
+    def mixing(self, expected: np.ndarray, genes: Any = slice(None)) -> np.ndarray:
+        """Return the same as cells' own counts see them: the mean is m (1 + phi x) / (1 + phi m) with this phi."""
+        return self.at(expected, genes) * expected.dtype.type(self.evidence)
 
 
 class _Law(NamedTuple):

@@ -4,7 +4,8 @@ A J-invariant prediction and the observation have independent errors, so a combi
 conjugate: a rate with mean m (the prediction) and squared coefficient of variation phi, Gamma distributed, given a
 Poisson count x has the expectation m (1 + phi x) / (1 + phi m). With phi = 0 the denoiser explains the gene and the
 count adds nothing; the larger phi, the more the cell's own count weighs. Held-out molecules say what phi is
-(`sc_noise2self.methods._dispersion`).
+(`sc_noise2self.methods._dispersion`), and how much of the count is news to a prediction that it has helped to make:
+`Dispersion.evidence`, which phi is multiplied by here.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def scales_of_cells(chunks: Chunks, profiles: Profiles, dispersion: Dispersion) 
         ones, share = np.ones(len(block.cells), np.float32), np.zeros(chunks.shape[1])
         scale = MixedProfiles(own, block.counts, dispersion, ones).scales_to(row_sums(block.counts))
         for _, m in own.blocks():
-            scaled = m * dispersion.at(m)
+            scaled = m * dispersion.mixing(m)
             share += (scaled / (1 + scaled)).sum(axis=0)
         return Partial([share], [scale])
 

@@ -552,7 +552,7 @@ class MixedProfiles(Profiles):
 
     profiles: Profiles  # the denoiser's expected counts m
     observed: sp.csr_matrix | Chunks  # the counts x, or where they are, of which the cells and genes asked are read
-    dispersion: Dispersion  # phi, the squared coefficient of variation of rates around m
+    dispersion: Dispersion  # phi, the squared coefficient of variation of rates around m, and what of x is evidence
     cell_scale: np.ndarray  # gives every cell its observed size again
 
     @property
@@ -573,7 +573,7 @@ class MixedProfiles(Profiles):
     def counts(self, cells: Index = slice(None), genes: Index = slice(None)) -> np.ndarray:
         """Return m (1 + phi x) / (1 + phi m), dense float32 of shape (cells asked, genes asked)."""
         out = self.profiles.counts(cells, genes)
-        phi = self.dispersion.at(out, genes)
+        phi = self.dispersion.mixing(out, genes)
         out /= 1 + phi * out
         x = self.observed
         entry = (x.part(cells, genes) if isinstance(x, Chunks) else x[cells][:, genes]).tocoo()
