@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from ._blocks import Block, Chunks, Counts, InMemory, OnDask, OnDisk, Partial, block_of
-from ._checks import check_name, read_mask
+from ._checks import by_gene, check_name, read_mask
 from ._counts import SINGLE, CountMatrix, NotACount, check_counts, check_format, check_values, column_sums, row_sums
 from ._random import RandomState
 from ._slots import in_memory, without_results
@@ -91,6 +91,8 @@ def split_molecules(
     True
     """
     matrix = read_matrix(counts, layer)
+    if isinstance(counts, AnnData):
+        overdispersion = by_gene("overdispersion", overdispersion, counts.var_names)
     parts = split_matrix(
         matrix, fraction, folds=folds, capture=capture, overdispersion=overdispersion, random_state=random_state
     )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import dask.array
 
 _ENTRIES = 1 << 25  # at most, of a dense block: 13 MB of counts where a twentieth is not zero
+_ROWS = 20_000  # at most, of any: products within a block are in single precision
 _STRETCH, _STRETCHES = 1000, 20  # cells read in a row, and how often, where cells are wanted in random order
 _BYTES = 8  # of an entry of CSR in memory
 _MOST_KEPT = 0.2  # of the memory that is free, for entries that are kept
@@ -37,7 +38,7 @@ Out = TypeVar("Out")
 
 def block_rows(n_genes: int) -> int:
     """Return how many cells a block has, wherever counts are, so that rounding is the same: 1, 2 or 5 times 10^n."""
-    most = max(1, _ENTRIES // max(1, n_genes))
+    most = max(1, min(_ROWS, _ENTRIES // max(1, n_genes)))
     tens = 10 ** int(np.log10(most))
     return tens * max(step for step in (1, 2, 5) if step * tens <= most)
 

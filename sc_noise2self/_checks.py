@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 
 from ._random import RandomState
@@ -20,8 +21,9 @@ def read_mask(adata: AnnData, mask_var: str | np.ndarray | Sequence[bool] | None
         return None
     if isinstance(mask_var, str) and mask_var not in adata.var:
         raise ValueError(f"mask_var {mask_var!r} is missing: adata.var has {list(adata.var.columns)}.")
+    values = adata.var[mask_var] if isinstance(mask_var, str) else by_gene("mask_var", mask_var, adata.var_names)
     try:
-        mask = np.asarray(adata.var[mask_var] if isinstance(mask_var, str) else mask_var)
+        mask = np.asarray(values)
     except ValueError:  # lists of unequal lengths
         mask = np.zeros(0, object)
     if mask.dtype != bool or mask.shape != (adata.n_vars,):
@@ -31,6 +33,17 @@ def read_mask(adata: AnnData, mask_var: str | np.ndarray | Sequence[bool] | None
     if mask.sum() < 2:
         raise ValueError(f"mask_var keeps {mask.sum()} gene(s): keep at least 2.")
     return mask
+
+
+def by_gene(name: str, values: Any, genes: pd.Index) -> Any:
+    """Return values in the order of genes: those of a pandas Series go by its index, unless that is mere numbers."""
+    if not isinstance(values, pd.Series) or isinstance(values.index, pd.RangeIndex) or values.index.equals(genes):
+        return values
+    if not (
+        values.index.is_unique and genes.is_unique and len(values) == len(genes) and genes.isin(values.index).all()
+    ):
+        raise ValueError(f"{name} is a Series of other genes, or names some twice: index it by adata.var_names.")
+    return values.reindex(genes)
 
 
 def warn_of_unused_genes(adata: AnnData, mask_var: object) -> None:
@@ -71,7 +84,7 @@ def as_whole(name: str, value: Any, least: int = 1) -> int:
 def check_number(name: str, value: Any, least: float, most: float, *, open_below: bool = False) -> None:
     """Raise unless the value is a number from `least`, or above it, to below `most`."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not least <= value < min(most, sys.float_info.max) or (open_below and value == least):
+    if not is_number or not least <= float(value) < min(most, sys.float_info.max) or (open_below and value == least):
         above = f"above {least:g}" if open_below else f"{least:g} or more"
         raise ValueError(
             f"{name} is {value!r}: pass a number {above}{'' if most == np.inf else f' and below {most:g}'}."

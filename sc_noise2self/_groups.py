@@ -31,7 +31,7 @@ from scanpy import logging as logg
 from scipy import special
 
 from ._blocks import Counts
-from ._checks import check_number, describe_counts
+from ._checks import by_gene, check_number, describe_counts
 from ._counts import row_sums
 from ._overdispersion import overdispersion_within
 from ._random import RandomState, as_generator
@@ -115,6 +115,7 @@ def rank_genes_groups(
     check_number("resolution", resolution, 0, np.inf)
     asked: dict[str, Any] = {"n_pcs": n_pcs, "n_neighbors": n_neighbors, "layer": layer, "mask_var": mask_var}
     counts, method = as_recipe(adata, resolution, **asked)
+    overdispersion = by_gene("overdispersion", overdispersion, adata.var_names)
     check_ranking(adata, key_added, groups_added, _METHOD)
     start = logg.info(f"ranking genes of {describe_counts(adata, layer)}")
     given = overdispersion

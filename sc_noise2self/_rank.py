@@ -13,6 +13,7 @@ from ._anndata import as_counts
 from ._checks import (
     as_whole,
     bounded,
+    by_gene,
     check_flag,
     check_one_of,
     describe_counts,
@@ -110,6 +111,7 @@ def select_rank(
     if overdispersion is not None and protocol == "bcv":
         raise ValueError("overdispersion was given with protocol 'bcv', which splits no molecules.")
     counts = as_counts(adata, layer, mask_var)
+    overdispersion = by_gene("overdispersion", overdispersion, adata.var_names)
     phi = None if overdispersion is None else checked_phi(overdispersion, counts.chunks.shape[1])
     check_key(adata, key_added, layer, "select_rank")
     warn_of_unused_genes(adata, mask_var)

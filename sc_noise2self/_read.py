@@ -27,8 +27,9 @@ Source = Literal["factors", "layer"]
 _NEEDED = {
     *("method", "version", "params", "scale", "scale_meaning", "members", "warnings"),
     *("gain", "gain_error", "gain_molecules", "gain_cells", "beats_mean", "has_factors", "fingerprint"),
-    *("n_cells", "n_genes", "depth", "phi_power", "evidence"),
+    *("n_cells", "n_genes", "n_molecules", "depth", "phi_power", "evidence", "coverage"),
 }
+_AXES = {"gene": "var", "cell": "obs"}
 _NEEDED_PARAMS = {"mix", "random_state"}
 
 
@@ -81,6 +82,19 @@ def _what_is_there(adata: AnnData, key: str) -> str:
 
 def _again(key: str) -> str:
     return f"call sc_noise2self.remove(adata, {key!r}) and denoise again"
+
+
+def has_all_cells(adata: AnnData, key: str) -> bool:
+    """Return whether the cells here are those that were denoised, each once; a part of others may be as many."""
+    written = record(adata, key)
+    if adata.n_obs != int(written["n_cells"]) or not adata.obs_names.is_unique:
+        return False
+    return f"{key}_size" not in adata.obs or int(sizes(adata, key).sum()) == int(written["n_molecules"])
+
+
+def has_all_genes(adata: AnnData, key: str) -> bool:
+    """Return whether the genes here are those that were denoised."""
+    return adata.n_vars == int(record(adata, key)["n_genes"])
 
 
 def sizes(adata: AnnData, key: str) -> np.ndarray:
@@ -178,7 +192,7 @@ def beliefs(adata: AnnData, key: str, rows: Index, columns: Index) -> Belief:
         return Belief.around(expected, dispersion.at(expected, columns))
     mixed = profiles(adata, key)
     assert isinstance(mixed, MixedProfiles)
-    own = mixed.observed.part(rows, columns) if isinstance(mixed.observed, Chunks) else mixed.observed[rows][:, columns]
+    own = mixed.observed.part(rows, columns)
     expected = mixed.profiles.counts(rows, columns)
     belief = Belief.around(expected, dispersion.at(expected, columns), own.toarray(), dispersion.evidence)
     return belief.times(mixed.cell_scale[rows][:, None])
@@ -224,10 +238,8 @@ def _are_those_denoised(adata: AnnData, key: str, chunks: Chunks, *, clearly: bo
 
     All genes tell those of cells, all cells those of genes; `clearly` asks that they tell either.
     """
-    written = record(adata, key)
-    all_genes = adata.n_vars == int(written["n_genes"])
-    all_cells = adata.n_obs == int(written["n_cells"]) and adata.obs_names.is_unique  # a bootstrap repeats some
-    all_cells &= f"{key}_total" in adata.var
+    all_genes = has_all_genes(adata, key)
+    all_cells = has_all_cells(adata, key) and f"{key}_total" in adata.var
     if clearly and not all_genes and not all_cells:
         return False
 
@@ -311,9 +323,10 @@ def positions(names: pd.Index, wanted: str | Sequence[str] | None, what: str) ->
     if wanted is None:
         return np.arange(len(names))
     wanted = [wanted] if isinstance(wanted, str) else list(wanted)
+    if all(isinstance(each, bool | np.bool_) for each in wanted) and len(wanted) == len(names) and len(names):
+        raise TypeError(f"{what}s were given as booleans: pass their names, as adata.{_AXES[what]}_names[mask].")
     if not names.is_unique:
-        axis = "var" if what == "gene" else "obs"
-        raise KeyError(f"{what} names are not unique: call adata.{axis}_names_make_unique().")
+        raise KeyError(f"{what} names are not unique: call adata.{_AXES[what]}_names_make_unique().")
     found = names.get_indexer(wanted)
     missing = [str(name) for name, position in zip(wanted, found, strict=True) if position < 0]
     if missing:

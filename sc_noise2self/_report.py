@@ -13,7 +13,7 @@ from anndata import AnnData
 from ._checks import check_flag, check_name
 from ._intervals import strata_of
 from ._loss import Score
-from ._read import clear_gains, gains_of_genes, record, sizes
+from ._read import clear_gains, gains_of_genes, has_all_cells, has_all_genes, record, sizes
 from ._result import described_by, weights_by
 from ._slots import in_memory
 
@@ -90,7 +90,7 @@ def report(
     KeyError
         If there is no such result, or no such column.
     ValueError
-        If more than one of `groupby`, `detail` and `as_frame` is given.
+        If more than one of `groupby`, `detail` and `as_frame` is given, or a column holds numbers instead of groups.
 
     Notes
     -----
@@ -133,8 +133,8 @@ def _figures(adata: AnnData, key: str) -> pd.DataFrame:
     written = record(adata, key)
     covered = _coverage(written, "all")
     n_cells, n_genes = int(written["n_cells"]), int(written["n_genes"])
-    over_genes = "" if adata.n_vars == n_genes else f", over all {n_genes:,} genes"
-    over_cells = "" if adata.n_obs == n_cells else f", over all {n_cells:,} cells that were denoised"
+    over_genes = "" if has_all_genes(adata, key) else f", over all {n_genes:,} genes"
+    over_cells = "" if has_all_cells(adata, key) else f", over all {n_cells:,} cells that were denoised"
     cells, genes = f"the {n_cells:,} cells that were denoised{over_genes}", f"{adata.n_vars:,} genes{over_cells}"
     rows: list[tuple[str, float, float, str]] = [
         ("gain", written["gain"], written["gain_error"], cells),
@@ -162,7 +162,7 @@ def _three_lines(adata: AnnData, key: str, figures: pd.DataFrame) -> str:
     written, value = record(adata, key), figures["value"]
     n_warnings = int(value["warnings"])
     warned = f"{n_warnings} warning{'s' if n_warnings > 1 else ''}: see detail=True. " if n_warnings else ""
-    over = "" if adata.n_obs == int(written["n_cells"]) else f", over all {written['n_cells']:,} cells"
+    over = "" if has_all_cells(adata, key) else f", over all {written['n_cells']:,} cells"
     genes = (
         f"Of {adata.n_vars:,} genes {value['genes gained']:,.0f} are predicted better than by their mean and "
         f"{value['genes lost']:,.0f} worse{over}."
@@ -170,13 +170,14 @@ def _three_lines(adata: AnnData, key: str, figures: pd.DataFrame) -> str:
     return "\n".join(
         [
             f"{_how(written, brief=True)}{_chosen(written, brief=True)}.",
-            _gain_in_a_line(adata, written, figures),
+            _gain_in_a_line(adata, key, figures),
             f"{genes} {warned}Use the values to look, and test on the counts.",
         ]
     )
 
 
-def _gain_in_a_line(adata: AnnData, written: Mapping[str, Any], figures: pd.DataFrame) -> str:
+def _gain_in_a_line(adata: AnnData, key: str, figures: pd.DataFrame) -> str:
+    written = record(adata, key)
     gain, covered, whole = figures.loc["gain"], figures["value"]["coverage"], f"{written['n_cells']:,} cells"
     if not written["beats_mean"] or written["gain_cells"] < 2:
         untold = f"Molecules held out of {whole} do not tell that it predicts them better than one mean profile does"
@@ -188,7 +189,7 @@ def _gain_in_a_line(adata: AnnData, written: Mapping[str, Any], figures: pd.Data
         here, covered = figures.loc["gain here"], figures["value"]["coverage here"]
         where = f"the {adata.n_obs:,} cells here, {said} in all {whole}"
         said = f"{here['value']:.3f} +- {here['error']:.3f}"
-    over = "" if adata.n_vars == int(written["n_genes"]) else f", over all {written['n_genes']:,} genes"
+    over = "" if has_all_genes(adata, key) else f", over all {written['n_genes']:,} genes"
     inside = f"; 90 % intervals held {covered:.1%} of held-out counts" if np.isfinite(covered) else ""
     return f"Gain {said} nats per held-out molecule above one mean profile in {where}{over}{inside}."
 
@@ -197,8 +198,8 @@ def _paragraph(adata: AnnData, key: str, figures: pd.DataFrame) -> str:
     written = record(adata, key)
     sentences = [
         _what_was_done(written),
-        _what_it_gained(written, adata.n_obs),
-        *_here(written, adata, figures),
+        _what_it_gained(adata, key),
+        *_here(adata, key, figures),
         _in_which_genes(adata, key),
     ]
     if written["params"]["mix"]:
@@ -246,9 +247,10 @@ def _what_was_done(written: Mapping[str, Any]) -> str:
     return f"{_how(written)}{_chosen(written)} ({version}). Values are {written['scale_meaning']}."
 
 
-def _what_it_gained(written: Mapping[str, Any], n_here: int) -> str:
+def _what_it_gained(adata: AnnData, key: str) -> str:
+    written = record(adata, key)
     gain, error, n_measured = written["gain"], written["gain_error"], written["gain_cells"]
-    cells = _cells(n_measured, written["n_cells"], n_here)
+    cells = _cells(n_measured, written["n_cells"], None if has_all_cells(adata, key) else adata.n_obs)
     if n_measured < 2:
         return f"Too few cells ({cells}) hold molecules to tell whether the mean profile is beaten."
     measured = f"measured on {written['gain_molecules']:,} held-out molecules of {cells}"
@@ -268,24 +270,25 @@ def _what_it_gained(written: Mapping[str, Any], n_here: int) -> str:
     )
 
 
-def _cells(n_measured: int, n_denoised: int, n_here: int) -> str:
-    """Return the cells that a gain was measured on, of those denoised, of which others may be here now."""
-    if n_here == n_denoised:
+def _cells(n_measured: int, n_denoised: int, n_here: int | None) -> str:
+    """Return the cells that a gain was measured on, of those denoised; `n_here` are not the same, where there are."""
+    if n_here is None:
         return f"{n_measured:,} cells" if n_measured == n_denoised else f"{n_measured:,} of {n_denoised:,} cells"
     of = "" if n_measured == n_denoised else f"{n_measured:,} of "
     here = f"of which {n_here:,} are here" if n_here < n_denoised else f"while {n_here:,} are here"
     return f"{of}the {n_denoised:,} cells that were denoised, {here}"
 
 
-def _here(written: Mapping[str, Any], adata: AnnData, figures: pd.DataFrame) -> list[str]:
+def _here(adata: AnnData, key: str, figures: pd.DataFrame) -> list[str]:
     """Return what is to be said of a subset: the gain of its cells, and what is of the whole."""
+    written = record(adata, key)
     sentences, value, error = [], figures["value"], figures["error"]
     if "gain here" in value and np.isfinite(error["gain here"]):
         here = f"{value['gain here']:.3f} +- {error['gain here']:.3f}"
         sentences.append(f"In the cells here the gain is {here} nats per molecule.")
-    if adata.n_vars != int(written["n_genes"]):
+    if not has_all_genes(adata, key):
         sentences.append(f"Gains of cells are over all {written['n_genes']:,} genes that were denoised.")
-    if adata.n_obs != int(written["n_cells"]):
+    if not has_all_cells(adata, key):
         sentences.append(f"Gains of genes are over all {written['n_cells']:,} cells that were denoised.")
     return sentences
 
@@ -307,17 +310,24 @@ def _in_which_genes(adata: AnnData, key: str) -> str:
 def _table(adata: AnnData, key: str, groupby: str) -> pd.DataFrame:
     """Return gain and coverage by groups of cells, or of genes."""
     written = record(adata, key)
+    if groupby in ("expression", "depth") and groupby in adata.obs:
+        raise ValueError(
+            f"groupby={groupby!r} means tenths by {groupby}, and adata.obs has a column of that name: rename it."
+        )
     if groupby == "expression":
         gain, _, molecules = gains_of_genes(adata, key)
         known = np.flatnonzero(molecules > 0)
         table = _by_group(strata_of(molecules[known]) + 1, gain[known], molecules[known])
-        whole = adata.n_vars == int(written["n_genes"])
+        whole = has_all_genes(adata, key)
         return table.assign(coverage=_coverage(written, groupby).reindex(table.index) if whole else np.nan)
     if groupby == "depth":
         return _of_cells(adata, key, strata_of(sizes(adata, key)) + 1)
     if groupby not in adata.obs:
         raise KeyError(f"there is no column {groupby!r} in adata.obs: it has {list(adata.obs.columns)}.")
-    return _of_cells(adata, key, pd.Categorical(in_memory(adata.obs[[groupby]])[groupby]))
+    groups = in_memory(adata.obs[[groupby]])[groupby]
+    if pd.api.types.is_float_dtype(groups) and (groups.dropna() % 1).any():
+        raise ValueError(f"adata.obs[{groupby!r}] holds numbers, not groups: cut them into some, as with pandas.cut.")
+    return _of_cells(adata, key, pd.Categorical(groups))
 
 
 def _coverage(written: Mapping[str, Any], by: str) -> pd.Series:

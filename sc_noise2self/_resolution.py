@@ -11,7 +11,7 @@ from anndata import AnnData
 from scanpy import logging as logg
 
 from ._blocks import Counts
-from ._checks import as_whole, check_number, check_one_of, describe_counts
+from ._checks import as_whole, by_gene, check_number, check_one_of, describe_counts
 from ._compare import Comparison, Rule
 from ._loss import Gain
 from ._progress import progress_bar
@@ -109,6 +109,7 @@ def select_resolution(
     tried = RESOLUTIONS if resolutions is None else _checked(resolutions)
     asked: dict[str, Any] = {"n_pcs": n_pcs, "n_neighbors": n_neighbors, "layer": layer, "mask_var": mask_var}
     counts, method = as_recipe(adata, tried, **asked)
+    overdispersion = by_gene("overdispersion", overdispersion, adata.var_names)
     check_key(adata, key_added, layer, "select_resolution")
     start = logg.info(f"selecting the resolution of {describe_counts(adata, layer)}")
     with one_blas_thread():

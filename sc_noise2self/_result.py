@@ -164,6 +164,7 @@ def _record(result: Result, factors: GeneFactors) -> dict[str, Any]:
         "fingerprint": factors.fingerprint,
         "n_cells": len(result.size),
         "n_genes": len(result.totals),
+        "n_molecules": int(result.totals.sum()),
         "warnings": np.array(result.warnings, dtype=str),
     }
 

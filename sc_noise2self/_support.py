@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 from scanpy import logging as logg
 
-from ._checks import check_number, describe_counts
+from ._checks import by_gene, check_number, describe_counts
 from ._counts import column_sums, row_sums
 from ._loss import Gain
 from ._random import RandomState, as_generator
@@ -80,6 +80,7 @@ def cluster_support(
     check_number("resolution", resolution, 0, np.inf)
     asked: dict[str, Any] = {"n_pcs": n_pcs, "n_neighbors": n_neighbors, "layer": layer, "mask_var": mask_var}
     counts, method = as_recipe(adata, resolution, **asked)
+    overdispersion = by_gene("overdispersion", overdispersion, adata.var_names)
     check_key(adata, key_added, layer, "cluster_support")
     start = logg.info(f"clustering {describe_counts(adata, layer)}")
     with one_blas_thread():

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import chain, islice
 from queue import SimpleQueue
-from threading import Thread, local
+from threading import Lock, Thread, local
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -149,6 +149,26 @@ def _start() -> None:
     _thread.is_ours = True
     _limit()  # until the thread ends
 
+
+class ProcessLock:
+    """A lock around what is the process's, not a thread's; a forked child finds it open."""
+
+    def __init__(self) -> None:
+        self._open()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._open)
+
+    def _open(self) -> None:
+        self._lock = Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+FILTERS = ProcessLock()  # of warnings
 
 _requests: SimpleQueue[tuple[_User, bool, Future[None]]]
 _start_keeper()

@@ -66,7 +66,8 @@ def denoise_with(
     Returns
     -------
     None, or the copy. Written as by `denoise`; `.uns[key_added]["gain"]` is that of predicting one half of these cells'
-    molecules from the other, above their own mean profile. Genes need not keep their totals.
+    molecules from the other, above their own mean profile. Of cells that the model was fitted to it is too high, since
+    the model has seen both halves. Genes need not keep their totals.
 
     Raises
     ------
@@ -78,7 +79,7 @@ def denoise_with(
     Warns
     -----
     UserWarning
-        If the model predicts these cells no better than their own mean profile.
+        If the model predicts these cells no better than their own mean profile, or was fitted to exactly these.
 
     Examples
     --------
@@ -108,6 +109,11 @@ def denoise_with(
 
         gain, gene_gains = Measurement(sample)(predict_half)
         dispersions = Dispersions.learned(predict_half, sample)
+        if all(_was_fitted_to(state, order, counts) for state in saved.states):
+            warn(
+                "the model was fitted to these very cells, so it has seen both halves of their molecules: the gain is "
+                "too high. That of the fit is the one to believe."
+            )
         if not gain.is_clear:
             warn(
                 "the model predicts held-out molecules of these cells no better than their own mean profile (gain "
@@ -135,6 +141,12 @@ def denoise_with(
         pass
     logg.info(f"    {gain}", time=start)
     return target if copy else None
+
+
+def _was_fitted_to(state: _model.State, order: np.ndarray, counts: Counts) -> bool:
+    """Return whether every gene has exactly the share of the counts that it had of those of the fit."""
+    share = counts.totals / counts.totals.sum()
+    return np.array_equal(state.arrays["gene_share"][order].astype(np.float32), share.astype(np.float32))
 
 
 def _predicted(

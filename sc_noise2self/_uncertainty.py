@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
+from ._blocks import InMemory
 from ._counts import row_sums
 from ._intervals import Belief, Coverage, sampled_genes
 from ._split import cell_folds
@@ -115,7 +116,7 @@ class Dispersions:
 
     def _mixed(self, profiles: Profiles, seen: sp.csr_matrix, fold: int) -> MixedProfiles:
         """Return the profiles of cells of a fold with their own counts mixed in."""
-        mixed = MixedProfiles(profiles, seen, self.for_folds[fold], np.ones(seen.shape[0], np.float32))
+        mixed = MixedProfiles(profiles, InMemory(seen), self.for_folds[fold], np.ones(seen.shape[0], np.float32))
         mixed.cell_scale[:] = mixed.scales_to(row_sums(seen))
         return mixed
 

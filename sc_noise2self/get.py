@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from types import ModuleType
@@ -13,6 +14,7 @@ from anndata import AnnData
 
 from ._blocks import Counts, InMemory
 from ._checks import check_flag, check_number, check_one_of
+from ._counts import row_sums
 from ._read import Source, beliefs, gene_factors, gene_positions, positions, profiles, record, sizes, values_of
 from ._result import GeneFactors, Result
 from ._slots import as_array, in_memory
@@ -209,8 +211,8 @@ def lazy(adata: AnnData, *, key: str = "denoised", scale: str | Scale = "counts"
 
     Returns
     -------
-    Cells x genes, float32, in chunks of a few cells and genes. It keeps the factors of `adata` as they are now; counts
-    that were mixed in are read where they are.
+    Cells x genes, float32, in chunks of a few cells and genes. It holds the factors of `adata`, not a copy of them;
+    counts that were mixed in are read where they are, and a part whose cells have other counts by then is an error.
 
     Raises
     ------
@@ -279,7 +281,10 @@ def _lazy_factors(factors: GeneFactors, scores: Any, scales: Any, size: np.ndarr
 
 def _lazy(profiles: Profiles, size: np.ndarray, scale: Scale) -> dask.array.Array:
     rebuilt, meta = _Rebuilt(profiles, size, scale), np.empty((0, 0), np.float32)
-    return require_dask().from_array(rebuilt, chunks=_CHUNKS, name=False, asarray=False, meta=meta)
+    chunks = _CHUNKS
+    if isinstance(profiles, MixedProfiles):  # every chunk reads its cells' counts
+        chunks = max(1, math.prod(_CHUNKS) // profiles.shape[1]), profiles.shape[1]
+    return require_dask().from_array(rebuilt, chunks=chunks, name=False, asarray=False, meta=meta)
 
 
 def require_dask() -> ModuleType:
@@ -307,5 +312,14 @@ class _Rebuilt:
         if all(each.ndim for each in found) and not any(isinstance(each, slice) for each in index):
             raise IndexError("two arrays were given: index cells first, then genes.")
         rows, columns = (i if isinstance(i, slice) else np.atleast_1d(at) for i, at in zip(index, found, strict=True))
-        values = self._scale.apply(self._profiles.counts(rows, columns), self._size[rows])
+        profiles, size = self._profiles, self._size[rows]
+        if isinstance(profiles, MixedProfiles):
+            profiles = profiles.of_cells(np.arange(self.shape[0])[rows])
+            if not np.array_equal(row_sums(profiles.observed.in_memory()), size):
+                raise ValueError(
+                    "the counts that this layer mixes in have changed since it was made (X normalised?): make it "
+                    "again from the counts, n2s.get.lazy(adata), or keep them in a layer and denoise that."
+                )
+            rows = slice(None)
+        values = self._scale.apply(profiles.counts(rows, columns), size)
         return values.reshape(found[0].shape + found[1].shape)

@@ -38,6 +38,7 @@ WARNINGS = (
     r"\d+ of \d+ candidates failed and were left out",
     ".* predicts even the molecules that it was given worse than one mean profile",
     "the model predicts held-out molecules of these cells no better",
+    "the model was fitted to these very cells",
     "training diverged",
     # scikit-learn's, in the example of docs/contributing.md.
     r"Number of distinct clusters \(\d+\) found smaller than n_clusters",

@@ -772,6 +772,32 @@ def test_an_estimator_is_fitted_anew_whatever_it_holds(counts):
     np.testing.assert_array_equal(found.split_losses, expected.split_losses)
 
 
+def test_parameters_are_set_as_scikit_learn_sets_them(counts):
+    """Those of the steps of a pipeline have names of their own, which no attribute of it has."""
+
+    class Steps:
+        def __init__(self):
+            self.step = {"share": 0.5}
+
+        def get_params(self):
+            return {f"step__{name}": value for name, value in self.step.items()}
+
+        def set_params(self, **given):
+            self.step = {name.removeprefix("step__"): value for name, value in given.items()}
+
+        def fit(self, counts):
+            return self
+
+        def predict(self, counts):
+            return toward_mean(counts, self.step["share"])
+
+    found = n2s.calibrate(counts, Steps(), {"step__share": [0.2, 0.6]})
+    expected = n2s.calibrate(counts, toward_mean, {"share": [0.2, 0.6]})
+    np.testing.assert_array_equal(found.split_losses, expected.split_losses)
+    with pytest.raises(ValueError, match="has no parameter share: it takes step__share"):
+        n2s.calibrate(counts, Steps(), {"share": [0.2]})
+
+
 def test_a_fit_that_returns_nothing_is_refused(counts):
     class Forgetful:
         def fit(self, counts):

@@ -4,6 +4,7 @@ import anndata as ad
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import scipy.sparse as sp
 from contributed import Centroids, blocks
 from promises import Result, check_all, difference, documented_warnings, fingerprint
 from strategies import Data
@@ -46,6 +47,26 @@ def test_it_joins_an_ensemble(adata, mix):
     members = adata.uns["denoised"]["members"]
     assert any(name.startswith("pca") for name in members["name"])
     check_all(Result(adata, EXAMPLE.counts().astype(float)))
+
+
+def test_a_method_that_writes_into_its_counts_changes_nothing_of_anybody_else():
+    """Canonical float32 counts are given to methods as they are in memory."""
+
+    class Careless(Centroids):
+        name = "careless"
+
+        def denoise_counts(self, counts, rng):
+            found = super().denoise_counts(counts, rng)
+            counts.in_memory().data[:] += 1
+            return found
+
+    adata = EXAMPLE.adata()
+    adata.X = sp.csr_matrix(np.asarray(EXAMPLE.counts(), np.float32))
+    before = adata.X.toarray()
+    both = [Careless(n_clusters=4), Centroids(n_clusters=4)]
+    found, expected = (n2s.denoise(adata, methods, copy=True) for methods in (both, [both[1], both[1]]))
+    np.testing.assert_array_equal(adata.X.toarray(), before)
+    assert found.uns["denoised"]["gain"] == pytest.approx(expected.uns["denoised"]["gain"])
 
 
 def test_of_several_numbers_of_clusters_the_loss_chooses(adata):

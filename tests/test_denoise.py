@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import anndata as ad
 import dask.array as da
 import numpy as np
+import pandas as pd
 import pytest
 import scanpy as sc
 import scipy.sparse as sp
@@ -232,6 +233,25 @@ def test_a_view_is_made_actual_with_a_warning_and_its_parent_left_alone(adata):
     assert not view.is_view
     assert view.layers["denoised"].shape == (200, 120)
     assert contents(adata) == before
+
+
+def test_a_series_names_its_genes(adata):
+    """It is found by its index, in whatever order; without names it goes by position."""
+    chosen = pd.Series(np.arange(120) % 3 > 0, index=adata.var_names)
+    expected = n2s.denoise(adata, mask_var=chosen.to_numpy(), copy=True).layers["denoised"]
+    for given in (chosen, chosen[::-1], chosen.reset_index(drop=True)):
+        found = n2s.denoise(adata, mask_var=given, copy=True).layers["denoised"]
+        np.testing.assert_array_equal(found, expected)
+    phi = pd.Series(np.linspace(0, 3, 120), index=adata.var_names)
+    one, _ = n2s.split_molecules(adata, overdispersion=phi[::-1])
+    np.testing.assert_array_equal(
+        one.X.toarray(), n2s.split_molecules(adata, overdispersion=phi.to_numpy())[0].X.toarray()
+    )
+    for other in (chosen[:60], chosen.rename(index=lambda name: name + "x")):
+        with pytest.raises(ValueError, match="mask_var is a Series of other genes, or names some twice"):
+            n2s.denoise(adata, mask_var=other)
+    with pytest.raises(ValueError, match="overdispersion is a Series of other genes"):
+        n2s.select_rank(adata, overdispersion=phi[:60])
 
 
 def test_mask_var(adata):

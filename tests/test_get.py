@@ -198,6 +198,11 @@ def test_scanpy_plots_a_lazy_layer_like_a_dense_one(source, pbmc, written, tmp_p
     plt.close("all")
 
 
+def test_booleans_are_no_names(written):
+    with pytest.raises(TypeError, match=r"cells were given as booleans: pass their names, as adata.obs_names\[mask\]"):
+        n2s.get.denoised(written, cells=written.obs_names == written.obs_names[0])
+
+
 def test_a_lazy_layer_is_indexed_as_numpy_does(written):
     pytest.importorskip("dask")
     lazy, dense = n2s.get.lazy(written), n2s.get.denoised(written).to_numpy()

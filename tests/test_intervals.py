@@ -207,6 +207,9 @@ def test_intervals_of_a_mixed_result_stand_around_it_and_are_narrower(mixed):
     low, high = n2s.get.interval(one, genes, key="mixed")
     values = n2s.get.denoised(one, genes, key="mixed")
     assert ((low <= values) & (values <= high)).all(axis=None)
+    one.X = sp.csr_matrix(one.X.toarray() * (one.var_names != "g7"))
+    n2s.denoise(one, mix=True, key_added="without")
+    assert not (np.array(n2s.get.interval(one, "g7", key="without")) > 0).any()
     plain_low, plain_high = n2s.get.interval(one, genes)
     assert ((high - low) / values).mean(axis=None) < ((plain_high - plain_low) / n2s.get.denoised(one, genes)).mean(
         axis=None

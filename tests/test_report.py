@@ -288,6 +288,29 @@ def test_groups_come_in_the_order_of_their_categories_and_missing_ones_are_left_
     assert list(n2s.report(adata, groupby="leiden").index) == [str(i) for i in range(11)]
     adata.obs["number"] = [float(i % 2) for i in range(adata.n_obs)]
     assert list(n2s.report(adata, groupby="number").index) == ["0.0", "1.0"]
+    adata.obs["score"] = np.linspace(0, 1, adata.n_obs)
+    with pytest.raises(ValueError, match=r"adata.obs\['score'\] holds numbers, not groups"):
+        n2s.report(adata, groupby="score")
+    adata.obs["depth"] = "low"
+    with pytest.raises(ValueError, match="'depth' means tenths by depth, and adata.obs has a column of that name"):
+        n2s.report(adata, groupby="depth")
+
+
+def test_as_many_cells_of_another_sample_are_not_taken_for_those_that_were_denoised(tmp_path):
+    """Samples denoised by one model and joined keep the first one's record, whose figures are not the second's."""
+    whole = n2s.datasets.pbmc68k_reduced()[:400].copy()
+    n2s.denoise(whole, n2s.PCA(transform="log1p", n_components=5), save_model=tmp_path / "m.npz")
+    samples = {name: whole[rows].copy() for name, rows in (("a", slice(0, 200)), ("b", slice(200, 400)))}
+    for each in samples.values():
+        n2s.remove(each)
+        n2s.denoise_with(each, tmp_path / "m.npz")
+    both = ad.concat(samples, label="sample", merge="first", uns_merge="first")
+    first, second = (both[both.obs["sample"] == name].copy() for name in ("a", "b"))
+    assert n2s.report(first) == n2s.report(samples["a"])
+    own = samples["b"].uns["denoised"]["gain"]
+    assert f"Gain {own:.3f}" in n2s.report(second)
+    assert "in the 200 cells here" in n2s.report(second)
+    n2s.pl.markers(second, list(second.var_names[:2]), show=False)
 
 
 def test_a_report_of_no_cells_or_genes_has_nothing_to_tell_and_says_so(adata):

@@ -331,6 +331,15 @@ class TestCounts:
                 read(adata)
         np.testing.assert_allclose(n2s.get.denoised(adata, source="layer"), expected, rtol=1e-4)
 
+    def test_a_lazy_mixture_of_counts_that_were_normalised_since_is_an_error(self):
+        adata = denoised(mix=True)
+        expected, layer = adata.layers["denoised"], n2s.get.lazy(adata)
+        np.testing.assert_allclose(layer[:7, [3, 1]].compute(), expected[:7, [3, 1]], rtol=1e-4)
+        adata.X.data *= 2
+        for part in (layer, layer[:7, [3, 1]], layer[5]):
+            with pytest.raises(ValueError, match="the counts that this layer mixes in have changed since it was made"):
+                part.compute()
+
     def test_a_layer_called_x_is_not_x(self):
         adata = cells()
         adata.layers["X"], adata.X = adata.X, sp.csr_matrix(adata.X.toarray()[::-1])

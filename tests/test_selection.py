@@ -218,7 +218,7 @@ def test_mixing_is_the_posterior_mean_and_keeps_the_size_of_cells(power):
     expected *= size / expected.sum(axis=1, keepdims=True)
     cells, genes = np.array([3, 1]), np.array([11, 0, 5])
     cell_scale, weight = scales_of_cells(InMemory(x, rows=7), profiles, dispersion)
-    for observed in (x, InMemory(x, rows=7)):
+    for observed in (InMemory(x), InMemory(x, rows=7)):
         mixed = MixedProfiles(profiles, observed, dispersion, cell_scale)
         np.testing.assert_allclose(mixed.counts(), expected, rtol=1e-5)
         np.testing.assert_allclose(mixed.counts(cells, genes), expected[cells][:, genes], rtol=1e-5)
@@ -239,7 +239,7 @@ def test_mixing_pays_where_the_denoiser_leaves_something_unexplained(truth, coun
     assert np.median(selection.dispersion.phi) > 0.5
     (profiles,) = refit(selection, overdispersed)
     cell_scale, _ = scales_of_cells(InMemory(overdispersed), profiles, selection.dispersion)
-    mixed = MixedProfiles(profiles, overdispersed, selection.dispersion, cell_scale)
+    mixed = MixedProfiles(profiles, InMemory(overdispersed), selection.dispersion, cell_scale)
     assert divergence(noisy, mixed) < 0.8 * divergence(noisy, profiles)
 
 

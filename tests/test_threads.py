@@ -12,7 +12,8 @@ import pytest
 from threadpoolctl import threadpool_info
 
 import sc_noise2self as n2s
-from sc_noise2self._threads import in_threads, one_blas_thread, read_ahead
+from sc_noise2self._threads import FILTERS, in_threads, one_blas_thread, read_ahead
+from sc_noise2self.methods._populations import clusters_of
 
 
 def blas_threads():
@@ -121,6 +122,21 @@ def _interrupt_at(k):
         return on_line if os.path.basename(frame.f_code.co_filename) in ("_threads.py", "contextlib.py") else None
 
     return on_call
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_process_that_is_forked_while_a_thread_clusters_can_cluster_too():
+    with FILTERS:  # as another thread would hold it, which the child has not
+        child = os.fork()
+        if child == 0:
+            try:
+                signal.alarm(20)
+                found = clusters_of(np.repeat([[0.0], [1.0]], 20, axis=0), 2)
+                os._exit(0 if len(set(found)) == 2 else 1)
+            finally:
+                os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")

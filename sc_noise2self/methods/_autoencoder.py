@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from importlib.util import find_spec
-from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import numpy as np
@@ -28,6 +27,7 @@ from .._counts import column_sums, row_sums
 from .._loss import Gain
 from .._model import LINKS, State
 from .._random import random_sample
+from .._threads import ProcessLock
 from .._transform import Link
 from .._warnings import warn
 from ..partitions import Fold, fold_of
@@ -58,7 +58,7 @@ _SCALED_CELLS = 20_000  # that the scales of genes are learned from, at most
 _INVARIANCE = 0.5  # the weight of Noise2Same's second term, unless one is given
 _LEAST_SPREAD = 0.01  # of the first score, in lengths of the mean cell
 Out = TypeVar("Out")
-_TRAINING = Lock()  # its random numbers are those of the process
+_TRAINING = ProcessLock()  # its random numbers are those of the process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +300,8 @@ class _AutoencoderLearner(Learner):
         else:
             on_device = counts_of_all(shown, self._codes, device, Aside(cells[held], aside))
         comparison, models, histories = Comparison(), [], []
-        with _TRAINING, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        devices = [device] if device.type == "cuda" else []
+        with _TRAINING, torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
             for width in sorted(set(widths), reverse=True):
                 model, history = self._of_width(int(width), plan, on_device, rng)
                 models.append(model)

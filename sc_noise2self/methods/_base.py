@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import scipy.sparse as sp
 
-from .._blocks import Block, Chunks, Counts, Partial
+from .._blocks import Block, Chunks, Counts, InMemory, Partial
 from .._checks import as_whole
 from .._compare import Comparison
 from .._counts import column_sums, row_sums
@@ -294,11 +294,11 @@ class TrialLearner(Learner):
         for values in product(*grid.values()):
             options = dict(zip(grid, values, strict=True))
             method = replace(self.method, **options)  # type: ignore[type-var]
-            profiles = method.denoise_counts(self._counts.part(fold.seen, fold.cells), rng)
+            profiles = _denoised(method, self._counts.part(fold.seen, fold.cells), rng)
             self._comparison.add(options, -fold.gain(profiles))
 
     def learn(self, half: Fold, rng: np.random.Generator) -> None:
-        self._fits.append(self.method.denoise_counts(self._counts.part(half.seen, half.cells), rng))
+        self._fits.append(_denoised(self.method, self._counts.part(half.seen, half.cells), rng))
         self._cells = half.cells
 
     def predict(self, half: int, setting: Any, seen: sp.csr_matrix, cells: np.ndarray) -> Profiles:
@@ -306,7 +306,7 @@ class TrialLearner(Learner):
         return self._fits[half].of_cells(np.searchsorted(self._cells, cells))
 
     def refit(self, counts: Counts, setting: Any, rng: np.random.Generator) -> Profiles:
-        profiles = self.method.denoise_counts(counts, rng)
+        profiles = _denoised(self.method, counts, rng)
         if not isinstance(profiles, ScaledProfiles) or self.refinement == AS_IT_IS:
             return profiles
         return profiles.refined(counts.chunks, self.refinement).scaled(n_rounds=0)
@@ -317,6 +317,13 @@ class TrialLearner(Learner):
             values["table"] = self._comparison.table(gain=True).drop(columns=["seconds", "failure"])
         rank = int(getattr(self.method, "n_pcs", 0) or 0)
         return Learned(self.method.title, self.method.described(setting), rank, values)
+
+
+def _denoised(method: Method, counts: Counts, rng: np.random.Generator) -> Profiles:
+    """Return what a method makes of counts; one from elsewhere, which may write into them, gets its own in memory."""
+    if isinstance(counts.chunks, InMemory) and not type(method).__module__.startswith(__package__):
+        counts = counts.part(counts.in_memory().copy(), np.arange(len(counts.size)))
+    return method.denoise_counts(counts, rng)
 
 
 def nine_tenths(counts: sp.csr_matrix, rng: np.random.Generator, cells: np.ndarray) -> Fold:

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from threading import Lock
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -31,6 +30,7 @@ from .._checks import bounded, check_number
 from .._counts import column_sums, depth_of, row_sums
 from .._loss import Gain
 from .._split import checked_phi, split_matrix
+from .._threads import FILTERS, ProcessLock
 from .._transform import Transform
 from ..partitions import Fold
 from ._base import Learner, Method, TrialLearner, as_several, bounded_values, set_tuples
@@ -42,7 +42,7 @@ from ._svd import components_of, start_block
 
 RESOLUTIONS = (0.0, 0.03, 0.04, 0.06, 0.09, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.7, 8.0)
 """One cluster, then steps of the square root of 2."""
-_SCANPY = Lock()  # what it says, filters of warnings and igraph's random numbers are those of the process
+_SCANPY = ProcessLock()  # what it says and igraph's random numbers are those of the process
 _FEW = 20  # molecules, of which a half may hold none
 _STRENGTHS = (1e-6, 1e4)  # between which the strength is looked for, the last times all molecules
 
@@ -167,7 +167,7 @@ class Graph:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Run scanpy in one thread at a time, and let it say nothing of an object that nobody sees."""
-    with _SCANPY, warnings.catch_warnings():
+    with _SCANPY, FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore", sp.SparseEfficiencyWarning)  # where cells are equal
         verbosity = sc.settings.verbosity
         sc.settings.verbosity = "error"  # `override` is another function from scanpy 1.13 on

@@ -134,7 +134,8 @@ class Function(Method):
     def divided(self, parameters: Parameters) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the parameters of the estimator, and those of `predict`."""
         of_predict = set(list(inspect.signature(self.function.predict).parameters)[1:])
-        known = of_predict.union(inspect.signature(type(self.function)).parameters)
+        own = getattr(self.function, "get_params", lambda: inspect.signature(type(self.function)).parameters)()
+        known = of_predict.union(own)
         if unknown := set(parameters) - known:
             raise ValueError(
                 f"{self.label} has no parameter {', '.join(sorted(unknown))}: it takes {', '.join(sorted(known))}."
@@ -192,8 +193,11 @@ class _Fit:
         of_fit, of_predict = self.function.divided({**self.function.parameters, **parameters})
         if self.fitted is None:
             estimator = copy.deepcopy(self.function.function)  # what it holds is no other candidate's
-            for each, value in of_fit.items():
-                setattr(estimator, each, value)
+            if hasattr(estimator, "set_params"):  # scikit-learn's, which may be several in one
+                estimator.set_params(**of_fit)
+            else:
+                for each, value in of_fit.items():
+                    setattr(estimator, each, value)
             fitted = estimator.fit(given)
             if not hasattr(fitted, "predict"):
                 raise TypeError(f"fit of {name} returned {type(fitted).__name__}: return self.")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .._blocks import Block, Chunks, Partial
+from .._blocks import Block, Chunks, InMemory, Partial
 from .._counts import row_sums
 from ._dispersion import Dispersion
 from ._profiles import MixedProfiles, Profiles
@@ -27,7 +27,7 @@ def scales_of_cells(chunks: Chunks, profiles: Profiles, dispersion: Dispersion) 
     def of_block(block: Block) -> Partial:
         own = profiles.of_cells(block.cells)
         ones, share = np.ones(len(block.cells), np.float32), np.zeros(chunks.shape[1])
-        scale = MixedProfiles(own, block.counts, dispersion, ones).scales_to(row_sums(block.counts))
+        scale = MixedProfiles(own, InMemory(block.counts), dispersion, ones).scales_to(row_sums(block.counts))
         for _, m in own.blocks():
             scaled = m * dispersion.mixing(m)
             share += (scaled / (1 + scaled)).sum(axis=0)

@@ -23,7 +23,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from threading import Lock
 from typing import Any, NamedTuple
 
 import numba
@@ -35,7 +34,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from .._counts import row_sums
 from .._model import State
-from .._threads import in_threads, one_openmp_thread
+from .._threads import FILTERS, in_threads, one_openmp_thread
 from ..partitions import Fold
 
 Index = slice | np.ndarray
@@ -59,7 +58,6 @@ _LARGEST = np.float32(1e6)  # factor
 _LEAST = 1e-9  # molecules expected
 _SKETCH = 100  # random projections that profiles are clustered by
 _LEAST_CELLS = 10  # of a population, on average
-_CLUSTERING = Lock()  # filters of warnings are those of the process
 
 
 class Refinement(NamedTuple):
@@ -284,7 +282,7 @@ def clusters_of(sketch: np.ndarray, n_clusters: int) -> np.ndarray:
     if n_clusters <= 1:
         return np.zeros(len(sketch), np.intp)
     # With one thread the rounding of its sums is the same, however many there are.
-    with _CLUSTERING, one_openmp_thread(), warnings.catch_warnings():
+    with FILTERS, one_openmp_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # there may be fewer distinct points
         labels = KMeans(n_clusters, n_init=10, random_state=0).fit_predict(sketch)
     return np.unique(labels, return_inverse=True)[1]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import scipy.sparse as sp
 
-from .._blocks import Block, Chunks, OnDask, Partial, as_chunks
+from .._blocks import Block, Chunks, InMemory, OnDask, Partial, as_chunks
 from .._counts import row_sums
 from .._progress import progress_bar
 from .._threads import in_threads
@@ -551,7 +551,7 @@ class MixedProfiles(Profiles):
     """Denoised profiles with the observed counts mixed back in, see `sc_noise2self.methods._mixing`."""
 
     profiles: Profiles  # the denoiser's expected counts m
-    observed: sp.csr_matrix | Chunks  # the counts x, or where they are, of which the cells and genes asked are read
+    observed: Chunks  # the counts x, of which the cells and genes asked are read
     dispersion: Dispersion  # phi, the squared coefficient of variation of rates around m, and what of x is evidence
     cell_scale: np.ndarray  # gives every cell its observed size again
 
@@ -560,7 +560,7 @@ class MixedProfiles(Profiles):
         return self.profiles.shape
 
     def of_cells(self, cells: np.ndarray) -> MixedProfiles:
-        observed = self.observed.part(cells) if isinstance(self.observed, Chunks) else self.observed[cells]
+        observed = InMemory(self.observed.part(cells))
         return MixedProfiles(self.profiles.of_cells(cells), observed, self.dispersion, self.cell_scale[cells])
 
     def scales_to(self, size: np.ndarray) -> np.ndarray:
@@ -575,8 +575,7 @@ class MixedProfiles(Profiles):
         out = self.profiles.counts(cells, genes)
         phi = self.dispersion.mixing(out, genes)
         out /= 1 + phi * out
-        x = self.observed
-        entry = (x.part(cells, genes) if isinstance(x, Chunks) else x[cells][:, genes]).tocoo()
+        entry = self.observed.part(cells, genes).tocoo()
         out[entry.row, entry.col] *= 1 + phi[entry.row, entry.col] * entry.data
         out *= self.cell_scale[cells][:, None]
         return out
