@@ -39,6 +39,7 @@ _SCORED = 20_000_000  # dense entries that candidates are compared on: as many c
 _MEASURED = 400_000_000  # and those that the gain of the choice is measured on
 _REFINED = 100_000_000  # and those that populations are learned from, for that
 _LEAST_WEIGHT = 0.01  # members of a smaller weight are left out of the mean
+_DOUBTFUL = 0.001  # the most that a gain may be of a floor alone; one of noise gains some 0.0001
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +127,7 @@ def select(
     sample = Sample.of(chunks, keys, measured[random_sample(len(measured), max(2, _MEASURED // n_genes), rng)])
     measure, predict = Measurement(sample), _Prediction(choices, sample)
     unmixed, gene_gains = measure(predict)
-    beats_mean = unmixed.is_clear
+    beats_mean = unmixed.is_clear and (unmixed.mean > _DOUBTFUL or _beats_a_floor(choices, sample, measure, unmixed))
     if not beats_mean:
         choices = (Choice(MeanLearner(), "as it is"),)
         predict = _Prediction(choices, sample)
@@ -138,6 +139,13 @@ def select(
     coverage = dispersions.coverage(predict, sample, mix=mix)
     about = (gain, unmixed, sample.cells, gene_gains, dispersions.of_all, coverage)
     return Selection(scores.comparison, choices, beats_mean, *about)
+
+
+def _beats_a_floor(choices: Sequence[Choice], sample: Sample, measure: Measurement, gain: Gain) -> bool:
+    """Return whether choices gain clearly more than the mean profile refined by no more than the floor of theirs."""
+    floor = Refinement(1, max(choice.refinement.height for choice in choices))
+    of_floor, _ = measure(_Prediction((Choice(MeanLearner(), "as it is", refinement=floor),), sample))
+    return gain.mean - of_floor.mean > 2 * gain.error_of_difference(of_floor)
 
 
 def denoised(method: Method, counts: Counts, rng: np.random.Generator) -> Profiles:

@@ -121,8 +121,8 @@ def denoise(
         `docs/method.md`, for an ensemble the weighted mean. What was put together from several results is refused where
         it is read. A function has no factors: the layer is all there is.
     `.var["denoised_gain"]`, `.var["denoised_gain_error"]`
-        What each gene gained, nats per held-out molecule of it above its mean, and its standard error over cells.
-        Where the gain is not clearly above 0, believe the mean, not the pattern.
+        What each gene gained, nats per held-out molecule of it above its mean, and its standard error over cells, NaN
+        where fewer than 40 cells hold one. Where the gain is not clearly above 0, believe the mean, not the pattern.
     `.var["denoised_total"]`
         The molecules of each gene.
     `.var["denoised_phi"]`

@@ -19,7 +19,7 @@ from ._blocks import Partial
 from ._counts import row_sums
 from ._transform import PoissonExpectation
 
-_FEW_CELLS = 10  # with molecules of a gene: fewer tell neither its gain's error nor its sign
+_FEW_CELLS = 40  # with molecules of a gene: of fewer, a gain has too skewed a law for its error to tell
 _ROUNDING = 1e-5  # nats: a prediction in single precision that is the mean differs from it by less
 _BLEND = 0.005  # share of the mean profile mixed into a prediction, so that one exact zero costs 5.3 nats, not infinity
 
@@ -209,7 +209,7 @@ class GeneGains:
     def of_genes(self, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the gain of each gene and its jackknife standard error over cells, shape (genes,) each.
 
-        The gain of genes without a held-out molecule is NaN, the error of those with molecules in under ten cells.
+        The gain of genes without a held-out molecule is NaN, the error of those with molecules in fewer than 40 cells.
         """
         nats, elsewhere, n_cells, moves, products, shares = sums
         total = np.where(self._total > 0, self._total, 1)

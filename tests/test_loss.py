@@ -56,29 +56,29 @@ def test_the_mean_profile_gains_nothing_and_unseen_genes_do_not_count():
 
 def test_gains_of_genes_are_a_difference_of_poisson_likelihoods_and_add_up_to_the_gain():
     rng = np.random.default_rng(1)
-    halves = [sp.csr_matrix(rng.poisson(0.7, size=(40, 9)).astype(np.float32)) for _ in range(2)]
-    expected = [rng.gamma(1.0, size=(40, 9)).astype(np.float32) for _ in range(2)]
+    halves = [sp.csr_matrix(rng.poisson(0.7, size=(80, 9)).astype(np.float32)) for _ in range(2)]
+    expected = [rng.gamma(1.0, size=(80, 9)).astype(np.float32) for _ in range(2)]
     means = [rng.dirichlet(np.ones(9)) for _ in range(2)]
-    nats, molecules = np.zeros((2, 40, 9))
+    nats, molecules = np.zeros((2, 80, 9))
     total = 0.0
     for x, m, g in zip(halves, expected, means, strict=True):
         p = 0.995 * m / m.sum(axis=1, keepdims=True) + 0.005 * g
         size = x.sum(axis=1).A
-        likelihood = [stats.poisson(q * size).logpmf(x.toarray()) for q in (p, np.tile(g, (40, 1)))]
+        likelihood = [stats.poisson(q * size).logpmf(x.toarray()) for q in (p, np.tile(g, (80, 1)))]
         nats += likelihood[0] - likelihood[1]
         molecules += x.toarray()
         total += held_out_gain(held_out_probabilities(_profiles(m, 7), x), x, g).sums.sum()
     gains = GeneGains(means, [np.asarray(x.sum(axis=0)).ravel() for x in halves])
     found = [
         gains.of_cells([_profiles(m[cells], 4) for m in expected], [x[cells] for x in halves])
-        for cells in (slice(0, 15), slice(15, 40))
+        for cells in (slice(0, 15), slice(15, 80))
     ]
     gain, error = gains.of_genes(found[0].sums[0] + found[1].sums[0])
     assert sum(part.rows[0].sum() for part in found) == pytest.approx(total, rel=1e-4)
     assert sum(part.rows[1].sum() for part in found) == molecules.sum()
     np.testing.assert_allclose(gain, nats.sum(axis=0) / molecules.sum(axis=0), rtol=1e-4)
     assert (gain * molecules.sum(axis=0)).sum() == pytest.approx(total, rel=1e-4)
-    without = [np.delete(nats, i, 0).sum(axis=0) / np.delete(molecules, i, 0).sum(axis=0) for i in range(40)]
+    without = [np.delete(nats, i, 0).sum(axis=0) / np.delete(molecules, i, 0).sum(axis=0) for i in range(80)]
     np.testing.assert_allclose(error, np.sqrt(np.square(without - gain).sum(axis=0)), rtol=1e-3)
 
 
@@ -88,9 +88,9 @@ def _of_genes(expected, held_out, mean_profile):
 
 
 def test_genes_of_few_cells_have_no_error_and_genes_of_none_no_gain():
-    x = np.zeros((30, 3), np.float32)
-    x[:, 0], x[:9, 1] = 2, 1
-    gain, error = _of_genes(np.ones((30, 3), np.float32), sp.csr_matrix(x), np.array([0.5, 0.3, 0.2]))
+    x = np.zeros((60, 3), np.float32)
+    x[:40, 0], x[:39, 1] = 2, 1
+    gain, error = _of_genes(np.ones((60, 3), np.float32), sp.csr_matrix(x), np.array([0.5, 0.3, 0.2]))
     np.testing.assert_array_equal(np.isnan(gain), [False, False, True])
     np.testing.assert_array_equal(np.isnan(error), [False, True, True])
 

@@ -7,6 +7,7 @@ import scipy.sparse as sp
 from helpers import dense
 
 import sc_noise2self as n2s
+from sc_noise2self._read import clear_gains
 
 
 @pytest.mark.parametrize("kind", ["shuffled", "permuted"])
@@ -55,6 +56,35 @@ def test_counts_of_anndata(adata):
     with pytest.warns(UserWarning, match="no candidate predicts"):
         n2s.denoise(null)
     assert not null.var["denoised_gain"].any()
+
+
+@pytest.mark.parametrize(("n_cells", "n_genes", "depth"), [(200, 1500, 500), (150, 1000, 200), (200, 300, 300)])
+def test_a_floor_alone_is_no_pattern(n_cells, n_genes, depth):
+    """A floor under rare genes gains 0.0001 nats, clearly, on counts without any structure: the mean is written."""
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        share = np.exp(rng.normal(0, 1.5, n_genes))
+        size = depth * np.exp(rng.normal(0, 0.35, (n_cells, 1)))
+        adata = ad.AnnData(rng.poisson(size * share / share.sum()).astype(np.float32))
+        with pytest.warns(UserWarning, match="no candidate predicts"):
+            n2s.denoise(adata, random_state=seed, write_layer=False)
+
+
+def test_genes_without_a_pattern_are_seldom_said_to_have_gained_one():
+    """Half of the genes differ between three groups; of the others one in forty is called better by chance."""
+    rng = np.random.default_rng(0)
+    share = np.exp(rng.normal(0, 1.2, 800))
+    groups = np.stack([share, share, share])
+    groups[:, :400] *= rng.gamma(1, 1, (3, 400))
+    groups[:, :400] *= share[:400].sum() / groups[:, :400].sum(axis=1, keepdims=True)
+    rates = groups / groups.sum(axis=1, keepdims=True)
+    adata = ad.AnnData(rng.poisson(1500 * rates[np.arange(600) % 3]).astype(np.float32))
+    n2s.denoise(adata, write_layer=False)
+    gained = clear_gains(adata, "denoised")["gained"]
+    cells = (adata.X > 0).sum(axis=0)
+    assert not gained[cells < 40].any()
+    assert gained[:400].mean() > 0.5
+    assert gained[400:].mean() < 0.05
 
 
 def test_parts_of_denoised_counts_can_be_denoised(adata):
