@@ -46,8 +46,9 @@ def overdispersion(adata: AnnData, groupby: str | None = None, *, layer: str | N
     The likelihood of each gene's counts, negative binomial around the profile of their group at each cell's depth, is
     taken on a grid of phi, and a prior over the grid is learned from all genes (nonparametric empirical Bayes, Kiefer &
     Wolfowitz 1956), so that genes with few molecules lean on the rest. The result is the posterior mean. Groups fit
-    some of the noise: within groups of n cells phi is about 1 - 1/n of what it should be, and a little less within
-    groups that were found in the same counts.
+    some of the noise: within groups of n cells phi is by 1/n to 2/n of itself too small, and by more within groups that
+    were found in the same counts. Cells' totals are taken as given, so it is too small by 1/m more where cells hold m
+    molecules.
 
     Examples
     --------

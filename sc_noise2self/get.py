@@ -110,9 +110,8 @@ def interval(
     level
         Probability, above 0 and below 1; the interval leaves half of the rest on each side.
     predictive
-        The interval of a fresh count of the cell at its own depth instead, which adds the noise of counting. It holds
-        one with a probability of `level`, which held-out counts are scored against; whole numbers, with
-        `scale="counts"` alone.
+        The interval of a fresh count of the cell at its own depth instead, which adds the noise of counting. Its ends
+        are whole numbers, so it holds one with a probability of `level` or more; with `scale="counts"` alone.
 
     Returns
     -------
@@ -126,9 +125,12 @@ def interval(
     Notes
     -----
     The coverage that intervals had on molecules held out is in `.uns["denoised"]["coverage"]`, by expression and depth;
-    `sc_noise2self.pl.calibration` draws it. It is that of fresh counts. Expected counts are never observed. Of deep
-    counts of which a fifth or less was denoised, 90 % intervals held 88 to 90 % of the rest; in simulations, 91 to 96 %
-    of expected counts, with `mix=True` 87 to 96 %, in groups without any spread within 75 to 84 % (`docs/method.md`).
+    `sc_noise2self.pl.calibration` draws it. It is that of fresh counts, whole numbers, made even by chance (Smith 1985).
+    Expected counts are never observed. Of deep counts of which a fifth or less was denoised, 90 % intervals held 88 to
+    90 % of the rest; in simulations of genes that are not rare, 91 to 96 % of expected counts, with `mix=True` 87 to
+    96 %. Of rare genes they hold fewer, down to a quarter where a gene has less than 30 molecules in all: how many there
+    should be is then itself unsure (`docs/method.md`). A rate's distribution is skewed, and the value is its mean: it
+    can lie above the high end, as 1 % of values do at 90 %.
 
     Examples
     --------

@@ -839,14 +839,26 @@ def test_matrix_products_have_one_thread_and_so_one_rounding(name, monkeypatch):
     assert all(seen)
 
 
-def test_small_groups_fit_some_of_the_noise():
-    """phi within groups of n cells is about 1 - 1/n of what it should be, as the docstring says."""
-    rng = np.random.default_rng(0)
-    groups = np.repeat(np.arange(120), 5)
-    means = 2000 * rng.dirichlet(np.full(60, 2.0), size=120)[groups]
+@pytest.mark.parametrize("n_each", [5, 20])
+def test_small_groups_fit_some_of_the_noise(n_each):
+    """phi within groups of n cells is by 1/n to 2/n too small, as the docstring says."""
+    rng, n_groups = np.random.default_rng(0), 1200 // n_each
+    groups = np.repeat(np.arange(n_groups), n_each)
+    means = 2000 * rng.dirichlet(np.full(60, 2.0), size=n_groups)[groups]
     adata = ad.AnnData(rng.poisson(means * rng.gamma(2, 0.5, means.shape)).astype(np.float32))
     adata.obs["group"] = pd.Categorical(groups.astype(str))
-    assert np.median(quietly(n2s.overdispersion, adata, "group")) == pytest.approx(0.5 * (1 - 1 / 5), rel=0.1)
+    found = np.median(quietly(n2s.overdispersion, adata, "group")) / 0.5
+    assert 1 - 2.2 / n_each < found < 1 - 0.8 / n_each
+
+
+@pytest.mark.parametrize("depth", [100, 300])
+def test_overdispersion_does_not_see_what_totals_take(depth):
+    """By 1/m where cells hold m molecules."""
+    rng = np.random.default_rng(0)
+    share = rng.dirichlet(np.full(60, 3.0))
+    counts = rng.poisson(depth * share * rng.gamma(50, 1 / 50, (4000, 60)))
+    found = quietly(n2s.overdispersion, ad.AnnData(counts.astype(np.float32))).mean()
+    assert found == pytest.approx(0.02 - 1 / depth, abs=0.0025)
 
 
 def test_genes_of_a_mask_may_hold_next_to_nothing():
