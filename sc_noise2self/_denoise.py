@@ -178,8 +178,9 @@ def denoise(
     compare settings of PCA on (20 000 of neighbours, 50 000 of networks); what is chosen learns from all. Candidates
     are compared on 2e7 dense entries (1 000 cells of 20 000 genes), the gain of the choice and of its genes is measured
     on all cells, or on a random sample of 4e8 (20 000 cells); by neighbours on those among which they were compared.
-    Nothing of size cells x genes is made but the layer, or where it takes less than 200 MB. Work goes on in as many threads as there are cores, or as the
-    environment variable `LOKY_MAX_CPU_COUNT` says, which changes no value; PyTorch's are `torch.set_num_threads`.
+    Nothing of size cells x genes is made but the layer, or where it takes less than 200 MB. Work goes on in as many
+    threads as there are cores, or as the environment variable `LOKY_MAX_CPU_COUNT` says, which changes no value;
+    PyTorch's are `torch.set_num_threads`.
 
     Examples
     --------
