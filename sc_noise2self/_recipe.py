@@ -29,7 +29,7 @@ def as_recipe(
     """Return the counts, and the recipe with one number of neighbours, checked against them."""
     counts = as_counts(adata, layer, mask_var)
     warn_of_unused_genes(adata, mask_var)
-    method = Clusters(resolution=resolution, n_pcs=n_pcs, n_neighbors=as_whole("n_neighbors", n_neighbors))
+    method = Clusters(resolution=resolution, n_pcs=n_pcs, n_neighbors=as_whole("n_neighbors", n_neighbors, 2))
     return counts, method.checked(counts)
 
 

@@ -59,7 +59,7 @@ def select_resolution(
     n_pcs
         Number of principal components; None takes what `select_rank` finds, or 1 where that is 0.
     n_neighbors
-        As in `sc.pp.neighbors`.
+        As in `sc.pp.neighbors`, 2 or more.
     rule
         `"one_standard_error"`: the least resolution whose gain is within one standard error of the largest.
         `"least"`: that of the largest gain (the least loss).

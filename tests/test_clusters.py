@@ -638,12 +638,24 @@ def few_words(adata):
 def test_options_of_one_value_are_refused_in_a_sentence_where_there_are_several(name):
     adata, _, _ = grouped(n_cells=40, n_genes=30, depth=200)
     before = fingerprint(adata)
-    for option in ("n_pcs", "n_neighbors"):
-        with pytest.raises(ValueError, match=rf"{option} is \[2, 3\]: pass a whole number, 1 or more"):
+    for option, least in (("n_pcs", 1), ("n_neighbors", 2)):
+        with pytest.raises(ValueError, match=rf"{option} is \[2, 3\]: pass a whole number, {least} or more"):
             few_words(adata)[name](**{option: [2, 3]})
     with pytest.raises(ValueError, match=r"n_pcs is \[2, 3\]: pass a whole number"):
         n2s.denoise(adata, n2s.Clusters(n_pcs=[2, 3]))
     assert not difference(before, fingerprint(adata))
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_cell_has_two_neighbors_or_more(wrong):
+    """As scanpy counts them the first is the cell itself."""
+    adata, _, _ = grouped(n_cells=40, n_genes=30, depth=200)
+    for function in few_words(adata).values():
+        with pytest.raises(ValueError, match=f"n_neighbors is {wrong}: pass a whole number, 2 or more"):
+            function(n_neighbors=wrong)
+    for several in (wrong, [wrong, 15]):
+        with pytest.raises(ValueError, match=f"n_neighbors is {wrong}: pass a whole number, 2 or more"):
+            n2s.denoise(adata, n2s.Clusters(n_pcs=2, n_neighbors=several))
 
 
 def test_resolutions_that_are_no_float_are_refused_in_a_sentence():

@@ -376,8 +376,8 @@ def set_tuples(method: Method, *names: str) -> None:
             object.__setattr__(method, name, tuple(value))  # the method is being made, and frozen
 
 
-def bounded_values(name: str, value: Any, usual: Any, bound: int, why: str) -> Any:
-    """Return an option of one or several whole numbers from 1, the usual ones cut to what is allowed.
+def bounded_values(name: str, value: Any, usual: Any, bound: int, why: str, least: int = 1) -> Any:
+    """Return an option of one or several whole numbers, the usual ones cut to what is allowed.
 
     Parameters
     ----------
@@ -387,15 +387,17 @@ def bounded_values(name: str, value: Any, usual: Any, bound: int, why: str) -> A
         Its default.
     bound, why
         The most that is allowed, and by what, e.g. `"60 cells"`.
+    least
+        The least that is allowed, unless even the most is below it.
 
     Raises
     ------
     ValueError
-        If one that was given is beyond the bound.
+        If one that was given is beyond the bound or below the least.
     """
     if not (values := as_several(value)):
         raise ValueError(f"{name} is empty: pass a whole number, or several.")
-    values = tuple(as_whole(name, each) for each in values)
+    values = tuple(as_whole(name, each, min(least, bound)) for each in values)
     if values == as_several(usual):
         values = tuple(sorted({min(each, bound) for each in values}))
     elif max(values) > bound:

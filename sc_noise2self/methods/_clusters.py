@@ -59,7 +59,7 @@ class Clusters(Method):
         Principal components in which cells are near each other. None takes what `sc_noise2self.select_rank` finds, or
         1 where that is 0.
     n_neighbors
-        Neighbours of a cell in the graph, as `sc.pp.neighbors` counts them, or several numbers to compare.
+        Neighbours of a cell in the graph, 2 or more, as `sc.pp.neighbors` counts them, or several numbers to compare.
     """
 
     name: ClassVar[str] = "clusters"
@@ -79,7 +79,7 @@ class Clusters(Method):
 
     def checked(self, counts: Counts) -> Self:
         n_cells, usual = counts.chunks.shape[0], type(self)
-        near = bounded_values("n_neighbors", self.n_neighbors, usual.n_neighbors, n_cells, f"{n_cells} cells")
+        near = bounded_values("n_neighbors", self.n_neighbors, usual.n_neighbors, n_cells, f"{n_cells} cells", 2)
         if self.n_pcs is None:
             return replace(self, n_neighbors=near)
         n_pcs = bounded("n_pcs", self.n_pcs, MAX_RANK, n_cells, counts.n_used)
@@ -149,7 +149,7 @@ class Graph:
         # In X, which is "X" in each of scanpy's presets; a name in obsm is not.
         cells = AnnData(principal_coordinates(counts, n_pcs, rng).astype(np.float32))
         if cells.n_obs > 2:
-            n_neighbors = max(2, min(n_neighbors, cells.n_obs - 1))
+            n_neighbors = min(n_neighbors, cells.n_obs - 1)
             with _quietly():
                 sc.pp.neighbors(cells, use_rep="X", random_state=seed, transformer=_Search(n_neighbors, seed))
         return cls(cells, seed)
