@@ -38,7 +38,8 @@ def cluster_support(
 
     Cells are clustered by half of their molecules. The clusters are joined one pair after another, the two that are
     most alike in that half first, until one is left. At each join the other half says what the two profiles predict
-    better than the one of both together.
+    better than their mean, weighted by molecules. Where the cells of both are of one kind the mean of two profiles
+    predicts on average as well as they do or better, whichever they are, so noise hardly ever supports a join.
 
     Parameters
     ----------
@@ -108,10 +109,14 @@ def cluster_support(
 
 @dataclass(frozen=True, eq=False)
 class _Node:
-    """Clusters that were joined: their numbers, their molecules of each gene, and their number in the linkage."""
+    """Clusters that were joined: their numbers, their molecules of each gene, and their number in the linkage.
+
+    The profile is the mean of the clusters' profiles, weighted by their molecules.
+    """
 
     clusters: tuple[int, ...]
     molecules: np.ndarray
+    profile: np.ndarray
     number: int
 
     @property
@@ -119,20 +124,20 @@ class _Node:
         return "+".join(map(str, self.clusters))
 
     def joined(self, other: _Node, number: int) -> _Node:
-        both = tuple(sorted((*self.clusters, *other.clusters)))
-        return _Node(both, self.molecules + other.molecules, number)
+        both, molecules = tuple(sorted((*self.clusters, *other.clusters))), self.molecules + other.molecules
+        weight = other.molecules.sum() / max(molecules.sum(), 1)
+        return _Node(both, molecules, self.profile + weight * (other.profile - self.profile), number)
 
 
 @dataclass(frozen=True, eq=False)
-class _Profiles:
-    """Logarithms of shrunk profiles, all with one strength."""
+class _Pooled:
+    """Profiles of molecules that are pooled, all shrunk with one strength."""
 
     share: np.ndarray
     strength: float
 
     def log(self, molecules: np.ndarray) -> np.ndarray:
-        """Return the logarithm of a profile, 0 for genes that were not seen, from molecules, shape (genes,)."""
-        return np.log(np.where(self.share > 0, shrunk(molecules, self.share, self.strength), 1))
+        return _log(shrunk(molecules, self.share, self.strength))
 
     def distances(self, node: _Node, others: Sequence[_Node]) -> np.ndarray:
         """Return how far others are from a node: nats per molecule, the mean of the two, that their own profiles gain.
@@ -147,16 +152,22 @@ class _Profiles:
         return out
 
 
+def _log(profile: np.ndarray) -> np.ndarray:
+    """Return the logarithm of a profile, shape (genes,), 0 for genes that were not seen."""
+    return np.log(np.where(profile > 0, profile, 1))
+
+
 def joins(labels: np.ndarray, seen: sp.csr_matrix, held_out: sp.csr_matrix) -> tuple[pd.DataFrame, np.ndarray]:
     """Return the table of `cluster_support` and the linkage, from clusters of what was seen, whole numbers from 0."""
     molecules, totals = molecules_of(labels, seen), column_sums(seen)
     share, size = totals / totals.sum(), row_sums(held_out)
-    profiles = _Profiles(share, likeliest_strength(molecules, share))
-    nodes = [_Node((i,), row, i) for i, row in enumerate(molecules)]
+    pooled = _Pooled(share, likeliest_strength(molecules, share))
+    profiles = shrunk(molecules, share, pooled.strength)
+    nodes = [_Node((i,), *each, i) for i, each in enumerate(zip(molecules, profiles, strict=True))]
     distances = {
         (one.number, other.number): distance
         for i, one in enumerate(nodes)
-        for other, distance in zip(nodes[i + 1 :], profiles.distances(one, nodes[i + 1 :]), strict=True)
+        for other, distance in zip(nodes[i + 1 :], pooled.distances(one, nodes[i + 1 :]), strict=True)
     }
     rows: list[tuple] = []
     linkage, height = [], 0.0
@@ -165,11 +176,11 @@ def joins(labels: np.ndarray, seen: sp.csr_matrix, held_out: sp.csr_matrix) -> t
         distance = distances[nearest]
         one, other = (node for node in nodes if node.number in nearest)
         both = one.joined(other, len(molecules) + len(rows))
-        joint, sums, weights = profiles.log(both.molecules), np.zeros(len(labels)), np.zeros(len(labels))
+        joint, sums, weights = _log(both.profile), np.zeros(len(labels)), np.zeros(len(labels))
         n_cells = []
         for node in (one, other):
             cells = np.flatnonzero(np.isin(labels, node.clusters))
-            sums[cells] = held_out[cells] @ (profiles.log(node.molecules) - joint)
+            sums[cells] = held_out[cells] @ (_log(node.profile) - joint)
             weights[cells] = size[cells]
             n_cells.append(len(cells))
         gain = Gain(sums, weights)
@@ -178,7 +189,7 @@ def joins(labels: np.ndarray, seen: sp.csr_matrix, held_out: sp.csr_matrix) -> t
         linkage.append((one.number, other.number, height, len(both.clusters)))
         nodes = [node for node in nodes if node not in (one, other)]
         distances = {pair: d for pair, d in distances.items() if not {one.number, other.number} & set(pair)}
-        for node, found in zip(nodes, profiles.distances(both, nodes), strict=True):
+        for node, found in zip(nodes, pooled.distances(both, nodes), strict=True):
             distances[node.number, both.number] = found
         nodes.append(both)
     columns = ["cluster", "other", "n_cells", "n_cells_other", "distance", "gain", "error", "supported"]

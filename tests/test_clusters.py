@@ -383,10 +383,9 @@ def test_gains_of_joins_add_up_to_that_of_all_clusters():
     assert is_valid_linkage(linkage)
     assert linkage[-1, 3] == labels.max() + 1
     molecules, totals = molecules_of(labels, one), dense(one.sum(axis=0)).ravel()
-    whole = (np.log(np.where(totals > 0, shrunk_shares(molecules, totals), 1)))[labels]
-    whole = (two.toarray() * whole).sum() - (
-        two.toarray() * np.log(np.where(totals > 0, totals / totals.sum(), 1))
-    ).sum()
+    shares = shrunk_shares(molecules, totals)
+    mean = molecules.sum(axis=1) @ shares / molecules.sum()
+    whole = (two.toarray() * np.log(np.where(totals > 0, shares / np.where(totals > 0, mean, 1), 1))[labels]).sum()
     size = dense(two.sum(axis=1)).ravel()
     nats = 0.0
     for row in table.itertuples():
@@ -394,7 +393,7 @@ def test_gains_of_joins_add_up_to_that_of_all_clusters():
         cells = np.isin(labels, members)
         assert cells.sum() == row.n_cells + row.n_cells_other
         nats += row.gain * size[cells].sum()
-    assert nats == pytest.approx(whole, rel=1e-3)
+    assert nats == pytest.approx(whole, rel=1e-6)
 
 
 def test_groups_are_supported_and_halves_of_groups_are_not():
@@ -408,7 +407,7 @@ def test_groups_are_supported_and_halves_of_groups_are_not():
     assert within.sum() > 3
     assert (~within).sum() == 2
     assert table["supported"][~within].all()
-    assert table["supported"][within].mean() <= 0.2
+    assert not table["supported"][within].any()
     assert (table["gain"][within] < 0.002).all()
     pd.testing.assert_frame_equal(adata.uns["cluster_support"]["table"], table)
     n2s.remove(adata, "cluster_support")
@@ -427,7 +426,7 @@ def test_genes_without_molecules_cannot_say_which_cells_are_alike(function):
 
 
 def test_a_join_says_what_the_documentation_says():
-    """Its distance, gain, error and support, from the formulas of docs/method.md, cell by cell."""
+    """Distances, gains, errors and support, from the formulas of docs/method.md, cell by cell."""
     rng = np.random.default_rng(0)
     share = rng.dirichlet(np.ones(30), size=3)[[0, 1, 1]]  # the last two groups are one
     labels = np.repeat([0, 1, 2], [20, 30, 25])
@@ -443,20 +442,31 @@ def test_a_join_says_what_the_documentation_says():
 
     s = np.exp(minimize_scalar(minus_likelihood, bounds=(-3, 15), method="bounded", options={"xatol": 1e-6}).x)
 
-    def profile(*clusters):
-        of_both = molecules[list(clusters)].sum(axis=0)
-        return (of_both + s * mean) / (of_both.sum() + s)
+    n = molecules.sum(axis=1)
 
-    first = table.iloc[0]
-    assert (first["cluster"], first["other"], first["n_cells"], first["n_cells_other"]) == ("1", "2", 30, 25)
-    gained = {k: np.log(profile(k) / profile(1, 2)) for k in (1, 2)}
-    of_seen = [molecules[k] @ gained[k] / molecules[k].sum() for k in (1, 2)]
-    assert first["distance"] == pytest.approx(np.mean(of_seen), rel=1e-3)
-    x = held_out.toarray()[labels > 0]
-    nats, size = (x * np.array([gained[k] for k in labels[labels > 0]])).sum(axis=1), x.sum(axis=1)
-    assert first["gain"] == pytest.approx(nats.sum() / size.sum(), rel=1e-3, abs=1e-6)
-    residual = nats - first["gain"] * size
-    assert first["error"] == pytest.approx(np.sqrt(55 / 54 * (residual**2).sum()) / size.sum(), rel=1e-3)
+    def pooled(*clusters):
+        return (molecules[list(clusters)].sum(axis=0) + s * mean) / (n[list(clusters)].sum() + s)
+
+    def mixed(*clusters):
+        return sum(n[k] * pooled(k) for k in clusters) / n[list(clusters)].sum()
+
+    for row, one, other in ((table.iloc[0], (1,), (2,)), (table.iloc[1], (0,), (1, 2))):
+        both = one + other
+        assert (row["cluster"], row["other"]) == tuple("+".join(map(str, each)) for each in (one, other))
+        assert (row["n_cells"], row["n_cells_other"]) == tuple(np.isin(labels, each).sum() for each in (one, other))
+        of_seen = [
+            molecules[list(each)].sum(axis=0) @ np.log(pooled(*each) / pooled(*both)) / n[list(each)].sum()
+            for each in (one, other)
+        ]
+        assert row["distance"] == pytest.approx(np.mean(of_seen), rel=1e-3)
+        gained = {k: np.log(mixed(*each) / mixed(*both)) for each in (one, other) for k in each}
+        cells = np.isin(labels, both)
+        x = held_out.toarray()[cells]
+        nats, size = (x * np.array([gained[k] for k in labels[cells]])).sum(axis=1), x.sum(axis=1)
+        assert row["gain"] == pytest.approx(nats.sum() / size.sum(), rel=1e-3, abs=1e-6)
+        residual, n_cells = nats - row["gain"] * size, cells.sum()
+        error = np.sqrt(n_cells / (n_cells - 1) * (residual**2).sum()) / size.sum()
+        assert row["error"] == pytest.approx(error, rel=1e-3)
     assert list(table["supported"]) == list(table["gain"] > 2 * table["error"]) == [False, True]
     assert is_valid_linkage(linkage)
     assert linkage[:, 3].tolist() == [2, 3]
@@ -468,6 +478,31 @@ def test_joins_of_noise_are_supported_as_often_as_chance_says():
         x = n2s.null_counts(poisson_counts(low_rank_profiles(150, 120, 3, seed=0), 800, seed=1), random_state=seed)
         supported += list(n2s.cluster_support(ad.AnnData(x), 1.0, n_pcs=5, random_state=seed)["supported"])
     assert np.mean(supported) < 0.05
+
+
+@pytest.mark.parametrize(("n_cells", "distinct"), [(300, 0.0), (600, 0.05)])
+def test_joins_within_one_kind_of_cells_are_not_supported(n_cells, distinct):
+    """Not even where the strength is large, beside which a profile of both would be shrunk less than its parts."""
+    within, between = [], []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        logs = rng.normal(0, 1.5, 500) + np.outer([0, 1], rng.normal(0, 1, 500) * (rng.random(500) < 0.2))
+        profiles = np.exp(logs)
+        profiles /= profiles.sum(axis=1, keepdims=True)
+        kind = (rng.random(n_cells) < distinct).astype(int)
+        adata = ad.AnnData(poisson_counts(profiles[kind], 500, seed))
+        table = n2s.cluster_support(adata, 1.0, n_pcs=5, random_state=seed)
+        clusters = adata.obs["cluster_support"]
+        for row in table.itertuples():
+            one, other = (kind[clusters.isin(name.split("+"))].mean() for name in (row.cluster, row.other))
+            if max(one, other) < 0.02:
+                within.append(row.supported)
+            elif min(one, other) < 0.02 and max(one, other) > 0.7:
+                between.append(row.supported)
+    assert len(within) > 80
+    assert np.mean(within) < 0.025
+    if distinct:
+        assert np.mean(between) == 1
 
 
 def test_support_of_one_cluster_is_refused():
