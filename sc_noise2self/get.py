@@ -127,9 +127,9 @@ def interval(
     The coverage that intervals had on molecules held out is in `.uns["denoised"]["coverage"]`, by expression and depth;
     `sc_noise2self.pl.calibration` draws it. It is that of fresh counts, which are spread evenly between whole numbers
     (Smith 1985). Expected counts are never observed. Of deep counts of which a fifth or less was denoised, 90 %
-    intervals held 88 to 90 % of the rest; in simulations of genes that are not rare, 91 to 96 % of expected counts, with
-    `mix=True` 87 to 96 %. Of rare genes they hold fewer, down to a quarter where a gene has less than 30 molecules in
-    all: how many there should be is then itself unsure (`docs/method.md`). A rate's distribution is skewed, and the
+    intervals held 88 to 90 % of the rest; in simulations of genes that are not rare, 91 to 96 % of expected counts,
+    with `mix=True` 87 to 96 %. Of rare genes they hold fewer, down to a quarter where a gene has less than 30 molecules
+    in all: how many there should be is then itself unsure (`docs/method.md`). A rate's distribution is skewed, and the
     value is its mean: it can lie above the high end, as 2 % of values do at 90 %.
 
     Examples
