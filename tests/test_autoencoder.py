@@ -629,3 +629,12 @@ def test_steps_and_epochs_of_many_cells_are_bounded(counts, monkeypatch):
     assert (schedules[-1].n_epochs, schedules[-1].batch_size) == (20, 64)
     fit(counts, n_epochs=1)
     assert (schedules[-1].n_epochs, schedules[-1].batch_size) == (1, 23)  # as many as make 13 steps
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_it_trains_where_gradients_are_switched_off(adata, around):
+    method = n2s.Autoencoder(width=4, n_epochs=3, device="cpu")
+    expected = n2s.denoise(adata, method, copy=True)
+    with around():
+        n2s.denoise(adata, method)
+    np.testing.assert_array_equal(adata.layers["denoised"], expected.layers["denoised"])

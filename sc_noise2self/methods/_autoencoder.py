@@ -174,15 +174,16 @@ class Autoencoder(Method):
         return [first, *(_AutoencoderLearner(self, counts, first) for _ in range(1, self.n_seeds))]
 
 
-def _in_device_memory(work: Callable[..., Out]) -> Callable[..., Out]:
-    """Say in one sentence that the device has too little memory, wherever it is found out."""
+def _by_torch(work: Callable[..., Out]) -> Callable[..., Out]:
+    """Let gradients be, whatever the caller has switched off, and say in one sentence that a device has no memory left."""
 
     @wraps(work)
     def checked(*args: Any, **kwargs: Any) -> Out:
         import torch
 
         try:
-            return work(*args, **kwargs)
+            with torch.inference_mode(False), torch.enable_grad():
+                return work(*args, **kwargs)
         except torch.OutOfMemoryError as error:
             raise MemoryError("the device has too little memory for these counts: pass device='cpu'.") from error
 
@@ -259,7 +260,7 @@ class _AutoencoderLearner(Learner):
         }
         return Learned(self._options.title, self._options.described(setting), self.width, values)
 
-    @_in_device_memory
+    @_by_torch
     def _fit(
         self,
         counts: sp.csr_matrix,
@@ -300,8 +301,7 @@ class _AutoencoderLearner(Learner):
         else:
             on_device = counts_of_all(shown, self._codes, device, Aside(cells[held], aside))
         comparison, models, histories = Comparison(), [], []
-        devices = [device] if device.type == "cuda" else []
-        with _TRAINING, torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+        with _TRAINING, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for width in sorted(set(widths), reverse=True):
                 model, history = self._of_width(int(width), plan, on_device, rng)
                 models.append(model)
@@ -439,13 +439,13 @@ class AutoencoderModel:
         network = Network.from_arrays(arrays).to(choose_device(device))
         return cls(network, values["loss"], values["width"], values["depth"], share, scale, populations)
 
-    @_in_device_memory
+    @_by_torch
     def predict(self, counts: sp.csr_matrix, codes: np.ndarray | None = None) -> LowRankProfiles:
         """Return the denoised profiles of cells with codes of batches; genes keep the scale of the fit."""
         found = self.unscaled(counts, codes, self.gene_scale)
         return found.checked("the autoencoder's output").of_populations(self.populations)
 
-    @_in_device_memory
+    @_by_torch
     def profiles(self, counts: Counts, codes: np.ndarray | None, refinement: Refinement) -> LowRankProfiles:
         """Return the denoised profiles of all cells, wherever their counts are, every gene with its total."""
 
