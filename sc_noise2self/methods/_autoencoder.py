@@ -175,7 +175,7 @@ class Autoencoder(Method):
 
 
 def _by_torch(work: Callable[..., Out]) -> Callable[..., Out]:
-    """Let gradients be, whatever the caller has switched off, and say in one sentence that a device has no memory left."""
+    """Let gradients be, whatever the caller has switched off, and say in one sentence that a device is full."""
 
     @wraps(work)
     def checked(*args: Any, **kwargs: Any) -> Out:
