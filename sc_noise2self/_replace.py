@@ -1,27 +1,27 @@
 """Write a file whole or not at all: beside its target, in a folder that no other user can look into, then renamed.
 
-The folder has a random name and is made by this process, so nobody can have put anything there. Its name says which
-process of which machine made it, so that a later run can remove what a killed one left, and only that.
+The folder has a random name and is made by this process, so nobody can have put anything there. A lock in it is held
+for as long as the run lives, so that a later run can remove what a killed one left, and only that. The name says on
+which machine, because a network file system may keep the locks of each to itself.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 import socket
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
-_MARK = ".sc_noise2self"
-_NAME = re.compile(re.escape(_MARK) + r"-(?P<host>.+)-(?P<process>\d+)-(?P<started>\d+)-\w{8}")
+_PREFIX = f".sc_noise2self-{socket.gethostname()}-"
+_RANDOM = "?" * 8  # that `tempfile` puts after it
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EINVAL)
-_CLOCKS_DIFFER = 3600  # seconds by which the start of one and the same process may seem to change
 
 
 @contextmanager
@@ -33,18 +33,16 @@ def replaced(target: Path, *, overwrite: bool = False, like: Path | None = None)
     """
     check_target(target, overwrite)
     place = Path(os.path.realpath(target))
-    prefix = f"{_MARK}-{socket.gethostname()}-{os.getpid()}-{_started(os.getpid())}-"
-    own = Path(tempfile.mkdtemp(prefix=prefix, dir=place.parent))
     try:
-        _remove_leftovers(own)
-        written = own / place.name
-        yield written
-        check_target(target, overwrite)
-        pattern = place if place.exists() else like
-        if pattern is not None:
-            _permit_like(written, pattern.stat())
-        _flush(written)
-        _move(written, place, overwrite)
+        with _private_folder(place.parent) as own:
+            written = own / place.name
+            yield written
+            check_target(target, overwrite)
+            pattern = place if place.exists() else like
+            if pattern is not None:
+                _permit_like(written, pattern.stat())
+            _flush(written)
+            _move(written, place, overwrite)
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
@@ -52,8 +50,6 @@ def replaced(target: Path, *, overwrite: bool = False, like: Path | None = None)
             f"{target} could not be written ({os.strerror(error.errno)}): make room, or choose another folder; nothing "
             "is left of it."
         ) from error
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -87,27 +83,63 @@ def _move(written: Path, place: Path, overwrite: bool) -> None:
         os.replace(written, place)
 
 
-def _remove_leftovers(own: Path) -> None:
-    """Remove the folders of this user's runs on this machine that have ended, whatever their target was."""
-    for left in own.parent.glob(f"{_MARK}-*"):
-        name = _NAME.fullmatch(left.name)
-        if name is None or name["host"] != socket.gethostname():
-            continue
-        started, found = _started(int(name["process"])), left.lstat()
-        if started is not None and started <= int(name["started"]) + _CLOCKS_DIFFER:
-            continue  # it may still run; a process that started much later only has its number
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == own.stat().st_uid:  # not a link, not somebody else's
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _started(process: int) -> int | None:
-    """Return when a process started, in seconds; None if there is none."""
-    import psutil
-
+@contextmanager
+def _private_folder(parent: Path) -> Iterator[Path]:
+    """Make a folder that is locked for as long as the block runs, and removed then; remove what killed runs left."""
+    own, lock = _made(parent)
     try:
-        return int(psutil.Process(process).create_time())
-    except (psutil.NoSuchProcess, OverflowError):
-        return None
+        with lock:
+            for left in parent.glob(f"{_PREFIX}{_RANDOM}"):
+                _remove_if_ended(left, own.stat().st_uid)
+            yield own / "files"
+    finally:  # the lock at last, and closed: a network file system keeps what is open
+        shutil.rmtree(own / "files", ignore_errors=True)
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def _made(parent: Path) -> tuple[Path, IO[bytes]]:
+    """Return a new folder, and a file in it that locks it for as long as it is open."""
+    own = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    try:
+        with ExitStack() as opened:
+            lock = opened.enter_context((own / "new").open("xb"))
+            if _locked(lock):
+                (own / "new").rename(own / "lock")  # so that no other run finds it before it is locked
+            (own / "files").mkdir(0o700)
+            opened.pop_all()
+            return own, lock
+    except FileNotFoundError:  # another run found nothing in it yet, and removed it
+        return _made(parent)
+    except BaseException:
+        shutil.rmtree(own, ignore_errors=True)
+        raise
+
+
+def _remove_if_ended(folder: Path, user: int) -> None:
+    """Remove a folder of a run of this user that has ended: its lock can be taken, or nothing is in it yet."""
+    with suppress(OSError):
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != user:  # a link, or somebody else's
+            return
+        if not (folder / "lock").exists():
+            (folder / "new").unlink(missing_ok=True)
+            folder.rmdir()
+            return
+        with (folder / "lock").open("r+b") as lock:
+            ended = _locked(lock)
+        if ended:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked(file: IO[bytes]) -> bool:
+    """Lock a file for as long as it is open; return whether it is: another may hold it, or there may be no locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):  # Windows; some network file systems
+        return False
+    return True
 
 
 def _permit_like(path: Path, pattern: os.stat_result) -> None:

@@ -1,6 +1,7 @@
 """Files in, files out: the same result as in memory, and never half of one."""
 
 import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -22,6 +23,7 @@ import sc_noise2self as n2s
 from sc_noise2self import _files
 from sc_noise2self.__main__ import main
 from sc_noise2self._blocks import OnDisk
+from sc_noise2self._replace import replaced
 from sc_noise2self.methods import REGISTRY
 
 pytest.importorskip("zarr")
@@ -309,6 +311,74 @@ def test_what_a_killed_run_leaves_is_removed_by_the_next_and_nothing_else_is(sou
     n2s.denoise_file(source, target, layer="counts", write_layer=False, overwrite=True)
     assert listed(source.parent) == sorted([*names, left.name])
     assert (precious / "thesis").read_text() == "mine"
+
+
+WRITES = """
+import sys
+from pathlib import Path
+from sc_noise2self._replace import replaced
+
+with replaced(Path(sys.argv[1])) as written:
+    written.write_text("new")
+    print(flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_run_that_lives_is_left_alone_in_whatever_container_it_is(tmp_path):
+    """Containers have processes of their own, by the same numbers, and may have one name and one folder."""
+    apart = [shutil.which("unshare") or "", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    if not apart[0] or subprocess.run([*apart, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no other processes can be set apart here")
+    command = [sys.executable, "-c", WRITES]
+    with subprocess.Popen([*command, tmp_path / "first"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        subprocess.run([*apart, *command, tmp_path / "second"], input=b"", check=True)
+        first.communicate(b"\n")
+    assert first.returncode == 0
+    assert listed(tmp_path) == ["first", "second"]
+
+
+@pytest.mark.parametrize("call", ["mkdir", "open", "rename"])
+def test_another_run_that_starts_at_the_same_time_does_no_harm(tmp_path, monkeypatch, call):
+    """It removes a folder with nothing in it yet, as a run leaves it that is killed that early: another one is made."""
+    original, others = getattr(Path, call), []
+
+    def another_meanwhile(path, *args, **options):
+        monkeypatch.setattr(Path, call, original)
+        with replaced(tmp_path / "second") as second:
+            second.write_text("new")
+        others.append(listed(tmp_path))
+        return original(path, *args, **options)
+
+    monkeypatch.setattr(Path, call, another_meanwhile)
+    with replaced(tmp_path / "first") as first:
+        first.write_text("new")
+    assert listed(tmp_path) == ["first", "second"]
+    assert others == [["second"]] or call == "mkdir"
+
+
+@pytest.mark.parametrize("lacking", ["module", "support"])
+def test_without_locks_nothing_is_removed(tmp_path, monkeypatch, lacking):
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*args):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    with replaced(tmp_path / "first") as first:
+        left = shutil.copytree(first.parents[1], f"{first.parents[1]}"[:-8] + "12345678")
+        first.write_text("new")
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+        if lacking == "module":
+            monkeypatch.setitem(sys.modules, "fcntl", None)
+        with replaced(tmp_path / "second") as second, replaced(tmp_path / "third") as third:
+            second.write_text("new")
+            third.write_text("new")
+    assert listed(tmp_path) == sorted([left.rpartition("/")[2], "first", "second", "third"])
+    monkeypatch.undo()
+    with replaced(tmp_path / "fourth") as fourth:
+        fourth.write_text("new")
+    assert listed(tmp_path) == ["first", "fourth", "second", "third"]
 
 
 def permissions(path):
