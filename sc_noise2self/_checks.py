@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -101,6 +102,12 @@ def check_name(name: str, value: object, hint: str = "") -> None:
     """Raise unless the value is a string."""
     if not isinstance(value, str):
         raise TypeError(f"{name} is {value!r}: pass a name, a string.{hint}")
+
+
+def check_path(name: str, value: object) -> None:
+    """Raise unless the value is the path of a file."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} is of type {type(value).__name__}: pass the path of a file.")
 
 
 def describe_counts(adata: AnnData, layer: str | None) -> str:

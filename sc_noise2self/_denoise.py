@@ -20,7 +20,7 @@ from scanpy import logging as logg
 from . import _model
 from ._anndata import as_counts
 from ._blocks import Counts, InMemory
-from ._checks import as_whole, check_flag, check_name, describe_counts, describe_mask, seed_of
+from ._checks import as_whole, check_flag, check_name, check_path, describe_counts, describe_mask, seed_of
 from ._choose import Selection, numbered, select
 from ._counts import depth_of
 from ._memory import check_fits_memory
@@ -278,8 +278,7 @@ def _check_model_file(path: str | os.PathLike[str] | None, methods: Sequence[Met
         raise ValueError("gene names are not unique, and a model knows genes by name: adata.var_names_make_unique().")
     if len({method.columns for method in methods if method.columns}) > 1:
         raise ValueError("save_model was given with methods of several batch_key: a model has one.")
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"save_model is {path!r}: pass the path of a file.")
+    check_path("save_model", path)
     check_target(Path(path), overwrite=False)
 
 

@@ -25,12 +25,12 @@ from anndata import AnnData
 from packaging.version import Version
 from scanpy import logging as logg
 
-from ._checks import check_flag, check_name
+from ._checks import check_flag, check_name, check_path
 from ._denoise import denoise
 from ._memory import check_fits_disk
 from ._progress import progress_bar
 from ._read import profiles, record, sizes
-from ._replace import check_target, replaced
+from ._replace import check_target, private_folder, replaced
 from ._report import report
 from ._slots import check_key_name, kind_of
 from ._threads import in_threads
@@ -101,10 +101,12 @@ def denoise_file(
     if layer is not None:
         check_name("layer", layer)
     _, methods = as_methods(method)
-    if isinstance(options.get("save_model"), str | os.PathLike):
-        options["save_model"] = expanded(options["save_model"])
-    _check_paths(source, target, overwrite, options.get("save_model"))
-    with _read(source) as stored:
+    model = options.pop("save_model", None)
+    if model is not None:
+        check_path("save_model", model)
+        model = expanded(model)
+    _check_paths(source, target, overwrite, model)
+    with _read(source) as stored, nullcontext() if model is None else private_folder(model.parent) as own:
         adata = _with_counts(source, stored, layer, any(each.needs_memory for each in methods))
         if key_added in stored.get("layers", ()) and kind_of(adata, key_added) != "denoise":
             raise ValueError(f"layer {key_added!r} exists and is not an earlier result: choose another key_added.")
@@ -112,14 +114,11 @@ def denoise_file(
         n_bytes = _size_of_arrays(stored) if decompressed else _size_of_files(source)
         check_fits_disk(n_bytes + 4 * adata.n_obs * adata.n_vars * write_layer, target.resolve().parent)
         in_memory = write_layer and not all(each.has_factors for each in methods)
-        denoise(adata, method, layer=layer, key_added=key_added, write_layer=in_memory, **options)
+        saved = own / model.name if own and model else None
+        denoise(adata, method, layer=layer, key_added=key_added, write_layer=in_memory, save_model=saved, **options)
         reported = report(adata, key=key_added)
         scale = as_scale(options.get("scale", "counts"))
-        with (
-            _removed_on_failure(options.get("save_model")),
-            replaced(target, overwrite=overwrite, like=source) as partial,
-            _readable(source, OSError),
-        ):
+        with replaced(target, overwrite=overwrite, like=source) as partial, _readable(source, OSError):
             start = logg.info(f"writing {target}")
             if source.suffix == target.suffix:
                 _copy_file(source, partial)
@@ -129,19 +128,13 @@ def denoise_file(
                 _write_result(out, adata, key_added, check)
                 if write_layer:
                     _write_layer(out["layers"], adata, key_added, scale, check)
+            if model is not None:
+                check_target(model, overwrite=False)  # nothing is written where the model cannot be
             logg.info("    written", time=start)
+        if saved and saved.exists():
+            with replaced(model) as written:
+                saved.rename(written)
     return reported
-
-
-@contextmanager
-def _removed_on_failure(model: str | os.PathLike[str] | None) -> Iterator[None]:
-    """Remove the model that was just saved where the result that it belongs to cannot be written."""
-    try:
-        yield
-    except BaseException:
-        if model is not None:
-            Path(model).unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
@@ -188,7 +181,7 @@ def _check_format(path: Path, does: str) -> None:
         raise ImportError('a .zarr needs zarr: pip install "sc-noise2self[zarr]".')
 
 
-def _check_paths(source: Path, target: Path, overwrite: bool, model: str | os.PathLike[str] | None) -> None:
+def _check_paths(source: Path, target: Path, overwrite: bool, model: Path | None) -> None:
     _check_source(source)
     _check_format(target, "written")
     if target.exists() and source.samefile(target):
@@ -200,8 +193,10 @@ def _check_paths(source: Path, target: Path, overwrite: bool, model: str | os.Pa
             f"{target} exists: nothing is overwritten, so choose another name, or pass overwrite=True."
         )
     check_target(target, overwrite)
-    if model is not None and Path(model).resolve() == target.resolve():
-        raise ValueError(f"save_model is {os.fspath(model)!r}, the target too: choose another name.")
+    if model is not None:
+        if model.resolve() == target.resolve():
+            raise ValueError(f"save_model is {os.fspath(model)!r}, the target too: choose another name.")
+        check_target(model, overwrite=False)
     if not os.access(target.resolve().parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{target.resolve().parent} may not be written to by this user: choose another folder.")
 

@@ -34,7 +34,7 @@ def replaced(target: Path, *, overwrite: bool = False, like: Path | None = None)
     check_target(target, overwrite)
     place = Path(os.path.realpath(target))
     try:
-        with _private_folder(place.parent) as own:
+        with private_folder(place.parent) as own:
             written = own / place.name
             yield written
             check_target(target, overwrite)
@@ -84,7 +84,7 @@ def _move(written: Path, place: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _private_folder(parent: Path) -> Iterator[Path]:
+def private_folder(parent: Path) -> Iterator[Path]:
     """Make a folder that is locked for as long as the block runs, and removed then; remove what killed runs left."""
     own, lock = _made(parent)
     try:

@@ -824,3 +824,40 @@ def test_a_model_goes_with_the_result_that_cannot_be_written(source, monkeypatch
     assert listed(source.parent) == ["in.h5ad"]
     n2s.denoise_file(source, target, layer="counts", write_layer=False, save_model=model)
     assert model.exists()
+
+
+DIES_WITH_A_MODEL = """
+import os, signal, sys
+import sc_noise2self as n2s
+from sc_noise2self import _files
+
+_files._write_result = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+n2s.denoise_file(sys.argv[1], sys.argv[2], layer="counts", write_layer=False, save_model=sys.argv[3])
+"""
+
+
+def test_a_run_that_is_killed_leaves_no_model_and_can_be_repeated(source, tmp_path_factory):
+    target, model = source.with_name("out.h5ad"), tmp_path_factory.mktemp("models") / "m.npz"
+    subprocess.run([sys.executable, "-c", DIES_WITH_A_MODEL, source, target, model], check=False)
+    assert not target.exists()
+    assert not model.exists()
+    n2s.denoise_file(source, target, layer="counts", write_layer=False, save_model=model)
+    assert listed(source.parent) == ["in.h5ad", "out.h5ad"]
+    assert listed(model.parent) == ["m.npz"]
+    again = ad.read_h5ad(source)
+    n2s.denoise_with(again, model, layer="counts")
+    assert "denoised" in again.layers
+
+
+def test_nothing_is_written_where_a_model_appears_meanwhile(source, monkeypatch):
+    model, write = source.with_name("m.npz"), _files._write_result
+
+    def appears(*args):
+        model.write_text("mine")
+        write(*args)
+
+    monkeypatch.setattr(_files, "_write_result", appears)
+    with pytest.raises(FileExistsError, match="m.npz exists: nothing is overwritten"):
+        n2s.denoise_file(source, source.with_name("out.h5ad"), layer="counts", write_layer=False, save_model=model)
+    assert model.read_text() == "mine"
+    assert listed(source.parent) == ["in.h5ad", "m.npz"]

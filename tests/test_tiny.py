@@ -206,7 +206,7 @@ def test_threads_that_call_at_once_get_the_bytes_of_one_alone(simulated, method)
         ({"method": n2s.PCA(n_components=True)}, ValueError, "n_components is True: pass a whole number"),
         ({"method": n2s.KNN(n_neighbors=())}, ValueError, "n_neighbors is empty: pass a whole number"),
         ({"method": n2s.Diffusion(n_pcs="5")}, ValueError, "n_pcs is '5': pass a whole number"),
-        ({"save_model": 1}, TypeError, "save_model is 1: pass the path of a file"),
+        ({"save_model": 1}, TypeError, "save_model is of type int: pass the path of a file"),
         ({"mask_var": [[True], [True, False]]}, ValueError, "pass booleans, one for each of 120 genes"),
         ({"mask_var": 5}, ValueError, "pass booleans, one for each of 120 genes"),
     ],
