@@ -12,7 +12,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from importlib.metadata import version
 from importlib.util import find_spec
 from inspect import signature
@@ -80,7 +80,7 @@ def denoise_file(
     OSError
         If a path cannot be read or written, if the target exists, or if the disk is too small: nothing is written then.
     ValueError, TypeError
-        If the source is damaged, or is not of an AnnData object, and as `denoise`.
+        If the source is damaged, is not of an AnnData object, or cannot be written to the target, and as `denoise`.
     ImportError
         If a `.zarr` is read or written without zarr.
 
@@ -118,7 +118,11 @@ def denoise_file(
         denoise(adata, method, layer=layer, key_added=key_added, write_layer=in_memory, save_model=saved, **options)
         reported = report(adata, key=key_added)
         scale = as_scale(options.get("scale", "counts"))
-        with replaced(target, overwrite=overwrite, like=source) as partial, _readable(source, OSError):
+        with (
+            replaced(target, overwrite=overwrite, like=source) as partial,
+            _in_a_sentence(f"{source} could not be written to {target}", OSError),
+            ad.settings.override(allow_write_nullable_strings=True),  # that the source may hold
+        ):
             start = logg.info(f"writing {target}")
             if source.suffix == target.suffix:
                 _copy_file(source, partial)
@@ -201,9 +205,14 @@ def _check_paths(source: Path, target: Path, overwrite: bool, model: Path | None
         raise PermissionError(f"{target.resolve().parent} may not be written to by this user: choose another folder.")
 
 
+def _readable(path: Path) -> AbstractContextManager[None]:
+    """Say in one sentence what is wrong with a file, whichever library found it."""
+    return _in_a_sentence(f"{path} is damaged, or holds no AnnData object")
+
+
 @contextmanager
-def _readable(path: Path, *but: type[Exception]) -> Iterator[None]:
-    """Say in one sentence what is wrong with a file, whichever library found it; errors in `but` are another's."""
+def _in_a_sentence(what: str, *but: type[Exception]) -> Iterator[None]:
+    """Say what is wrong, and why, whichever library found it; errors in `but` are another's."""
     others: tuple[type[Exception], ...] = (MemoryError, PermissionError, _Refused, *but)
     try:
         yield
@@ -211,7 +220,7 @@ def _readable(path: Path, *but: type[Exception]) -> Iterator[None]:
         raise
     except Exception as error:
         why = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} is damaged, or holds no AnnData object: {why}") from error
+        raise ValueError(f"{what}: {why}") from error
 
 
 class _Refused(ValueError):

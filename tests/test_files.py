@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -861,3 +862,29 @@ def test_nothing_is_written_where_a_model_appears_meanwhile(source, monkeypatch)
         n2s.denoise_file(source, source.with_name("out.h5ad"), layer="counts", write_layer=False, save_model=model)
     assert model.read_text() == "mine"
     assert listed(source.parent) == ["in.h5ad", "m.npz"]
+
+
+@pytest.mark.parametrize("names", [("out.h5ad",), ("out.zarr", "back.h5ad")])
+def test_strings_with_missing_values_are_written_as_they_were(source, names):
+    adata, ids = ad.read_h5ad(source), pd.array([pd.NA, *(f"ENSG{i}" for i in range(39))], dtype="string")
+    adata.var["gene_ids"] = ids
+    adata.uns["table"] = pd.DataFrame({"ids": ids})
+    with ad.settings.override(allow_write_nullable_strings=True):
+        adata.write_h5ad(source)
+    paths = [source, *(source.with_name(name) for name in names)]
+    for given, target in pairwise(paths):
+        n2s.denoise_file(given, target, layer="counts", write_layer=False)
+        found = read(target)
+        for table in (found.var["gene_ids"], found.uns["table"]["ids"]):
+            assert table.isna().tolist() == [True] + [False] * 39
+            assert table.tolist()[1:] == list(ids[1:])
+
+
+def test_what_cannot_be_written_is_not_said_of_the_source(source, monkeypatch):
+    def fails(*args, **options):
+        raise TypeError("no way to write it")
+
+    monkeypatch.setattr(ad.io, "write_elem", fails)
+    with pytest.raises(ValueError, match=r"in.h5ad could not be written to .*out.zarr: no way to write it$"):
+        n2s.denoise_file(source, source.with_name("out.zarr"), layer="counts")
+    assert listed(source.parent) == ["in.h5ad"]
