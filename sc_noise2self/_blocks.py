@@ -311,11 +311,15 @@ class OfGenes(Chunks):
 
 
 class OnDisk(_Local):
-    """A dataset that returns NumPy arrays or CSR matrices for slices of rows: of a `.h5ad` or zarr store."""
+    """A dataset that returns NumPy arrays or CSR matrices for slices of rows: of a `.h5ad` or zarr store.
+
+    AnnData closes the file of a backed object where it writes it, and opens it again by its name; so does this.
+    """
 
     def __init__(self, dataset: Any, rows: int | None = None) -> None:
         super().__init__(dataset.shape, rows)
-        self._dataset, self._indptr = dataset, None
+        self._stored, self._indptr = getattr(dataset, "group", dataset), None
+        self._place = (self._stored.file.filename, self._stored.name) if hasattr(self._stored, "file") else None
         with _reading("the stored matrix"):
             if dataset.dtype.kind not in "biuf":
                 raise ValueError(f"it holds {dataset.dtype}, and counts are numbers")
@@ -327,13 +331,27 @@ class OnDisk(_Local):
             return _checked(self._rows_from(start, stop), (stop - start, self.shape[1]))
 
     def _rows_from(self, start: int, stop: int) -> Any:
-        if self._indptr is None:
-            return self._dataset[start:stop]
-        # anndata's own slice takes as long again for what has nothing to do with the rows.
-        group, indptr = self._dataset.group, self._indptr[start : stop + 1]
-        here = slice(int(indptr[0]), int(indptr[-1]))
-        arrays = group["data"][here], group["indices"][here], indptr - indptr[0]
-        return sp.csr_matrix(arrays, shape=(stop - start, self.shape[1]), copy=False)
+        with self._opened() as stored:
+            if self._indptr is None:
+                return stored[start:stop]
+            # anndata's own slice takes as long again for what has nothing to do with the rows.
+            indptr = self._indptr[start : stop + 1]
+            here = slice(int(indptr[0]), int(indptr[-1]))
+            if stored is not self._stored and not np.array_equal(stored["indptr"][start : stop + 1], indptr):
+                raise ValueError("its file holds others now")
+            arrays = stored["data"][here], stored["indices"][here], indptr - indptr[0]
+            return sp.csr_matrix(arrays, shape=(stop - start, self.shape[1]), copy=False)
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        if self._place is None or self._stored:  # of h5py it is false where its file was closed
+            yield self._stored
+            return
+        from h5py import File
+
+        name, path = self._place
+        with File(name, "r") as file:
+            yield file[path]
 
 
 class OnDask(Chunks):

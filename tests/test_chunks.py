@@ -451,3 +451,32 @@ def test_genes_scaled_in_some_cells_first_are_those_of_a_dask_array_too(counts, 
     monkeypatch.setattr("sc_noise2self.methods._pca.SCALED", 30 * 40)
     monkeypatch.setattr("sc_noise2self.methods._profiles._STAGE", 2)
     assert_alike(results(in_dask(counts)), results(ad.AnnData(counts)))
+
+
+@pytest.mark.parametrize("kind", [sp.csr_matrix, np.asarray])
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_what_is_mixed_on_disk_can_be_written(counts, tmp_path, few_cells, mode, kind):
+    """anndata closes the file of a backed object to write it, and reads the lazy layer then."""
+    path, method = tmp_path / "x.h5ad", n2s.PCA(n_components=3, transform="log1p")
+    ad.AnnData(kind(dense(counts))).write_h5ad(path)
+    backed, expected = ad.read_h5ad(path, backed=mode), ad.AnnData(counts)
+    n2s.denoise(expected, method, mix=True)
+    n2s.denoise(backed, method, mix=True)
+    backed.write_h5ad(*([tmp_path / "other.h5ad"] if mode == "r" else []))
+    written, lazy = ad.read_h5ad(backed.filename).layers["denoised"], n2s.get.lazy(backed)
+    for found in (written, n2s.get.denoised(backed), lazy):
+        np.testing.assert_allclose(found, expected.layers["denoised"], rtol=1e-4, atol=1e-6)
+    backed.file.close()
+    np.testing.assert_allclose(lazy, expected.layers["denoised"], rtol=1e-4, atol=1e-6)
+
+
+def test_other_counts_of_the_same_size_are_not_read_in_place_of_those_that_were_there(counts, tmp_path):
+    path = tmp_path / "x.h5ad"
+    ad.AnnData(counts).write_h5ad(path)
+    backed = ad.read_h5ad(path, backed="r")
+    chunks = OnDisk(backed.X)
+    backed.file.close()
+    np.testing.assert_array_equal(chunks.in_memory().toarray(), counts.toarray())
+    ad.AnnData(counts[::-1]).write_h5ad(path)
+    with pytest.raises(ValueError, match="cells 0 to 229 of the stored matrix cannot be read: its file holds others"):
+        chunks.in_memory()
