@@ -15,6 +15,9 @@ from typing import Any, cast
 
 # What public functions call what is typed otherwise here, for their messages.
 _TYPED = {
+    r"sc_noise2self\.denoise\(adata, key_added=(.+)\), or pass another key: the results in adata": (
+        r"sc-noise2self denoise IN OUT --key-added \1, or pass another --key: the results in the file"
+    ),
     "key_added": "--key-added",
     "save_model": "--save-model",
     "write_layer=False": "--factors",

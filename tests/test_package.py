@@ -227,6 +227,9 @@ def test_command_line_reports(adata, tmp_path, capsys):
         assert main(["report", str(tmp_path / "out.h5ad"), "--key", "x", *options]) == 0
         assert capsys.readouterr().out == expected
     assert main(["report", str(tmp_path / "out.h5ad")]) == 2
-    assert capsys.readouterr().err.startswith("sc_noise2self: there is no result 'denoised': run ")
+    assert capsys.readouterr().err == (
+        "sc_noise2self: there is no result 'denoised': run sc-noise2self denoise IN OUT --key-added 'denoised', or "
+        "pass another --key: the results in the file are 'x'.\n"
+    )
     assert main(["report", str(tmp_path / "no.h5ad")]) == 2
     assert "no.h5ad does not exist" in capsys.readouterr().err
