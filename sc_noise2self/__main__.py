@@ -165,7 +165,7 @@ def _denoise(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         mix=args.mix,
         scale=scale[0],
-        save_model=None if args.save_model is None else expanded(args.save_model),
+        save_model=None if args.save_model is None else expanded("save_model", args.save_model),
         random_state=args.seed,
     )
     if not args.quiet:

@@ -90,7 +90,7 @@ def denoise_file(
     >>> n2s.denoise_file("big.h5ad", "big.zarr", write_layer=False)  # doctest: +SKIP
     >>> n2s.denoise_file("big.h5ad", "mixed.h5ad", n2s.Diffusion(t=3), mix=True)  # doctest: +SKIP
     """
-    source, target = expanded(source), expanded(target)
+    source, target = expanded("source", source), expanded("target", target)
     if "copy" in options:
         raise TypeError("copy was given: the target is the copy, so leave it out.")
     if unknown := [name for name in options if name not in signature(denoise).parameters]:
@@ -103,8 +103,7 @@ def denoise_file(
     _, methods = as_methods(method)
     model = options.pop("save_model", None)
     if model is not None:
-        check_path("save_model", model)
-        model = expanded(model)
+        model = expanded("save_model", model)
     _check_paths(source, target, overwrite, model)
     with _read(source) as stored, nullcontext() if model is None else private_folder(model.parent) as own:
         adata = _with_counts(source, stored, layer, any(each.needs_memory for each in methods))
@@ -144,7 +143,7 @@ def denoise_file(
 @contextmanager
 def opened(source: str | os.PathLike[str], layer: str | None = None, *, counts: bool = True) -> Iterator[AnnData]:
     """Open a file to read, as an object whose counts stay on disk, or that has no matrix if `counts` is False."""
-    source = expanded(source)
+    source = expanded("source", source)
     _check_source(source)
     with _read(source) as stored:
         if counts:
@@ -155,8 +154,10 @@ def opened(source: str | os.PathLike[str], layer: str | None = None, *, counts: 
             yield adata
 
 
-def expanded(given: str | bytes | os.PathLike[str]) -> Path:
-    """Return a path with the folder of the user in place of its `~`."""
+def expanded(name: str, given: str | bytes | os.PathLike[str]) -> Path:
+    """Return a path with the folder of the user in place of its `~`; `name` is that of the argument."""
+    if not isinstance(given, bytes):
+        check_path(name, given)
     path = os.fsdecode(given)
     if _URL.match(path):
         raise ValueError(f"{path} is an address: download it first, and pass the path of the file.")

@@ -17,7 +17,7 @@ from scanpy import logging as logg
 from . import _model
 from ._anndata import as_counts
 from ._blocks import Block, Counts, Partial
-from ._checks import check_flag, check_name, describe_counts
+from ._checks import check_flag, check_name, check_path, describe_counts
 from ._choose import Measurement, numbered
 from ._denoise import check_room, result_of
 from ._random import RandomState, as_generator, as_key
@@ -92,6 +92,7 @@ def denoise_with(
     for name, flag in (("write_layer", write_layer), ("copy", copy)):
         check_flag(name, flag)
     check_name("device", device)
+    check_path("model", model)
     scale, rng = as_scale(scale), as_generator(random_state)
     with recorded_warnings() as warned, one_blas_thread():
         counts = as_counts(adata, layer, columns=() if batch_key is None else (batch_key,))

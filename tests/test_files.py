@@ -180,6 +180,18 @@ def test_what_cannot_be_done_is_said_and_leaves_nothing(source, given, error, me
     assert listed(source.parent) == before
 
 
+def test_what_is_no_path_is_refused_by_its_name(source):
+    adata, message = ad.read_h5ad(source), "is of type {}: pass the path of a file"
+    with pytest.raises(TypeError, match=f"source {message.format('AnnData')}"):
+        n2s.denoise_file(adata, source.with_name("out.h5ad"))
+    with pytest.raises(TypeError, match=f"target {message.format('NoneType')}"):
+        n2s.denoise_file(source, None)
+    with pytest.raises(TypeError, match=f"save_model {message.format('bool')}"):
+        n2s.denoise_file(source, source.with_name("out.h5ad"), layer="counts", save_model=True)
+    with pytest.raises(TypeError, match=f"model {message.format('NoneType')}"):
+        n2s.denoise_with(adata, None, layer="counts")
+
+
 def test_a_zarr_folder_is_not_replaced(source):
     target = source.with_name("out.zarr")
     n2s.denoise_file(source, target, layer="counts", write_layer=False)
