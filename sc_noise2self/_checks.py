@@ -85,7 +85,8 @@ def as_whole(name: str, value: Any, least: int = 1) -> int:
 def check_number(name: str, value: Any, least: float, most: float, *, open_below: bool = False) -> None:
     """Raise unless the value is a number from `least`, or above it, to below `most`."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not least <= float(value) < min(most, sys.float_info.max) or (open_below and value == least):
+    number = value.item() if isinstance(value, np.generic) else value  # NumPy compares in its own precision
+    if not is_number or not least <= number < min(most, sys.float_info.max) or (open_below and number == least):
         above = f"above {least:g}" if open_below else f"{least:g} or more"
         raise ValueError(
             f"{name} is {value!r}: pass a number {above}{'' if most == np.inf else f' and below {most:g}'}."

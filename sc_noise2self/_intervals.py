@@ -43,7 +43,7 @@ class Belief:
 
     def times(self, factor: np.ndarray) -> Belief:
         """Return the distributions of a multiple of the rates."""
-        return Belief(self.shape, np.where(self.mean > _NONE, self.mean * factor, _NONE))
+        return Belief(self.shape, np.where(self.mean > _NONE, np.maximum(self.mean * factor, _NONE), _NONE))
 
     def interval(self, level: float, *, predictive: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Return the central interval of the rates, or of a fresh count (`predictive`)."""

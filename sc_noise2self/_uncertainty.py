@@ -86,7 +86,7 @@ class Dispersions:
             """Return what is expected of some cells, phi, the counts seen and held out, and the depth of these."""
             fold, i = about
             (seen, cells), held_out = halves[i], halves[i ^ 1][0]
-            own = np.flatnonzero((cell_folds(cells) == fold) & (row_sums(seen) > 0))
+            own = np.flatnonzero((cell_folds(cells) == fold) & (row_sums(seen) > 0) & (row_sums(held_out) > 0))
             found = [expected[:, genes] for _, expected in predict(i, seen[own], cells[own]).blocks()]
             expected = np.concatenate([np.zeros((0, len(genes)), np.float32), *found])
             observed, count = (part[own][:, genes].toarray() for part in (seen, held_out))

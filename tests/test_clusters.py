@@ -695,6 +695,7 @@ def test_a_cell_has_two_neighbors_or_more(wrong):
 
 def test_resolutions_that_are_no_float_are_refused_in_a_sentence():
     adata, _, _ = grouped(n_cells=40, n_genes=30, depth=200)
+    n2s.denoise(adata, n2s.Clusters(resolution=np.float32(0.5)))  # where a warning would be an error
     with pytest.raises(ValueError, match=r"resolution is array\(0.5\): pass a number"):
         n2s.Clusters(resolution=np.array(0.5))
     with pytest.raises(ValueError, match="resolutions is 1000.*: pass a number 0 or more"):
