@@ -14,6 +14,7 @@ from anndata import AnnData
 from ._blocks import Block, Chunks, Counts, InMemory, OnDask, OnDisk, Partial, block_of
 from ._checks import by_gene, check_name, read_mask
 from ._counts import SINGLE, CountMatrix, NotACount, check_counts, check_format, check_values, column_sums, row_sums
+from ._errors import NotThere
 from ._random import RandomState
 from ._slots import in_memory, without_results
 from ._split import split_matrix
@@ -211,7 +212,7 @@ def _matrix(adata: AnnData, layer: str | None) -> tuple[Any, str]:
     if layer is not None and layer not in adata.layers:
         names = [name for name in adata.layers if name is not None]  # None is X since anndata 0.13
         hint = "" if names else " If X holds the raw counts, leave layer out."
-        raise ValueError(f"layer {layer!r} is missing: adata.layers has {names}.{hint}")
+        raise NotThere(f"layer {layer!r} is missing: adata.layers has {names}.{hint}")
     matrix = adata.X if layer is None else adata.layers[layer]
     if matrix is None:
         raise ValueError('adata.X is empty: pass the layer that holds raw counts, e.g. layer="counts".')
@@ -272,7 +273,7 @@ def read_labels(adata: AnnData, key: str, argument: str) -> pd.Series:
     """Return the batch or group of each cell, categorical, without categories that no cell has."""
     check_name(argument, key)
     if key not in adata.obs:
-        raise ValueError(f"{argument} {key!r} is missing: adata.obs has {list(adata.obs.columns)}.")
+        raise NotThere(f"{argument} {key!r} is missing: adata.obs has {list(adata.obs.columns)}.")
     labels = in_memory(adata.obs)[key].astype("category").cat.remove_unused_categories()
     if labels.isna().any():
         raise ValueError(f"adata.obs[{key!r}] has {int(labels.isna().sum())} missing values: every cell needs one.")

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from ._errors import NotThere
 from ._random import RandomState
 from ._warnings import warn
 
@@ -21,7 +22,7 @@ def read_mask(adata: AnnData, mask_var: str | np.ndarray | Sequence[bool] | None
     if mask_var is None:
         return None
     if isinstance(mask_var, str) and mask_var not in adata.var:
-        raise ValueError(f"mask_var {mask_var!r} is missing: adata.var has {list(adata.var.columns)}.")
+        raise NotThere(f"mask_var {mask_var!r} is missing: adata.var has {list(adata.var.columns)}.")
     values = adata.var[mask_var] if isinstance(mask_var, str) else by_gene("mask_var", mask_var, adata.var_names)
     try:
         mask = np.asarray(values)

@@ -14,6 +14,7 @@ from anndata import AnnData
 from ._anndata import checked_block, chunks_of
 from ._blocks import Block, Chunks, Partial
 from ._counts import NotACount, column_sums, row_sums
+from ._errors import NotThere
 from ._intervals import Belief
 from ._result import GeneFactors
 from ._slots import as_array, check_not_transposed, in_memory, is_stamped, kind_of, named, owned, results_in
@@ -40,7 +41,7 @@ def record(adata: AnnData, key: str) -> Mapping[str, Any]:
     """
     check_not_transposed(adata, key)
     if kind_of(adata, key) != "denoise":
-        raise KeyError(_what_is_there(adata, key))
+        raise NotThere(_what_is_there(adata, key))
     found, strange = in_memory(adata.uns[key]), []
     missing = sorted((_NEEDED - set(found)) | (_NEEDED_PARAMS - set(found["params"])))
     if "fingerprint" in missing:
@@ -101,7 +102,7 @@ def sizes(adata: AnnData, key: str) -> np.ndarray:
     """Return the molecules of each cell as `denoise` saw them, shape (cells,)."""
     record(adata, key)
     if f"{key}_size" not in adata.obs:
-        raise KeyError(f"adata.obs[{f'{key}_size'!r}], the molecules of each cell, is gone: run denoise again.")
+        raise NotThere(f"adata.obs[{f'{key}_size'!r}], the molecules of each cell, is gone: run denoise again.")
     return adata.obs[f"{key}_size"].to_numpy()
 
 
@@ -115,7 +116,7 @@ def gene_factors(adata: AnnData, key: str) -> GeneFactors:
         )
     names = [key, f"{key}_scale"]
     if any(name not in slot for slot in (adata.obsm, adata.varm) for name in names):
-        raise KeyError(f"the factors of {key!r} are gone from adata.obsm or adata.varm: pass source='layer'.")
+        raise NotThere(f"the factors of {key!r} are gone from adata.obsm or adata.varm: pass source='layer'.")
     loadings, scales = (np.asarray(as_array(adata.varm[name])) for name in names)
     return GeneFactors(written["members"], loadings, scales, int(written["fingerprint"]))
 
@@ -131,7 +132,7 @@ def profiles(adata: AnnData, key: str = "denoised", layer: str | None = None) ->
     if not record(adata, key)["params"]["mix"]:
         return combined
     if f"{key}_phi" not in adata.var or f"{key}_cell_scale" not in adata.obs:
-        raise KeyError(f"the weights of the counts that were mixed into {key!r} are gone: pass source='layer'.")
+        raise NotThere(f"the weights of the counts that were mixed into {key!r} are gone: pass source='layer'.")
     cell_scale = adata.obs[f"{key}_cell_scale"].to_numpy()
     return MixedProfiles(combined, observed(adata, key, layer, to_mix=True), _dispersion(adata, key), cell_scale)
 
@@ -141,7 +142,7 @@ def _dispersion(adata: AnnData, key: str) -> Dispersion:
     of_genes, written = [f"{key}_phi", f"{key}_total"], record(adata, key)
     for name in of_genes:
         if name not in adata.var:
-            raise KeyError(f"adata.var[{name!r}], which tells the dispersion of each gene, is gone: {_again(key)}.")
+            raise NotThere(f"adata.var[{name!r}], which tells the dispersion of each gene, is gone: {_again(key)}.")
     phi, total = np.asarray(in_memory(adata.var[of_genes])).T
     return Dispersion(phi, total / written["n_cells"], float(written["phi_power"]), float(written["evidence"]))
 
@@ -163,7 +164,7 @@ def values_of(
     if source == "factors" or (source is None and has_factors):
         return scale.apply(profiles(adata, key, layer).counts(rows, columns), size[rows])
     if key not in adata.layers:
-        raise KeyError(
+        raise NotThere(
             f"there is no layer {key!r}: {'pass source=' + repr('factors') if has_factors else _again(key)}."
         )
     values = np.array(adata.layers[key][rows][:, columns], dtype=np.float32)
@@ -212,7 +213,7 @@ def observed(adata: AnnData, key: str, layer: str | None = None, *, to_mix: bool
     or_layer = "; sc_noise2self.get reads a denoised layer with source='layer'" if to_mix else ""
     if matrix is None:
         layers = [each for each in adata.layers if each is not None]
-        raise KeyError(
+        raise NotThere(
             f"{name} with the counts that were denoised to {key!r} is gone: pass layer= to a plot"
             f"{or_layer}; adata.layers has {layers}."
         )
@@ -272,7 +273,7 @@ def gains_of_genes(adata: AnnData, key: str) -> tuple[np.ndarray, np.ndarray, np
     record(adata, key)
     columns = [f"{key}_gain", f"{key}_gain_error", f"{key}_total"]
     if not set(columns) <= set(adata.var):
-        raise KeyError(f"the gains of genes of {key!r} are gone from adata.var: run denoise again.")
+        raise NotThere(f"the gains of genes of {key!r} are gone from adata.var: run denoise again.")
     gain, error, molecules = in_memory(adata.var[columns]).to_numpy().T
     return gain, error, molecules
 
@@ -293,7 +294,7 @@ def gene_names(adata: AnnData, gene_symbols: str | None = None) -> pd.Index:
     if gene_symbols is None:
         return adata.var_names
     if gene_symbols not in adata.var:
-        raise KeyError(f"there is no column {gene_symbols!r} in adata.var: it has {list(adata.var.columns)}.")
+        raise NotThere(f"there is no column {gene_symbols!r} in adata.var: it has {list(adata.var.columns)}.")
     return pd.Index(in_memory(adata.var[[gene_symbols]])[gene_symbols].astype(object))
 
 
@@ -309,7 +310,7 @@ def gene_positions(
     # A symbol may stand for several genes, and many have none: only those asked for must be clear.
     several = names[names.duplicated()].intersection(wanted)
     if len(several):
-        raise KeyError(
+        raise NotThere(
             f"{several[0]!r} stands for several genes in adata.var[{gene_symbols!r}]: name them by adata.var_names, "
             "without gene_symbols."
         )
@@ -326,12 +327,12 @@ def positions(names: pd.Index, wanted: str | Sequence[str] | None, what: str) ->
     if all(isinstance(each, bool | np.bool_) for each in wanted) and len(wanted) == len(names) and len(names):
         raise TypeError(f"{what}s were given as booleans: pass their names, as adata.{_AXES[what]}_names[mask].")
     if not names.is_unique:
-        raise KeyError(f"{what} names are not unique: call adata.{_AXES[what]}_names_make_unique().")
+        raise NotThere(f"{what} names are not unique: call adata.{_AXES[what]}_names_make_unique().")
     found = names.get_indexer(wanted)
     missing = [str(name) for name, position in zip(wanted, found, strict=True) if position < 0]
     if missing:
         known = {str(each).lower(): str(each) for each in names}
         near = [known[each] for each in get_close_matches(missing[0].lower(), known, n=3, cutoff=0.8)]
         hint = f"; near {missing[0]!r} are {', '.join(map(repr, near))}" if near else ""
-        raise KeyError(f"{what}(s) not in adata: {', '.join(map(repr, missing[:5]))}{hint}.")
+        raise NotThere(f"{what}(s) not in adata: {', '.join(map(repr, missing[:5]))}{hint}.")
     return found

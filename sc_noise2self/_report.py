@@ -11,6 +11,7 @@ import pandas as pd
 from anndata import AnnData
 
 from ._checks import check_flag, check_name
+from ._errors import NotThere
 from ._intervals import strata_of
 from ._loss import Score
 from ._read import clear_gains, gains_of_genes, has_all_cells, has_all_genes, record, sizes
@@ -323,7 +324,7 @@ def _table(adata: AnnData, key: str, groupby: str) -> pd.DataFrame:
     if groupby == "depth":
         return _of_cells(adata, key, strata_of(sizes(adata, key)) + 1)
     if groupby not in adata.obs:
-        raise KeyError(f"there is no column {groupby!r} in adata.obs: it has {list(adata.obs.columns)}.")
+        raise NotThere(f"there is no column {groupby!r} in adata.obs: it has {list(adata.obs.columns)}.")
     groups = in_memory(adata.obs[[groupby]])[groupby]
     if pd.api.types.is_float_dtype(groups) and (groups.dropna() % 1).any():
         raise ValueError(f"adata.obs[{groupby!r}] holds numbers, not groups: cut them into some, as with pandas.cut.")
@@ -340,7 +341,7 @@ def _of_cells(adata: AnnData, key: str, groups: np.ndarray | pd.Categorical) -> 
     """Return gain and coverage of each group of cells; `groups` names that of each cell, none where it is missing."""
     size = sizes(adata, key)
     if f"{key}_gain" not in adata.obs:
-        raise KeyError(f"adata.obs[{f'{key}_gain'!r}], the gain of each cell, is gone: run denoise again.")
+        raise NotThere(f"adata.obs[{f'{key}_gain'!r}], the gain of each cell, is gone: run denoise again.")
     gain, covered = (in_memory(adata.obs[[f"{key}_{name}"]]).to_numpy()[:, 0] for name in ("gain", "coverage"))
     table = _by_group(groups, gain, size)
     inside = pd.Series(covered).groupby(np.asarray(groups)).mean()

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData, ImplicitModificationWarning
 
+from ._errors import NotThere
 from ._version import __version__
 
 Kind = Literal["denoise", "calibrate", "select_rank", "select_resolution", "cluster_support", "rank_genes_groups"]
@@ -199,7 +200,7 @@ def remove(adata: AnnData, key: str = "denoised") -> None:
     for slot, name in owned(adata, key):
         changes.setdefault(slot, {})[name] = None
     if not changes:
-        raise KeyError(f"there is nothing of a result {key!r} to remove: the results in adata are {results_in(adata)}.")
+        raise NotThere(f"there is nothing of a result {key!r} to remove: the results in adata are {results_in(adata)}.")
     with committed(adata, changes):
         pass
 

@@ -81,6 +81,26 @@ def merged():
     return ad.concat([denoised(seed=0), denoised(seed=1)], merge="first", uns_merge="first")
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda adata: n2s.get.denoised(adata, "nobody"), "gene(s) not in adata: 'nobody'."),
+        (lambda adata: n2s.get.denoised(adata, key="other"), "there is no result 'other': run"),
+        (lambda adata: n2s.denoise(adata, layer="counts"), "layer 'counts' is missing: adata.layers has"),
+        (lambda adata: n2s.select_rank(adata, mask_var="hvg"), "mask_var 'hvg' is missing: adata.var has"),
+        (lambda adata: n2s.overdispersion(adata, "kind"), "groupby 'kind' is missing: adata.obs has"),
+        (lambda adata: n2s.report(adata, groupby="kind"), "there is no column 'kind' in adata.obs"),
+        (lambda adata: n2s.remove(adata, "other"), "there is nothing of a result 'other' to remove"),
+    ],
+)
+def test_a_name_that_is_not_there_is_one_error_and_its_message_no_literal(call, message):
+    adata = denoised()
+    for kind in (KeyError, ValueError):
+        with pytest.raises(kind) as raised:
+            call(adata)
+        assert str(raised.value).startswith(message)
+
+
 class TestParts:
     """What `anndata.concat` puts together from results of several objects."""
 

@@ -12,6 +12,7 @@ from anndata import AnnData
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from .._errors import NotThere
 from .._slots import in_memory, kind_of, results_in
 from ._style import MARKERS, finish, ink, legend_beside, new_axes, palette
 
@@ -114,24 +115,24 @@ class _Run:
 def _run(adata: AnnData, key: str, member: str | None, *, is_alone: bool) -> _Run:
     kind = kind_of(adata, key)
     if kind is None:
-        raise KeyError(
+        raise NotThere(
             f"there is no result {key!r}: run sc_noise2self.select_rank, select_resolution, calibrate or denoise to "
             f"{key!r}, or pass key: the results in adata are {results_in(adata)}."
         )
     written = in_memory(adata.uns[key])
     learned = written.get("learned", {})
     if member is not None and member not in learned:
-        raise KeyError(f"result {key!r} has no member {member!r}: it has {', '.join(learned) or 'none'}.")
+        raise NotThere(f"result {key!r} has no member {member!r}: it has {', '.join(learned) or 'none'}.")
     if kind == "select_rank":
         return _of_ranks(written)
     if kind == "select_resolution":
         return _of_resolutions(written, is_alone)
     if kind == "cluster_support":
-        raise KeyError(f"result {key!r} is a tree of clusters, not a curve: sc_noise2self.pl.cluster_support draws it.")
+        raise NotThere(f"result {key!r} is a tree of clusters, not a curve: sc_noise2self.pl.cluster_support draws it.")
     found = [written] if "table" in written else [learned[name] for name in ([member] if member else learned)]
     table = next((each["table"] for each in found if "table" in each), None)
     if table is None:
-        raise KeyError(
+        raise NotThere(
             f"result {key!r} has no curve: it is that of select_rank, of calibrate, or of denoise with a method that "
             "compares settings. sc_noise2self.pl.spectrum shows what the components of a PCA are worth."
         )

@@ -13,6 +13,7 @@ from anndata import AnnData
 from matplotlib.axes import Axes
 
 from .._checks import as_whole, check_name, check_number
+from .._errors import NotThere
 from .._read import gene_names, gene_positions, observed, profiles, record, sizes, values_of
 from .._slots import in_memory
 from ..methods._profiles import LowRankProfiles
@@ -204,7 +205,7 @@ def embedding(
     basis = basis.removeprefix("X_")
     name = f"X_{basis}" if f"X_{basis}" in adata.obsm else basis
     if name not in adata.obsm:
-        raise KeyError(f"there is no embedding {basis!r}: adata.obsm has {list(adata.obsm)}. Run sc.tl.{basis} first.")
+        raise NotThere(f"there is no embedding {basis!r}: adata.obsm has {list(adata.obsm)}. Run sc.tl.{basis} first.")
     columns, genes = gene_positions(adata, genes, gene_symbols)
     raw = _raw(adata, key, columns, own_scale, layer)
     denoised = values_of(adata, key, slice(None), columns, own_scale, layer=layer)
@@ -256,7 +257,7 @@ def _numbers(adata: AnnData, genes: list[str], color: str | None, shown: list[np
     if color is None:
         return None
     if color not in adata.obs:
-        raise KeyError(f"there is no column or gene {color!r}: adata.obs has {list(adata.obs.columns)}.")
+        raise NotThere(f"there is no column or gene {color!r}: adata.obs has {list(adata.obs.columns)}.")
     column = in_memory(adata.obs[[color]])[color]
     if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
         return None

@@ -8,6 +8,7 @@ from anndata import AnnData
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from .._errors import NotThere
 from .._read import record
 from ._style import RED, finish, ink, new_axes
 
@@ -51,7 +52,7 @@ def spectrum(
     members = pd.DataFrame(dict(written["members"])).set_index("name")
     with_one = [name for name in members.index if "singular_values" in everything.get(name, {})]
     if not with_one or (member is not None and member not in with_one):
-        raise KeyError(f"result {key!r} has no {member or 'PCA'}: its members are {', '.join(members.index)}.")
+        raise NotThere(f"result {key!r} has no {member or 'PCA'}: its members are {', '.join(members.index)}.")
     member = member or members["weight"][with_one].idxmax()
     learned, rank = everything[member], members["rank"][member]
     values = np.asarray(learned["singular_values"])

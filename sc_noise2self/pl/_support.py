@@ -7,6 +7,7 @@ from anndata import AnnData
 from matplotlib.axes import Axes
 from scipy.cluster.hierarchy import dendrogram
 
+from .._errors import NotThere
 from .._slots import in_memory, kind_of, results_in
 from ._style import finish, ink, new_axes, palette
 
@@ -37,7 +38,7 @@ def cluster_support(
         If there is no such result.
     """
     if kind_of(adata, key) != "cluster_support":
-        raise KeyError(
+        raise NotThere(
             f"there is no support of clusters {key!r}: run sc_noise2self.cluster_support, or pass key: the results in "
             f"adata are {results_in(adata, 'cluster_support')}."
         )
