@@ -277,6 +277,9 @@ def read_labels(adata: AnnData, key: str, argument: str) -> pd.Series:
     labels = in_memory(adata.obs)[key].astype("category").cat.remove_unused_categories()
     if labels.isna().any():
         raise ValueError(f"adata.obs[{key!r}] has {int(labels.isna().sum())} missing values: every cell needs one.")
+    if (names := labels.cat.categories.astype(str)).has_duplicates:
+        again = names[names.duplicated()][0]
+        raise ValueError(f"adata.obs[{key!r}] holds {again!r} as text and as a number: make all of it text.")
     return labels
 
 

@@ -242,6 +242,12 @@ class GeneFactors:
         """Return the profiles of cells from their scores, scales and sizes; refuse those of another model."""
         if self.loadings is None or not is_stamped(scales, self.fingerprint):
             raise ValueError("the cells belong to another result than the loadings.")
+        n_factors = self.loadings.shape[1]
+        if scores.shape[1:] != (n_factors,):
+            raise ValueError(
+                f"the factors of cells have the shape {scores.shape}, and those of genes {n_factors} columns: one of "
+                "them was changed, so denoise again."
+            )
         fitted, end, of_genes = [], 0, self.scales[:, :-2]
         names = ("link", "n_factors", *_OF_POPULATIONS)
         for i, (link, n_factors, *about) in enumerate(zip(*(self.members[name] for name in names), strict=True)):

@@ -81,6 +81,22 @@ def merged():
     return ad.concat([denoised(seed=0), denoised(seed=1)], merge="first", uns_merge="first")
 
 
+def test_factors_that_were_cut_are_refused():
+    adata = denoised()
+    adata.obsm["denoised"] = adata.obsm["denoised"][:, :1]
+    with pytest.raises(ValueError, match=r"factors of cells have the shape \(\d+, 1\), and those of genes \d+ columns"):
+        n2s.get.denoised(adata)
+    with pytest.raises(ValueError, match="adata has no cells: there is nothing to draw"):
+        n2s.pl.markers(denoised()[:0].copy(), ["gene-0", "gene-1"], show=False)
+
+
+def test_groups_that_differ_by_type_alone_are_refused():
+    adata = cells()
+    adata.obs["lane"] = pd.Categorical(["1", 1] * (adata.n_obs // 2))
+    with pytest.raises(ValueError, match=r"adata.obs\['lane'\] holds '1' as text and as a number"):
+        n2s.overdispersion(adata, "lane")
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

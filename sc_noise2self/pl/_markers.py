@@ -102,7 +102,7 @@ def markers(
         raise ValueError("color was given with three genes: the third is the colour, so pass two.")
     if not panels:
         raise ValueError(f"panels is empty: pass some of {', '.join(_PANELS)}.")
-    _check_drawing(ncols, size)
+    _check_drawing(adata, ncols, size)
     if color is not None and color not in adata.obs and color in gene_names(adata, gene_symbols):
         genes, color = [*genes, color], None
     columns, genes = gene_positions(adata, genes, gene_symbols)
@@ -193,7 +193,7 @@ def embedding(
             f"embedding takes no {', '.join(refused)}: it sets what each panel shows. To save, call savefig of the "
             "figure that the Axes returned are on."
         )
-    _check_drawing(ncols, size)
+    _check_drawing(adata, ncols, size)
     if ncols % 2:
         raise ValueError(f"ncols is {ncols}: pass an even number, for a gene takes two panels.")
     own_scale = as_scale(scale)
@@ -230,7 +230,9 @@ def embedding(
     return own
 
 
-def _check_drawing(ncols: int | None, size: float | None) -> None:
+def _check_drawing(adata: AnnData, ncols: int | None, size: float | None) -> None:
+    if not adata.n_obs:
+        raise ValueError("adata has no cells: there is nothing to draw.")
     if ncols is not None:
         as_whole("ncols", ncols)
     if size is not None:
