@@ -858,7 +858,8 @@ def test_a_run_that_is_killed_leaves_no_model_and_can_be_repeated(source, tmp_pa
     assert listed(source.parent) == ["in.h5ad", "out.h5ad"]
     assert listed(model.parent) == ["m.npz"]
     again = ad.read_h5ad(source)
-    n2s.denoise_with(again, model, layer="counts")
+    with pytest.warns(UserWarning, match="the model was fitted to these very cells"):
+        n2s.denoise_with(again, model, layer="counts")
     assert "denoised" in again.layers
 
 
