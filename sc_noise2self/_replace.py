@@ -92,9 +92,8 @@ def private_folder(parent: Path) -> Iterator[Path]:
             for left in parent.glob(f"{_PREFIX}{_RANDOM}"):
                 _remove_if_ended(left, own.stat().st_uid)
             yield own / "files"
-    finally:  # the lock at last, and closed: a network file system keeps what is open
-        shutil.rmtree(own / "files", ignore_errors=True)
-        shutil.rmtree(own, ignore_errors=True)
+    finally:  # closed: a network file system keeps what is open
+        _remove(own)
 
 
 def _made(parent: Path) -> tuple[Path, IO[bytes]]:
@@ -128,7 +127,13 @@ def _remove_if_ended(folder: Path, user: int) -> None:
         with (folder / "lock").open("r+b") as lock:
             ended = _locked(lock)
         if ended:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, its lock at last, so that whoever finds it half removed can tell that its run has ended."""
+    shutil.rmtree(folder / "files", ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _locked(file: IO[bytes]) -> bool:

@@ -21,7 +21,7 @@ import pytest
 from helpers import low_rank_profiles, poisson_counts
 
 import sc_noise2self as n2s
-from sc_noise2self import _files
+from sc_noise2self import _files, _replace
 from sc_noise2self.__main__ import main
 from sc_noise2self._blocks import OnDisk
 from sc_noise2self._replace import replaced
@@ -350,6 +350,36 @@ def test_a_run_that_lives_is_left_alone_in_whatever_container_it_is(tmp_path):
         first.communicate(b"\n")
     assert first.returncode == 0
     assert listed(tmp_path) == ["first", "second"]
+
+
+@pytest.mark.parametrize("n_done", range(6))
+def test_a_run_that_is_killed_while_it_removes_what_another_left_leaves_nothing_for_good(tmp_path, monkeypatch, n_done):
+    left, lock = _replace._made(tmp_path)
+    (left / "files" / "half").write_text("half")
+    lock.close()
+    n_left = n_done
+
+    def dying(original):
+        def call(*args, **options):
+            nonlocal n_left
+            if not n_left:
+                raise Killed
+            n_left -= 1
+            return original(*args, **options)
+
+        return call
+
+    class Killed(BaseException):
+        pass
+
+    with monkeypatch.context() as patched:
+        for name in ("unlink", "rmdir"):
+            patched.setattr(os, name, dying(getattr(os, name)))
+        with pytest.raises(Killed), replaced(tmp_path / "first") as first:
+            first.write_text("new")
+    with replaced(tmp_path / "second") as second:
+        second.write_text("new")
+    assert set(listed(tmp_path)) - {"first"} == {"second"}
 
 
 @pytest.mark.parametrize("call", ["mkdir", "open", "rename"])
