@@ -54,9 +54,10 @@ def split_molecules(
         The share of the cell's molecules that the sample caught, if it is not small. The two parts then overlap, as two
         samples drawn independently from the cell would.
     overdispersion
-        phi >= 0 in variance = mean + phi mean^2, one number or one per gene. Counts are dealt by a
-        Dirichlet-multinomial, so that parts of a negative binomial count are independent around the mean that cells
-        share. The default, binomial, makes them independent around each cell's own rate, which is what denoising needs.
+        phi >= 0 in variance = mean + phi mean^2, one number or one per gene; a Series goes by its index. Counts are
+        dealt by a Dirichlet-multinomial, so that parts of a negative binomial count are independent around the mean
+        that cells share. The default, binomial, makes them independent around each cell's own rate, which is what
+        denoising needs.
     layer
         The layer of an AnnData object to split; None splits `X`.
     random_state

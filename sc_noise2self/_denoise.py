@@ -78,9 +78,9 @@ def denoise(
     layer
         The layer that holds raw counts; None takes `X`.
     mask_var
-        Genes that determine which cells are alike: the name of a boolean column of `var`, or a boolean array. The other
-        genes are predicted from them. None uses all genes, highly variable or not. Genes chosen on these counts
-        have seen both halves, so the reported gain is then a little too high.
+        Genes that determine which cells are alike: the name of a boolean column of `var`, a boolean array, or a Series,
+        which goes by its index. The other genes are predicted from them. None uses all genes, highly variable or not.
+        Genes chosen on these counts have seen both halves, so the reported gain is then a little too high.
     n_splits
         Independent splits to average the choice over, each used in both directions.
     mix

@@ -14,8 +14,18 @@ from anndata import AnnData
 
 from ._blocks import Counts, InMemory
 from ._checks import check_flag, check_number, check_one_of
-from ._counts import row_sums
-from ._read import Source, beliefs, gene_factors, gene_positions, positions, profiles, record, sizes, values_of
+from ._read import (
+    Source,
+    beliefs,
+    gene_factors,
+    gene_positions,
+    has_all_genes,
+    positions,
+    profiles,
+    record,
+    sizes,
+    values_of,
+)
 from ._result import GeneFactors, Result
 from ._slots import as_array, in_memory
 from ._threads import in_threads
@@ -213,8 +223,9 @@ def lazy(adata: AnnData, *, key: str = "denoised", scale: str | Scale = "counts"
 
     Returns
     -------
-    Cells x genes, float32, in chunks of a few cells and genes. It holds the factors of `adata`, not a copy of them;
-    counts that were mixed in are read where they are, and a part whose cells have other counts by then is an error.
+    Cells x genes, float32, in chunks of a few cells and genes, or of all genes where counts are mixed in. It holds the
+    factors of `adata`, not a copy of them; counts that were mixed in are read where they are, and a part whose cells
+    have other counts by then is an error.
 
     Raises
     ------
@@ -235,7 +246,9 @@ def lazy(adata: AnnData, *, key: str = "denoised", scale: str | Scale = "counts"
     size = sizes(adata, key)
     own_scale = as_scale(scale).settled(record(adata, key)["depth"])
     if record(adata, key)["params"]["mix"]:
-        return _lazy(profiles(adata, key), size, own_scale)
+        mixed = profiles(adata, key)
+        assert isinstance(mixed, MixedProfiles)
+        return _lazy(mixed, size, own_scale, size if has_all_genes(adata, key) else mixed.sums_of_counts())
     factors = gene_factors(adata, key)
     scores, scales = (as_array(adata.obsm[name]) for name in (key, f"{key}_scale"))
     return _lazy_factors(factors, scores, scales, size, own_scale)
@@ -261,7 +274,7 @@ def layer_of(result: Result, counts: Counts) -> Any:
             pass
         return out
     if result.cell_scale is not None or not result.factored:
-        return _lazy(found, size, scale)
+        return _lazy(found, size, scale, size)
     factors = GeneFactors.of(result)
     return _lazy_factors(factors, *factors.of_cells(result), size, scale)
 
@@ -281,8 +294,9 @@ def _lazy_factors(factors: GeneFactors, scores: Any, scales: Any, size: np.ndarr
     return da.map_blocks(of_block, scores, scales, column, chunks=chunks, dtype=np.float32)
 
 
-def _lazy(profiles: Profiles, size: np.ndarray, scale: Scale) -> dask.array.Array:
-    rebuilt, meta = _Rebuilt(profiles, size, scale), np.empty((0, 0), np.float32)
+def _lazy(profiles: Profiles, size: np.ndarray, scale: Scale, mixed_in: np.ndarray | None = None) -> dask.array.Array:
+    """Return profiles as a Dask array; `mixed_in` are the molecules of each cell that are mixed in, where any are."""
+    rebuilt, meta = _Rebuilt(profiles, size, scale, mixed_in), np.empty((0, 0), np.float32)
     chunks = _CHUNKS
     if isinstance(profiles, MixedProfiles):  # every chunk reads its cells' counts
         chunks = max(1, math.prod(_CHUNKS) // profiles.shape[1]), profiles.shape[1]
@@ -304,9 +318,9 @@ class _Rebuilt:
     dtype = np.dtype(np.float32)
     ndim = 2
 
-    def __init__(self, profiles: Profiles, size: np.ndarray, scale: Scale) -> None:
+    def __init__(self, profiles: Profiles, size: np.ndarray, scale: Scale, mixed_in: np.ndarray | None) -> None:
         self.shape = profiles.shape
-        self._profiles, self._size, self._scale = profiles, size, scale
+        self._profiles, self._size, self._scale, self._mixed_in = profiles, size, scale, mixed_in
 
     def __getitem__(self, index: tuple[Any, Any]) -> np.ndarray:
         """Return what NumPy does for an index of cells and one of genes, of which one may be an array."""
@@ -316,8 +330,9 @@ class _Rebuilt:
         rows, columns = (i if isinstance(i, slice) else np.atleast_1d(at) for i, at in zip(index, found, strict=True))
         profiles, size = self._profiles, self._size[rows]
         if isinstance(profiles, MixedProfiles):
+            assert self._mixed_in is not None
             profiles = profiles.of_cells(np.arange(self.shape[0])[rows])
-            if not np.array_equal(row_sums(profiles.observed.in_memory()), size):
+            if not np.array_equal(profiles.sums_of_counts(), self._mixed_in[rows]):
                 raise ValueError(
                     "the counts that this layer mixes in have changed since it was made (X normalised?): make it "
                     "again from the counts, n2s.get.lazy(adata), or keep them in a layer and denoise that."

@@ -87,6 +87,19 @@ def test_a_count_is_evidence_as_far_as_its_prediction_has_not_used_it(is_used, m
     assert [each.evidence for each in (found.of_all, *found.for_folds)] == 3 * [most]
 
 
+def test_expected_counts_of_rare_genes_are_held_less_often_as_the_docstring_says():
+    rng = np.random.default_rng(0)
+    share = np.exp(rng.normal(0, 1.5, (1, 500))) * np.exp(rng.normal(0, 1, (6, 500)))
+    rates = (share / share.sum(axis=1, keepdims=True))[np.arange(400) % 6]
+    adata = ad.AnnData(poisson_counts(rates, depth=1000, seed=1))
+    n2s.denoise(adata)
+    low, high = n2s.get.interval(adata, adata.var_names)
+    expected = rates * adata.obs["denoised_size"].to_numpy()[:, None]
+    held, total = ((low <= expected) & (expected <= high)).to_numpy().mean(axis=0), expected.sum(axis=0)
+    assert held[total > 300].mean() > 0.8
+    assert 0.2 < held[(total > 1) & (total < 30)].mean() < 0.5
+
+
 def test_a_dispersion_below_one_over_the_depth_is_not_lost_because_totals_are_known():
     """Given its total a count varies less than by Poisson's law: taken for Poisson's, the dispersion would be 0."""
     rng = np.random.default_rng(0)

@@ -371,6 +371,12 @@ class TestCounts:
         adata = denoised(mix=True)
         expected, layer = adata.layers["denoised"], n2s.get.lazy(adata)
         np.testing.assert_allclose(layer[:7, [3, 1]].compute(), expected[:7, [3, 1]], rtol=1e-4)
+        for some in (adata[:30, 2:9].copy(), adata[:, 2:9].copy(), adata[4:30].copy()):
+            np.testing.assert_allclose(n2s.get.lazy(some).compute(), some.layers["denoised"], rtol=1e-4)
+        of_genes = n2s.get.lazy(some := adata[:30, 2:9].copy())
+        some.X.data *= 2
+        with pytest.raises(ValueError, match="the counts that this layer mixes in have changed"):
+            of_genes.compute()
         adata.X.data *= 2
         for part in (layer, layer[:7, [3, 1]], layer[5]):
             with pytest.raises(ValueError, match="the counts that this layer mixes in have changed since it was made"):

@@ -563,6 +563,10 @@ class MixedProfiles(Profiles):
         observed = InMemory(self.observed.part(cells))
         return MixedProfiles(self.profiles.of_cells(cells), observed, self.dispersion, self.cell_scale[cells])
 
+    def sums_of_counts(self) -> np.ndarray:
+        """Return the molecules of each cell that are mixed in, shape (cells,): one pass."""
+        return self.observed.run(lambda block: Partial(rows=[row_sums(block.counts)])).rows[0]
+
     def scales_to(self, size: np.ndarray) -> np.ndarray:
         """Return what every cell is multiplied by to hold so many molecules, shape (cells,)."""
         scale = np.zeros(len(size), np.float32)
